@@ -1,0 +1,46 @@
+"""What every script does around its one call: errors without a traceback, exit codes, and libraries that keep to themselves."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_recipes.messages import RecipeError
+from lora_recipes.recipe import ROOT
+
+DEFAULT = "tiny_facts"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that `plan` and `train` share."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("recipe", nargs="?", default=DEFAULT, help=f"a name in configs/recipes/, or a path (default: {DEFAULT})")
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. lora.r=16")
+    result.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where the run folders are (default: outputs/)")
+    result.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    return result
+
+
+def run(action: Callable[[], None], traceback: bool) -> int:
+    """Call `action`. A RecipeError is printed and answered with 2, Ctrl-C with 130; all other errors are bugs and keep their traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every start that an optional CPU kernel is not installed
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)  # TRL's own name for it
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        action()
+    except RecipeError as error:
+        if traceback:
+            raise
+        print(f"error: {len(error.problems)} problem{'s' * (len(error.problems) != 1)}\n{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; RESUME=1 continues from the newest whole checkpoint", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,114 @@
+"""What is seen and kept while training runs: the progress line, metrics.jsonl, the loss curve, and a stop when a number is no number."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from lora_recipes.messages import Problem, RecipeError
+from lora_recipes.recipe import Recipe
+from lora_recipes.render import Example
+from lora_recipes.run import RunFolder
+
+SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar, with one readable line a logging step instead of a dictionary. No bar where no terminal is."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
+        self.current_step = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print the line above the bar."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "train_runtime" not in logs:
+            values = [f"{key} {float(logs[key]):.4g}" for key in SHOWN if key in logs]
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {'  '.join(values)}")
+
+
+class Record(TrainerCallback):
+    """Appends every log to metrics.jsonl. When a run is resumed, lines after the checkpoint's step are dropped first."""
+
+    def __init__(self, folder: RunFolder, checkpoint: Path | None):
+        self.file = folder.metrics
+        if checkpoint and self.file.is_file():
+            step = int(checkpoint.name.split("-")[1])
+            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.file.write_text("".join(f"{line}\n" for line in lines))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """One line of JSON."""
+        if state.is_world_process_zero and logs:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Finite(TrainerCallback):
+    """Stops when a loss or a gradient norm is NaN or infinite; the trainer would go on to the end."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Look at what is logged."""
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if logs and key in logs and not math.isfinite(float(logs[key])):
+                do = "lower train.learning_rate, set train.max_grad_norm, or use float32"
+                found = f"{key} is {logs[key]} at step {state.global_step}"
+                raise RecipeError(Problem(self.recipe.at("train", "learning_rate"), found, do))
+
+
+def sha256(value: Any) -> str:
+    """Hash of tokens and labels (a list of Example), or of anything JSON can hold."""
+    if isinstance(value, list) and value and isinstance(value[0], Example):
+        value = [(e.input_ids, e.labels) for e in value]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def accelerator() -> dict[str, Any]:
+    """Name and memory of the GPU, empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+
+
+def accelerator_memory() -> dict[str, int]:
+    """Peak bytes that the process had allocated and reserved on the GPU, empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"max_allocated_bytes": torch.cuda.max_memory_allocated(), "max_reserved_bytes": torch.cuda.max_memory_reserved()}
+
+
+def draw(folder: RunFolder) -> None:
+    """loss.png: training and evaluation loss, and the learning rate, over the steps of metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logs = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "train loss"), ("eval_loss", "eval loss")):
+        points = [(log["step"], log[key]) for log in logs if key in log]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
+    axis.set(xlabel="step", ylabel="loss (nats a token)", title=folder.path.name, ylim=(0, None))
+    rates = [(log["step"], log["learning_rate"]) for log in logs if "learning_rate" in log]
+    if rates:
+        other = axis.twinx()
+        other.plot(*zip(*rates, strict=True), color="0.7", linestyle="--", label="learning rate")
+        other.set_ylabel("learning rate")
+        other.set_ylim(0, None)
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(folder.path / "loss.png", dpi=120)
+    pyplot.close(figure)
