@@ -21,10 +21,10 @@ $(READY): pyproject.toml constraints.txt
 setup: $(READY)  ## make .venv with everything (the other targets do it themselves)
 
 plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps; no weights, no GPU (JSON=1 for machines)
-	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(JSON),--json)
+	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(JSON),--json)
 
-train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces a finished run)
-	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(RESUME),--resume) $(if $(FORCE),--force)
+train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere)
+	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(RESUME),--resume) $(if $(FORCE),--force)
 
 test: $(READY)  ## every test, on the CPU, without network
 	@$(PY) -m pytest

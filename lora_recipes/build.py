@@ -106,11 +106,8 @@ def precision(recipe: Recipe) -> tuple[dict[str, bool], str]:
     asked = {k: recipe.train[k] for k in ("bf16", "fp16") if k in recipe.train}
     dtype = recipe.model["dtype"]
     where = "this CPU" if not torch.cuda.is_available() or recipe.train.get("use_cpu") else torch.cuda.get_device_name()
-    if (
-        torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-        and "bfloat16" in (dtype, *(["bfloat16"] * asked.get("bf16", False)))
-    ):
+    wants_bf16 = dtype == "bfloat16" or asked.get("bf16")
+    if wants_bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         do = "set model.dtype=float16 train.fp16=true, or model.dtype=float32"
         raise RecipeError(Problem(recipe.at("model", "dtype"), f"{where} has no bfloat16", do))
     if asked:
@@ -122,14 +119,8 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
     """`trl.SFTConfig` of the recipe's `train:` section, its keys handed over as they are, and what the launcher owns."""
     stopping = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     owned = {"output_dir": str(folder.checkpoints), **precision(recipe)[0]}
-    fields = {
-        "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
-        "seed": 42,
-        **(stopping if recipe.early_stopping else {}),
-        **recipe.train,
-        **owned,
-    }
+    fields: dict[str, Any] = {"report_to": "none", "use_cpu": not torch.cuda.is_available(), "logging_nan_inf_filter": False}
+    fields |= (stopping if recipe.early_stopping else {}) | recipe.train | owned
     try:
         return SFTConfig(**fields)
     except (TypeError, ValueError, ImportError) as error:
@@ -182,6 +173,7 @@ def tokenizer(recipe: Recipe, outputs: Path, local_files_only: bool = False) -> 
     `local_files_only`: look in the folder and the cache, never on the hub.
     """
     contract, name = contract_of(recipe), recipe.model.get("tokenizer")
+    result: PreTrainedTokenizerBase
     if name in contracts.names():
         result = made_tokenizer(contracts.load(name))
     elif not name and contract and contract.tokenizer:

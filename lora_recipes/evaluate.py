@@ -43,7 +43,7 @@ def _ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, 
     logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
     shares = logits.float().softmax(-1)
     best = shares.topk(3)
-    top = [(tokenizer.decode([i]).strip(), round(p, 4)) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    top = [(str(tokenizer.decode([i])).strip(), round(p, 4)) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
     return Answer(kind, prompt, answer, round(shares[wanted].item(), 4), top)
 
 

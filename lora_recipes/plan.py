@@ -8,36 +8,33 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
-from lora_recipes import adapter, build, data, render, targets
+from lora_recipes import adapter, build, gate, targets
+from lora_recipes.gate import Gate
 from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe
-from lora_recipes.render import Characters, Counts, Example
 from lora_recipes.run import RunFolder
 from lora_recipes.steps import Steps, chart
-
-# Share of rows (or turns) above which training stops; any share above 0 warns. A recipe's data.limits replaces them.
-LIMITS = {"truncated": 0.1, "duplicates": 0.1, "train_in_eval": 0.1, "unfaithful": 1.0, "no_end_of_turn": 1.0}
 
 
 @dataclass
 class Plan:
-    """Everything the plan found: `facts` for machines, `lines` for people, `warnings`; and what training takes over from it."""
+    """What was found: `facts` for machines, `lines` for people, `warnings`; and the `gate`, whose rows training takes over."""
 
+    gate: Gate
     facts: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    train: list[Example] = field(default_factory=list)
-    evaluation: list[Example] = field(default_factory=list)
 
     def say(self, label: str, text: str) -> None:
         """Add a labelled line; further lines of `text` are set under the first."""
         first, *rest = text.split("\n")
         self.lines += [f"{label:<12}{first}", *(f"{'':<12}{line}" for line in rest)]
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """The plan as it is printed."""
         return "\n".join([*self.lines, *(f"WARNING     {w}" for w in self.warnings)])
 
 
@@ -46,51 +43,53 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
 
     `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache.
     """
-    plan = Plan()
     arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
-    plan.facts |= {"recipe": recipe.name, "method": recipe.method, "overrides": list(recipe.overrides.values())}
+    model, config = build.meta_model(recipe, outputs), build.lora_config(recipe)
+    raise_if((targets.problems(model, config, recipe) if config else []) + _packing(model, recipe))
+    plan = Plan(gate.pass_through(recipe, outputs, network))
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
+    plan.facts |= {"recipe": recipe.name, "method": recipe.method, "overrides": list(recipe.overrides.values())}
     plan.say("recipe", f"{recipe.name}{changed}")
-    _model(plan, recipe, outputs)
-    tokens = _data(plan, recipe, outputs, network)
-    _steps(plan, recipe, arguments, devices, tokens)
-    _example(plan, recipe, outputs, network)
+    _model(plan, recipe, model, config)
+    plan.facts["data"] = plan.gate.facts
+    for label, text in gate.lines(plan.gate, recipe):
+        plan.say(label, text)
+    _steps(plan, arguments, devices)
+    plan.say("example", gate.example(plan.gate, recipe))
+    plan.warnings += plan.gate.warnings
     return plan
 
 
-def _model(plan: Plan, recipe: Recipe, outputs: Path) -> None:
-    model = build.meta_model(recipe, outputs)
-    config = build.lora_config(recipe)
-    problems = targets.problems(model, config, recipe) if config else []
-    raise_if(problems + _packing(model, recipe))
-    base = model.num_parameters()
-    source = recipe.model.get("name_or_path") or recipe.model.get("from_recipe", "")
+def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: LoraConfig | None) -> None:
+    base, kind, contract = model.num_parameters(), type(model).__name__, build.contract_of(recipe)
+    source = recipe.model.get("name_or_path") or recipe.model.get("from_recipe")
     source = "random weights" if recipe.model.get("weights") == "random" else source
-    contract = build.contract_of(recipe)
-    known = f", contract {contract.name}" if contract else ""
     words, why = build.precision(recipe)
     compute = next((k for k, on in words.items() if on), "float32")
-    plan.say("base", f"{source}{known}: {type(model).__name__}, weights in {recipe.model['dtype']}, compute in {compute} ({why})")
-    facts = {"name_or_path": source, "class": type(model).__name__, "dtype": recipe.model["dtype"], "base": base}
+    known = f", contract {contract.name}" if contract else ""
+    plan.say("base", f"{source}{known}: {kind}, weights in {recipe.model['dtype']}, compute in {compute} ({why})")
+    trainable, total, size, found = base, base, 0, []
+    if config:
+        found = targets.coverage(model, targets.matched(model, config))
+        trainable, total, size = _counts(model, config, recipe)
+    share = 100 * trainable / total
+    facts = {"name_or_path": source, "class": kind, "dtype": recipe.model["dtype"], "base": base}
+    plan.facts["model"] = facts | {"trainable": trainable, "total": total, "share_percent": share}
     if config is None:
-        plan.facts["model"] = facts | {"trainable": base, "total": base, "share_percent": 100.0}
         plan.say("parameters", f"{base:,}, all trained (full fine-tuning)")
         return
-    found = targets.coverage(model, targets.matched(model, config))
-    trainable, total, size = _counts(model, config)
-    plan.facts["model"] = facts | {"trainable": trainable, "total": total, "share_percent": 100 * trainable / total}
-    plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({100 * trainable / total:.4f} %)")
+    plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
     _adapter(plan, recipe, config, size)
     plan.facts["coverage"] = [vars(c) for c in found]
     plan.say("coverage", "\n".join(map(str, found)))
 
 
-def _counts(model: torch.nn.Module, config: LoraConfig) -> tuple[int, int, int]:
+def _counts(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> tuple[int, int, int]:
     """Trainable and total parameters as PEFT counts them, and the bytes of the adapter's tensors. `model` (meta) gets the adapter."""
     try:
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise RecipeError(Problem("lora", f"PEFT refuses it on this model: {error}")) from None
+        raise RecipeError(Problem(recipe.at("lora"), f"PEFT refuses it on this model: {error}")) from None
     trainable, total = peft_model.get_nb_trainable_parameters()
     state = get_peft_model_state_dict(peft_model)
     return trainable, total, sum(t.numel() * t.element_size() for t in state.values())
@@ -107,10 +106,11 @@ def _adapter(plan: Plan, recipe: Recipe, config: LoraConfig, size: int) -> None:
         plan.warnings.append(f"rank {rank} is above {max(adapter.MAX_LORA_RANKS)}, the largest that vLLM serves: it can only be merged")
 
 
-def _packing(model: torch.nn.Module, recipe: Recipe) -> list[Problem]:
+def _packing(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
+    """Packed rows on linear attention: refused by transformers in the first step, so refused here (hub_kernels.py)."""
     train = recipe.train
     bfd = train.get("packing") and train.get("packing_strategy", "bfd") != "wrapped"
-    types = getattr(model.config.get_text_config(), "layer_types", None) or []  # type: ignore[union-attr, operator]
+    types = getattr(model.config.get_text_config(), "layer_types", None) or []
     if not ((bfd or train.get("padding_free")) and "linear_attention" in types) or importlib.util.find_spec("causal_conv1d"):
         return []
     do = "install causal-conv1d (CUDA), or set train.packing: false; packing_strategy: wrapped runs, but lets rows see each other"
@@ -118,82 +118,13 @@ def _packing(model: torch.nn.Module, recipe: Recipe) -> list[Problem]:
     return [Problem(recipe.at("train", key), "linear-attention layers cannot keep packed rows apart without causal-conv1d", do)]
 
 
-def _tokenizer(recipe: Recipe, outputs: Path, network: bool) -> Any:
-    """The tokenizer, or characters under the contract's chat template when it is neither cached nor to be fetched."""
-    contract = build.contract_of(recipe)
-    try:
-        return build.tokenizer(recipe, outputs, local_files_only=bool(contract) and not network)
-    except RecipeError:
-        if contract is None or network:
-            raise
-        return build.characters(recipe)
-
-
-def _data(plan: Plan, recipe: Recipe, outputs: Path, network: bool) -> Counts:
-    splits = {which: data.read(recipe, which) for which in ("train", "eval")}
-    if recipe.data.get("rows") == "assistant_turn":
-        splits = {which: data.by_assistant_turn(split) for which, split in splits.items()}
-    tokenizer = _tokenizer(recipe, outputs, network)
-    plan.train = render.examples(splits["train"], tokenizer, recipe)
-    plan.evaluation = render.examples(splits["eval"], tokenizer, recipe)
-    counts = render.counts(plan.train, tokenizer, recipe)
-    train, other = splits["train"], splits["eval"]
-    twice, both = train.duplicates, data.in_both(train, other)
-    plan.facts["data"] = {
-        "train": vars(counts) | {"format": train.rows[0].format, "sha256": train.sha256, "duplicates": len(twice)},
-        "eval": vars(render.counts(plan.evaluation, tokenizer, recipe)) | {"sha256": other.sha256, "train_in_eval": len(both)},
-    }
-    plan.say("data", f"train {counts.rows:,} rows ({train.rows[0].format}), eval {len(other.rows):,} rows")
-    if counts.tokens is None:
-        name = recipe.model.get("name_or_path")
-        plan.say("tokens", f"not counted: the tokenizer of {name} is not in the cache and a plan fetches nothing (training counts them)")
-    else:
-        share = 100 * (counts.supervised or 0) / max(counts.tokens, 1)
-        plan.say("tokens", f"{counts.tokens:,} in train, {counts.supervised:,} supervised ({share:.1f} %), longest row {counts.longest:,}")
-    if counts.turns:
-        share = 100 * counts.faithful / counts.turns
-        plan.say("turns", f"{counts.faithful:,} of {counts.turns:,} trained turns stand after the prompt a server renders ({share:.1f} %)")
-    if kwargs := recipe.data.get("chat_template_kwargs"):
-        plan.say("serve with", f"chat_template_kwargs {kwargs}, as trained")
-    plan.lines += [f"{'note':<12}{note}" for split in splits.values() for note in split.notes]
-    shares = {name: counts.share(name) for name in ("truncated", "unfaithful", "no_end_of_turn")}
-    shares |= {"duplicates": len(twice) / counts.rows, "train_in_eval": len(both) / max(len(other.rows), 1)}
-    where = {"duplicates": twice[0].where if twice else "", "train_in_eval": both[0].where if both else ""}
-    _limits(plan, recipe, shares, where)
-    if counts.dropped:
-        plan.warnings.append(f"{counts.dropped} rows are dropped: after truncation nothing in them is trained (raise train.max_length)")
-    return counts
-
-
-def _limits(plan: Plan, recipe: Recipe, shares: dict[str, float], where: dict[str, str]) -> None:
-    said = {
-        "truncated": ("of the rows are cut at train.max_length", "raise train.max_length, or shorten the rows"),
-        "duplicates": ("of the rows are exact duplicates", "remove them"),
-        "train_in_eval": ("of the eval rows stand in train too", "split anew; the eval loss would flatter"),
-        "unfaithful": ("of the trained turns stand after tokens that no server renders", "set data.rows: assistant_turn"),
-        "no_end_of_turn": (
-            "of the trained turns are not trained to stop (no end-of-turn token)",
-            "check tokenizer.eos_token and truncation",
-        ),
-    }
-    limits, problems = LIMITS | recipe.data.get("limits", {}), []
-    for name, share in shares.items():
-        text = f"{100 * share:.1f} % {said[name][0]}" + (f", first {where[name]}" if where.get(name) else "")
-        if share > limits[name]:
-            do = f"{said[name][1]}; or raise data.limits.{name} (now {limits[name]:g})"
-            problems.append(Problem(recipe.at("data", "limits", name), text, do))
-        elif share > 0:
-            plan.warnings.append(f"{text}: {said[name][1]}")
-    raise_if(problems)
-
-
-def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int, counts: Counts) -> None:
-    rows = counts.rows - counts.dropped
+def _steps(plan: Plan, arguments: SFTConfig, devices: int) -> None:
+    rows = plan.gate.counts.rows - plan.gate.counts.dropped
     if arguments.packing:
-        if counts.tokens is None:
+        if plan.gate.counts.tokens is None:
             plan.say("steps", "not counted: packing needs the tokens")
             return
-        packed = pack_dataset(build.dataset(plan.train), arguments.max_length, arguments.packing_strategy)
+        packed = pack_dataset(build.dataset(plan.gate.train), arguments.max_length or 0, arguments.packing_strategy)
         plan.say("packing", f"{rows:,} rows into {len(packed):,} of up to {arguments.max_length} tokens ({arguments.packing_strategy})")
         rows = len(packed)
     steps = Steps(
@@ -206,13 +137,8 @@ def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int, count
         arguments.warmup_steps,
         arguments.dataloader_drop_last,
     )
-    plan.facts["steps"] = {
-        "examples": steps.examples,
-        "per_epoch": steps.per_epoch,
-        "total": steps.total,
-        "warmup": steps.warmup,
-        "devices": devices,
-    }
+    counted = {"examples": steps.examples, "per_epoch": steps.per_epoch, "total": steps.total, "warmup": steps.warmup}
+    plan.facts["steps"] = counted | {"devices": devices}
     plan.say("steps", str(steps))
     share = f"ceil({steps.total} x {arguments.warmup_steps:g}) = " if 0 < arguments.warmup_steps < 1 else ""
     plan.say("warm-up", f"{share}{steps.warmup} steps")
@@ -226,15 +152,8 @@ def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int, count
 def _rate(arguments: SFTConfig, steps: Steps) -> Callable[[int], float] | None:
     """The learning rate at each step, from the scheduler that the trainer will use; None for one that follows a metric."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
-    kwargs = arguments.lr_scheduler_kwargs or {}
+    kwargs: Any = arguments.lr_scheduler_kwargs or {}
     schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, steps.warmup, steps.total, kwargs)
     if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
         return None
     return lambda step: arguments.learning_rate * schedule.lr_lambdas[0](step)
-
-
-def _example(plan: Plan, recipe: Recipe, outputs: Path, network: bool) -> None:
-    tokenizer = _tokenizer(recipe, outputs, network)
-    first = min(plan.train[:50], key=lambda e: len(e.input_ids))
-    unit = "characters shown, not tokens" if isinstance(tokenizer, Characters) else "trained between >> and <<"
-    plan.say("example", f"{first.where} ({unit})\n{render.shown(first, tokenizer, recipe).strip()}")

@@ -110,7 +110,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -122,7 +122,7 @@ def steps_of(folder: Path) -> list[Path]:
 
 def fault(checkpoint: Path, ranks: int = 1) -> str | None:
     """Why `checkpoint` cannot be resumed from, or None when it is whole: weights, optimizer, schedule, random state and trainer state."""
-    weights = [p for p in (*checkpoint.glob("adapter_model*.safetensors"), *checkpoint.glob("model*.safetensors"))]
+    weights = [*checkpoint.glob("adapter_model*.safetensors"), *checkpoint.glob("model*.safetensors")]
     states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{i}.pth" for i in range(ranks)]
     if not weights:
         return "no weights (*.safetensors)"
@@ -162,7 +162,7 @@ def _safetensors_fault(path: Path) -> str | None:
 
 def newest_whole(folder: Path, ranks: int = 1) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be resumed from, and a sentence for each newer one that was skipped."""
-    skipped = []
+    skipped: list[str] = []
     for checkpoint in steps_of(folder):
         reason = fault(checkpoint, ranks)
         if reason is None:

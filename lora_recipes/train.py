@@ -1,31 +1,44 @@
 """Train a recipe: plan, check, one SFTTrainer, verify, and leave a run folder. `make train RECIPE=x`."""
 
+import contextlib
 import errno
 import math
 import resource
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedTokenizerBase, ProgressCallback
-from trl import SFTTrainer
+from transformers import ProgressCallback
 
 from lora_recipes import build, card, evaluate, watch
 from lora_recipes import plan as plans
 from lora_recipes.messages import Problem, RecipeError
+from lora_recipes.plan import Plan
 from lora_recipes.recipe import Recipe
 from lora_recipes.run import RunFolder, differences, environment, newest_whole, now, replace_folder, steps_of, write
 from lora_recipes.yamlfile import shown
 
 
-def say(text: str = "") -> None:
-    """Print on the first process only."""
-    if PartialState().is_main_process:
-        print(text, flush=True)
+@dataclass
+class Session:
+    """One training run while it lasts."""
+
+    recipe: Recipe
+    outputs: Path
+    folder: RunFolder
+    plan: Plan
+    trainer: Any  # trl.SFTTrainer, whose `model` is typed as optional
+    facts: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the rows were made with."""
+        return self.plan.gate.tokenizer
 
 
 def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = False) -> dict[str, Any]:
@@ -37,32 +50,42 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     _may_start(folder, recipe, resume, force)
     _base(recipe, outputs)
     plan = plans.make(recipe, outputs, PartialState().num_processes, network=True)
-    say(str(plan))
+    say(plan.text())
     if wrong := build.contract_differences(recipe, outputs):
         do = "the plan describes another model: correct the contract, or name_or_path"
         raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
-    tokenizer = build.tokenizer(recipe, outputs)
-    facts = _resume_facts(plan, tokenizer)
+    facts = _resume_facts(plan)
     checkpoint = _checkpoint(folder, recipe, facts) if resume else None
-    if checkpoint is None and PartialState().is_main_process:
-        shutil.rmtree(folder.path, ignore_errors=True)
-    PartialState().wait_for_everyone()
 
-    arguments = build.sft_config(recipe, folder)
+    arguments, base = build.sft_config(recipe, folder), build.model(recipe, outputs)
     callbacks = [watch.Record(folder, checkpoint), watch.Finite(recipe)]
-    trainer = build.trainer(recipe, arguments, build.model(recipe, outputs), tokenizer, plan.train, plan.evaluation, callbacks)
+    trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, plan.gate.train, plan.gate.evaluation, callbacks)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
-    _as_planned(trainer, recipe, plan)
-    record = folder.record if checkpoint else _begin(folder, recipe, outputs, plan, facts, trainer, tokenizer)
+    session = Session(recipe, outputs, folder, plan, trainer, facts)
+    _as_planned(session)
+    record = _continue(session, checkpoint) if checkpoint else _begin(session)
     say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
     try:
-        record |= _run(trainer, recipe, folder, checkpoint)
-        _finish(trainer, recipe, folder, record, tokenizer)
+        record |= _run(session, checkpoint)
+        _finish(session, record)
     except (RecipeError, KeyboardInterrupt) as error:
-        _record(folder, record | {"status": "failed", "error": str(error) or "interrupted", "ended": now()})
+        with contextlib.suppress(OSError):  # a full disk must not hide what filled it
+            _save(folder, record | {"status": "failed", "error": str(error) or "interrupted", "ended": now()})
         raise
+    _report(session, record)
     return record
+
+
+def say(text: str = "") -> None:
+    """Print on the first process only."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def _save(folder: RunFolder, record: dict[str, Any]) -> None:
+    if PartialState().is_main_process:
+        folder.write_record(record)
 
 
 def _may_start(folder: RunFolder, recipe: Recipe, resume: bool, force: bool) -> None:
@@ -70,7 +93,7 @@ def _may_start(folder: RunFolder, recipe: Recipe, resume: bool, force: bool) -> 
     if resume and force:
         raise RecipeError(Problem(where, "RESUME and FORCE exclude each other", "continue the run, or begin it anew"))
     if folder.finished and not force:
-        do = f"FORCE=1 trains it anew and replaces it; or copy the recipe to a new name: configs/recipes/{recipe.name}_2.yaml"
+        do = "FORCE=1 trains anew and replaces it; OUTPUTS=dir keeps it and trains elsewhere; or copy the recipe to a new name"
         raise RecipeError(Problem(where, "holds a finished run", do))
     if saved and not (resume or force):
         raise RecipeError(Problem(where, f"holds an unfinished run ({saved[0]})", "RESUME=1 continues it, FORCE=1 begins anew"))
@@ -88,23 +111,24 @@ def _base(recipe: Recipe, outputs: Path) -> None:
     base = build.base_recipe(recipe)
     folder = RunFolder(outputs / base.name)
     if folder.finished:
-        if (folder.path / "recipe.yaml").read_text() != base.to_yaml():
+        if (folder.path / "recipe.yaml").read_text(encoding="utf-8") != base.to_yaml():
             do = f"make train RECIPE={base.name} FORCE=1"
             raise RecipeError(Problem(shown(folder.path), f"was trained from another version of the recipe {base.name}", do))
         return
     if PartialState().num_processes > 1:
         do = f"train it first, in one process: make train RECIPE={base.name}"
         raise RecipeError(Problem(recipe.at("model", "from_recipe"), f"the base {base.name} is not trained yet", do))
-    say(f"base {base.name} is not trained yet: training it first\n")
+    say(f"the base {base.name} is not trained yet: training it first\n")
     train(base, outputs, force=True)
     say("\n")
 
 
-def _resume_facts(plan: plans.Plan, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _resume_facts(plan: Plan) -> dict[str, Any]:
+    """What a resumed run must find as it was, beyond the recipe."""
     return {
         "train data sha256": plan.facts["data"]["train"]["sha256"],
-        "tokens sha256": watch.sha256(plan.train),
-        "chat template sha256": watch.sha256(tokenizer.chat_template),
+        "tokens sha256": watch.sha256(plan.gate.train),
+        "chat template sha256": watch.sha256(plan.gate.tokenizer.chat_template),
         "processes": PartialState().num_processes,
     }
 
@@ -121,63 +145,69 @@ def _checkpoint(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> Pat
     return checkpoint
 
 
-def _as_planned(trainer: SFTTrainer, recipe: Recipe, plan: plans.Plan) -> None:
-    """What the trainer holds is what the plan said: trainable parameters, and rows."""
+def _as_planned(session: Session) -> None:
+    """What the trainer holds is what the plan said: trainable parameters, and steps an epoch."""
+    recipe, trainer, planned = session.recipe, session.trainer, session.plan.facts
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
     if recipe.method == "lora" and trainable in (0, total):
-        found = f"{trainable:,} of {total:,} parameters are trainable: {'nothing' if not trainable else 'everything'} would be trained"
+        found = f"{trainable:,} of {total:,} parameters are trainable: {'everything' if trainable else 'nothing'} would be trained"
         raise RecipeError(Problem(recipe.at("lora"), found, "an adapter trains a small share; look at target_modules and modules_to_save"))
-    planned = plan.facts["model"]["trainable"]
-    if trainable != planned:
-        raise RecipeError(
-            Problem(recipe.at(recipe.method), f"{trainable:,} trainable parameters, {planned:,} planned", "please report this")
-        )
-    rows, steps = len(trainer.train_dataset), plan.facts["steps"]
-    batches = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-    if batches != steps["per_epoch"]:
-        found = f"{rows:,} rows give {batches} steps an epoch, {steps['per_epoch']} planned"
+    if trainable != planned["model"]["trainable"]:
+        found = f"{trainable:,} trainable parameters, {planned['model']['trainable']:,} planned"
+        raise RecipeError(Problem(recipe.at(recipe.method), found, "please report this"))
+    steps = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    if steps != planned["steps"]["per_epoch"]:
+        found = f"{len(trainer.train_dataset):,} rows give {steps} steps an epoch, {planned['steps']['per_epoch']} planned"
         raise RecipeError(Problem(recipe.at("train"), found, "please report this"))
 
 
-def _begin(
-    folder: RunFolder, recipe: Recipe, outputs: Path, plan: plans.Plan, facts: dict[str, Any], trainer: SFTTrainer, tokenizer: Any
-) -> dict[str, Any]:
-    config = trainer.model.config
-    base = {"name_or_path": build.base_path(recipe, outputs), "revision": getattr(config, "_commit_hash", None)}
-    base |= {"config_sha256": watch.sha256(build.real_config(recipe, outputs).to_dict())}
-    record = {"status": "running", "recipe": recipe.name, "started": now(), **environment(), "base": base, "plan": plan.facts}
+def _begin(session: Session) -> dict[str, Any]:
+    """Clear the folder (what was there was asked to go), and write recipe.yaml and the first run.json."""
+    recipe, folder, trainer = session.recipe, session.folder, session.trainer
+    config = build.real_config(recipe, session.outputs)
+    base = {"name_or_path": build.base_path(recipe, session.outputs), "revision": getattr(config, "_commit_hash", None)}
+    base |= {"config_sha256": watch.sha256(config.to_dict())}
+    record = {"status": "running", "recipe": recipe.name, "started": now(), **environment(), "base": base, "plan": session.plan.facts}
     record["hardware"] |= {"device": str(trainer.args.device), "processes": PartialState().num_processes, **watch.accelerator()}
-    record |= {"resume_facts": facts, "warnings": plan.warnings}
-    record["probes"] = {"before": evaluate.probes(trainer.model, tokenizer, recipe)}
+    record |= {"resume_facts": session.facts, "warnings": session.plan.warnings}
+    record["probes"] = {"before": evaluate.probes(trainer.model, session.tokenizer, recipe)}
     if PartialState().is_main_process:
+        shutil.rmtree(folder.path, ignore_errors=True)
         write(folder.path / "recipe.yaml", recipe.to_yaml())
-    _record(folder, record)
+        folder.write_record(record)
+    PartialState().wait_for_everyone()
     return record
 
 
-def _record(folder: RunFolder, record: dict[str, Any]) -> None:
-    if PartialState().is_main_process:
-        folder.write_record(record)
+def _continue(session: Session, checkpoint: Path) -> dict[str, Any]:
+    record = session.folder.record
+    record.pop("error", None)
+    record |= {"status": "running", "resumed": [*record.get("resumed", []), {"from": checkpoint.name, "at": now()}]}
+    _save(session.folder, record)
+    return record
 
 
-def _run(trainer: SFTTrainer, recipe: Recipe, folder: RunFolder, checkpoint: Path | None) -> dict[str, Any]:
-    began = time.monotonic()
+def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
+    began, trainer = time.monotonic(), session.trainer
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError) as error:
-        raise _explained(error, trainer, folder) from error
+        raise _explained(error, session) from error
     seconds = time.monotonic() - began
     metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
     if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
-    done = trainer.state.global_step
+        last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {"step": None})
+        fresh = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+        metrics |= last if fresh else trainer.evaluate()
     memory = {"max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | watch.accelerator_memory()
-    return {"steps": done, "epochs": trainer.state.epoch, "seconds": round(seconds, 2), "metrics": metrics, "memory": memory}
+    steps, epochs = trainer.state.global_step, trainer.state.epoch
+    return {"steps": steps, "epochs": epochs, "seconds": round(seconds, 2), "metrics": metrics, "memory": memory}
 
 
-def _explained(error: OSError | RuntimeError, trainer: SFTTrainer, folder: RunFolder) -> Exception:
+def _explained(error: OSError | RuntimeError, session: Session) -> Exception:
     """A full disk comes as OSError 28 or, from inside torch.save, as a RuntimeError that does not say so."""
+    folder = session.folder
     existing = next(p for p in (folder.checkpoints, *folder.checkpoints.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
@@ -187,7 +217,7 @@ def _explained(error: OSError | RuntimeError, trainer: SFTTrainer, folder: RunFo
     kept = (
         f"{whole.name} is whole: free some space, then RESUME=1" if whole else "no checkpoint is whole yet: free some space, then FORCE=1"
     )
-    found = f"the disk is full ({free / 2**20:.1f} MiB free) while saving at step {trainer.state.global_step}"
+    found = f"the disk is full ({free / 2**20:.1f} MiB free) while saving at step {session.trainer.state.global_step}"
     return RecipeError(Problem(shown(folder.checkpoints), found, kept))
 
 
@@ -195,21 +225,23 @@ def untrained(model: torch.nn.Module) -> list[str]:
     """The adapted modules whose A or B is not finite, or all zero: a zero factor means that nothing was learned there."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-                for weight in getattr(module, kind).parameters() if hasattr(getattr(module, kind), "parameters") else []:
-                    if not weight.isfinite().all():
-                        found.append(f"{name}.{kind} is not finite")
-                    elif not weight.any():
-                        found.append(f"{name}.{kind} is all zero")
+        for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") if isinstance(module, LoraLayer) else ():
+            for factor in getattr(module, kind).values():
+                weight = getattr(factor, "weight", factor)
+                if not weight.isfinite().all():
+                    found.append(f"{name}.{kind} is not finite")
+                elif not weight.any():
+                    found.append(f"{name}.{kind} is all zero")
     return found
 
 
-def _finish(trainer: SFTTrainer, recipe: Recipe, folder: RunFolder, record: dict[str, Any], tokenizer: Any) -> None:
+def _finish(session: Session, record: dict[str, Any]) -> None:
+    """Verify, then move the result into place; run.json says `finished` only after that."""
+    recipe, folder, trainer = session.recipe, session.folder, session.trainer
     if recipe.method == "lora" and (wrong := untrained(trainer.accelerator.unwrap_model(trainer.model))):
         do = "the adapter is not saved; look at the learning rate, the number of steps and whether these modules are used at all"
         raise RecipeError([Problem(recipe.at("lora", "target_modules"), line, do) for line in wrong[:20]])
-    record["probes"]["after"] = evaluate.probes(trainer.model, tokenizer, recipe)
+    record["probes"]["after"] = evaluate.probes(trainer.model, session.tokenizer, recipe)
     final = folder.result(recipe.method)
     temporary = final.with_name(f".{final.name}.tmp")
     trainer.save_model(str(temporary))
@@ -221,16 +253,15 @@ def _finish(trainer: SFTTrainer, recipe: Recipe, folder: RunFolder, record: dict
         replace_folder(temporary, final)
         watch.draw(folder)
         folder.write_record(record)
-    _report(recipe, folder, record)
 
 
-def _report(recipe: Recipe, folder: RunFolder, record: dict[str, Any]) -> None:
+def _report(session: Session, record: dict[str, Any]) -> None:
     metrics = record["metrics"]
     losses = [f"{name} {metrics[key]:.4f}" for name, key in (("train loss", "train_loss"), ("eval loss", "eval_loss")) if key in metrics]
     say(f"\n{record['steps']} steps in {record['seconds']:.1f} s; {', '.join(losses)}")
-    if recipe.method == "lora":
+    if session.recipe.method == "lora":
         say("every adapted module has finite, non-zero A and B")
-    lines = evaluate.table(record["probes"]["before"], record["probes"]["after"])
-    say("\n".join(["", *lines]) if lines else "")
-    final = folder.result(recipe.method)
-    say(f"{shown(final)}/  {record['result_bytes']:,} bytes;  also run.json, metrics.jsonl, loss.png, recipe.yaml")
+    if lines := evaluate.table(record["probes"]["before"], record["probes"]["after"]):
+        say("\n" + "\n".join(lines))
+    final = session.folder.result(session.recipe.method)
+    say(f"\n{shown(final)}/  {record['result_bytes']:,} bytes;  beside it run.json, metrics.jsonl, loss.png, recipe.yaml")

@@ -18,7 +18,7 @@ def main() -> int:
         from lora_recipes import plan
 
         made = plan.make(checked, given.outputs, given.devices)
-        print(json.dumps(made.facts | {"warnings": made.warnings}, indent=2, ensure_ascii=False) if given.json else made)
+        print(json.dumps(made.facts | {"warnings": made.warnings}, indent=2, ensure_ascii=False) if given.json else made.text())
 
     return cli.run(action, given.traceback)
 

@@ -1,0 +1,115 @@
+"""The data as it will be trained: read, checked, made into tokens, counted and held against limits, before any weight is loaded."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_recipes import build, data, render
+from lora_recipes.data import Split
+from lora_recipes.messages import Problem, RecipeError, raise_if
+from lora_recipes.recipe import Recipe
+from lora_recipes.render import Characters, Counts, Example
+
+# Share of rows (or of trained turns) above which training stops; any share above 0 warns. A recipe's data.limits replaces them.
+LIMITS = {"truncated": 0.1, "duplicates": 0.1, "train_in_eval": 0.1, "unfaithful": 1.0, "no_end_of_turn": 1.0}
+# What each share means, and what to do about it.
+SAID = {
+    "truncated": ("of the rows are cut at train.max_length", "raise train.max_length, or shorten the rows"),
+    "duplicates": ("of the rows are exact duplicates", "remove them"),
+    "train_in_eval": ("of the eval rows stand in train too", "split anew; the eval loss would flatter"),
+    "unfaithful": ("of the trained turns stand after tokens that no server renders", "set data.rows: assistant_turn"),
+    "no_end_of_turn": ("of the trained turns are not trained to stop (no end-of-turn token)", "check tokenizer.eos_token and truncation"),
+}
+
+
+@dataclass
+class Gate:
+    """Both splits as they go to the trainer (`train`, `evaluation`), their `counts`, the tokenizer, and what to say about them."""
+
+    tokenizer: Any
+    splits: dict[str, Split]
+    train: list[Example]
+    evaluation: list[Example]
+    counts: Counts
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def pass_through(recipe: Recipe, outputs: Path, network: bool) -> Gate:
+    """Take the recipe's data through the gate. RecipeError lists faulty rows, or the limits that are exceeded.
+
+    `network`: may the tokenizer be fetched? Without one at hand the chat template alone is compared, and tokens are not counted.
+    """
+    splits = {which: data.read(recipe, which) for which in ("train", "eval")}
+    if recipe.data.get("rows") == "assistant_turn":
+        splits = {which: data.by_assistant_turn(split) for which, split in splits.items()}
+    tokenizer = _tokenizer(recipe, outputs, network)
+    train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
+    gate = Gate(tokenizer, splits, train, evaluation, render.counts(train, tokenizer, recipe))
+    twice, both = splits["train"].duplicates, data.in_both(splits["train"], splits["eval"])
+    gate.facts = {
+        "train": vars(gate.counts) | {"format": splits["train"].rows[0].format, "duplicates": len(twice), "sha256": splits["train"].sha256},
+        "eval": vars(render.counts(evaluation, tokenizer, recipe)) | {"train_in_eval": len(both), "sha256": splits["eval"].sha256},
+    }
+    shares = {name: gate.counts.share(name) for name in ("truncated", "unfaithful", "no_end_of_turn")}
+    shares |= {"duplicates": len(twice) / gate.counts.rows, "train_in_eval": len(both) / max(len(evaluation), 1)}
+    _limits(gate, recipe, shares, {"duplicates": twice, "train_in_eval": both})
+    if gate.counts.dropped:
+        gate.warnings.append(
+            f"{gate.counts.dropped} rows are dropped: nothing in them is trained after truncation (raise train.max_length)"
+        )
+    return gate
+
+
+def _tokenizer(recipe: Recipe, outputs: Path, network: bool) -> Any:
+    """The tokenizer; or, when it is neither cached nor to be fetched, characters under the contract's chat template."""
+    has_contract = build.contract_of(recipe) is not None
+    try:
+        return build.tokenizer(recipe, outputs, local_files_only=has_contract and not network)
+    except RecipeError:
+        if network or not has_contract:
+            raise
+        return build.characters(recipe)
+
+
+def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], rows: dict[str, list[data.Row]]) -> None:
+    limits, problems = LIMITS | recipe.data.get("limits", {}), []
+    for name, share in shares.items():
+        found, do = SAID[name]
+        first = f", first {rows[name][0].where}" if rows.get(name) else ""
+        text = f"{100 * share:.1f} % {found}{first}"
+        if share > limits[name]:
+            problems.append(Problem(recipe.at("data", "limits", name), text, f"{do}; or raise data.limits.{name} (now {limits[name]:g})"))
+        elif share > 0:
+            gate.warnings.append(f"{text}: {do}")
+    raise_if(problems)
+
+
+def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
+    """What a person reads of it: (label, text) pairs."""
+    counts, rows = gate.counts, gate.splits["train"].rows
+    said = [("data", f"train {counts.rows:,} rows ({rows[0].format}), eval {len(gate.evaluation):,} rows")]
+    if counts.tokens is None:
+        name = recipe.model.get("name_or_path")
+        said.append(
+            ("tokens", f"not counted: the tokenizer of {name} is not in the cache and a plan fetches nothing (training counts them)")
+        )
+    else:
+        share = 100 * (counts.supervised or 0) / max(counts.tokens, 1)
+        said.append(
+            ("tokens", f"{counts.tokens:,} in train, {counts.supervised:,} supervised ({share:.1f} %); longest row {counts.longest:,}")
+        )
+    if counts.turns:
+        share = 100 * counts.faithful / counts.turns
+        text = f"{counts.faithful:,} of {counts.turns:,} trained turns stand after the prompt a server renders ({share:.1f} %)"
+        said.append(("turns", text))
+    if kwargs := recipe.data.get("chat_template_kwargs"):
+        said.append(("serve with", f"chat_template_kwargs {kwargs}, as trained"))
+    return said + [("note", note) for split in gate.splits.values() for note in split.notes]
+
+
+def example(gate: Gate, recipe: Recipe) -> str:
+    """The shortest of the first 50 rows, with what is trained between >> and <<."""
+    first = min(gate.train[:50], key=lambda e: len(e.input_ids))
+    stand_in = "; from the chat template alone" if isinstance(gate.tokenizer, Characters) else ""
+    return f"{first.where} (trained between >> and <<{stand_in})\n{render.shown(first, gate.tokenizer, recipe).strip()}"

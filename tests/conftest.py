@@ -1,0 +1,39 @@
+"""What the tests share: recipes written to a temporary folder, and one trained base for the whole session."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_recipes import recipe as recipes
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """Writes a recipe made of a shipped one with `section.key` changes; returns its path. A value of ... removes the key."""
+
+    def write(base: str, name: str | None = None, **changes) -> Path:
+        sections = yaml.safe_load(recipes.load(base).to_yaml())
+        for key, value in changes.items():
+            section, _, field = key.partition("__")
+            if not field:
+                sections[section] = value
+            elif value is ...:
+                sections[section].pop(field, None)
+            else:
+                sections.setdefault(section, {})[field] = value
+        path = tmp_path / f"{name or base}.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in sections.items() if v is not ...}, allow_unicode=True))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """An outputs folder in which the embedded default has been trained: tiny_base, and tiny_facts on it."""
+    from lora_recipes.train import train
+
+    outputs = tmp_path_factory.mktemp("outputs")
+    train(recipes.load("tiny_facts"), outputs)
+    return outputs
