@@ -3,36 +3,19 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lora_recipes import yamlfile
-from lora_recipes.messages import Problem, RecipeError
+from lora_recipes.messages import Problem, raise_if
 from lora_recipes.recipe import Recipe, rooted
+from lora_recipes.rows import Fault, Row, used
+from lora_recipes.rows import faults as row_faults
 
-ROLES = ("system", "user", "assistant", "tool")
-FORMATS = ("messages", "prompt/completion", "text")
 SHOWN = 20  # faults listed one by one; the rest are counted
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example: `value` holds `messages`, or `prompt` and `completion`, or `text` (and `tools`); `where` is file:line."""
-
-    where: str
-    value: dict[str, Any]
-
-    @property
-    def format(self) -> str:
-        """`messages`, `prompt/completion` or `text`."""
-        return "prompt/completion" if "prompt" in self.value else "messages" if "messages" in self.value else "text"
-
-    @property
-    def key(self) -> str:
-        """The row's content as text: two rows with the same key are exact duplicates."""
-        return json.dumps(self.value, sort_keys=True, ensure_ascii=False)
+HUB_SECONDS = 5  # until the hub counts as unreachable; its own client retries five times and takes 23 s without a network
 
 
 @dataclass
@@ -59,41 +42,49 @@ class Split:
 
 def read(recipe: Recipe, which: str) -> Split:
     """The rows of `data.train` or `data.eval` (`which`), checked; RecipeError lists the first 20 faults and counts the rest."""
-    sources = recipe.data.get(which)
-    split, faults = Split(), []
-    for number, source in enumerate([sources] if isinstance(sources, str) else sources or []):
-        entry = {"path": source} if isinstance(source, str) else source
-        at = recipe.at("data", which) if isinstance(sources, str) else recipe.at("data", which, number)
-        rows, unused = [], set()
+    sources, text_field = recipe.data.get(which) or [], recipe.train.get("dataset_text_field", "text")
+    split, first = Split(), None
+    faults: list[Problem] = []
+    for number, source in enumerate([sources] if isinstance(sources, str) else sources):
+        at = recipe.at("data", which, *([] if isinstance(sources, str) else [number]))
+        entry: dict[str, Any] = {"path": source} if isinstance(source, str) else source
+        rows, unused, before = [], set(), len(faults)
         for where, raw in _records(entry, at, faults):
-            value = {k: v for k, v in raw.items() if k in ("messages", "prompt", "completion", "text", "tools")}
-            unused |= set(raw) - set(value)
-            found = row_faults(raw, recipe.train.get("dataset_text_field", "text"))
+            row = Row(where, used(raw, text_field))
+            found = row_faults(raw, text_field) or _mixed(row, first or row)
             faults += [Problem(where, *fault) for fault in found]
-            rows.append(Row(where, value))
+            unused |= {k for k, v in raw.items() if v is not None} - set(row.value) - {text_field}
+            if not found:
+                rows.append(row)
+                first = first or row
         if unused:
             split.notes.append(f"{which}: fields not used for training: {', '.join(sorted(unused))}")
-        split.rows += _weighted(rows, entry.get("weight", 1), recipe.train.get("seed", 42))
-    faults += _mixed(split.rows)
-    if faults:
-        rest = [Problem(f"data.{which}", f"{len(faults) - SHOWN} more faults")] if len(faults) > SHOWN else []
-        raise RecipeError(faults[:SHOWN] + rest)
-    if sources and not split.rows:
-        raise RecipeError(Problem(recipe.at("data", which), "no rows", "the file is empty"))
+        weighted = _weighted(rows, entry.get("weight", 1), recipe.train.get("seed", 42))
+        if not weighted and len(faults) == before:
+            none = f"weight {entry['weight']:g} of {len(rows)} rows is no row" if rows else f"{entry['path']} has no rows"
+            faults.append(Problem(at, none, "take more of it, or remove it"))
+        split.rows += weighted
+    raise_first(faults, f"data.{which}")
     return split
 
 
+def raise_first(faults: list[Problem], where: str) -> None:
+    """Raise one RecipeError with the first 20 of `faults`, each once, and a count of the rest, if there are any."""
+    faults = list(dict.fromkeys(faults))  # a file that is named by two sources is read twice
+    more = len(faults) - SHOWN
+    raise_if(faults[:SHOWN] + ([Problem(where, f"and {more} more {'fault' if more == 1 else 'faults'}")] if more > 0 else []))
+
+
 def by_assistant_turn(split: Split) -> Split:
-    """`data.rows: assistant_turn`: for each assistant turn a row of its own, its history as the prompt and the turn as completion."""
+    """`data.rows: assistant_turn`: for each trained assistant turn a row of its own, its history as the prompt, itself as completion."""
     rows = []
     for row in split.rows:
-        if row.format != "messages":
+        if not row.conversational or (row.history and len(row.value["completion"]) == 1):
             rows.append(row)
             continue
-        tools = {"tools": row.value["tools"]} if row.value.get("tools") else {}
-        for i, message in enumerate(row.value["messages"]):
-            if message["role"] == "assistant":
-                rows.append(Row(f"{row.where}#{i + 1}", {"prompt": row.value["messages"][:i], "completion": [message]} | tools))
+        for i, message in enumerate(row.messages):
+            if i >= len(row.history) and message["role"] == "assistant":
+                rows.append(Row(f"{row.where}#{i + 1}", {"prompt": row.messages[:i], "completion": [message]} | row.options))
     return Split(rows, split.notes)
 
 
@@ -104,53 +95,80 @@ def in_both(train: Split, other: Split) -> list[Row]:
 
 
 def _records(source: dict[str, Any], at: str, faults: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row of a source with its file:line. What cannot be read as a row is added to `faults`."""
     path = rooted(source["path"])
-    if path.suffix in (".jsonl", ".json") or path.exists():
-        return _jsonl(path, at, faults)
-    return _hub(source, at)
-
-
-def _jsonl(path: Path, at: str, faults: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source["path"]) and path.suffix not in (".jsonl", ".json", ".csv", ".parquet", ".txt")
+    if hub_name and not path.exists():
+        yield from _hub(source, at, faults)
+        return
     name = yamlfile.shown(path)
+    if options := [k for k in ("name", "split", "revision") if k in source]:
+        faults.append(Problem(at, f"{' and '.join(options)} would be ignored", f"{name} is a file, not a data set on the hub"))
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise RecipeError(Problem(at, f"{name} cannot be read ({error.strerror})", "give a JSONL file, or a data set on the hub")) from None
+        faults.append(Problem(at, f"{name} cannot be read ({error.strerror})", "give a JSONL file, or owner/name of a data set on the hub"))
+        return
     if content.lstrip()[:1] == b"[":
-        raise RecipeError(Problem(f"{name}:1", "a JSON list", "write one row a line (JSONL): jq -c '.[]' in.json > out.jsonl"))
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            value = json.loads(line.decode("utf-8"))
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate cannot be tokenised
-        except UnicodeDecodeError as error:
-            faults.append(Problem(where, f"not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1})", "save the file as UTF-8"))
-        except UnicodeEncodeError:
-            faults.append(Problem(where, "half of a surrogate pair (\\ud800..\\udfff)", "repair the text that was cut there"))
-        except json.JSONDecodeError as error:
-            faults.append(Problem(where, f"broken JSON: {error.msg} at column {error.colno}"))
-        else:
-            if isinstance(value, dict):
-                yield where, value
-            else:
-                faults.append(Problem(where, f"a {type(value).__name__}, not an object", 'write {"messages": [...]}'))
+        faults.append(Problem(f"{name}:1", "a JSON list", "write one row a line (JSONL): jq -c '.[]' in.json > out.jsonl"))
+    elif content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        faults.append(Problem(f"{name}:1", "UTF-16, not UTF-8", "save the file as UTF-8"))
+    else:
+        for number, line in enumerate(content.split(b"\n"), 1):
+            found = _parsed(line) if line.strip() else None
+            if isinstance(found, dict):
+                yield f"{name}:{number}", found
+            elif found:
+                faults.append(Problem(f"{name}:{number}", *found))
 
 
-def _hub(source: dict[str, Any], at: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import load_dataset
-
-    options = {k: v for k, v in source.items() if k in ("name", "revision")}
-    split = source.get("split", "train")
+def _parsed(line: bytes) -> dict[str, Any] | Fault:
     try:
-        rows: Iterable = load_dataset(source["path"], split=split, **options)
-    except Exception as error:  # every kind of network, hub and format error; the first line says which
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        do = "a local file ends in .jsonl; a hub data set is owner/name (is there a network?)"
-        raise RecipeError(Problem(at, f"the data set {source['path']} cannot be loaded: {first}", do)) from error
-    for number, value in enumerate(rows):
-        yield f"{source['path']}[{split}] row {number}", {k: v for k, v in value.items() if v is not None}
+        value = json.loads(line.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate cannot be made into tokens
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1})", "save the file as UTF-8"
+    except UnicodeEncodeError:
+        return "half of a surrogate pair (\\ud800..\\udfff)", "repair the text that was cut there"
+    except json.JSONDecodeError as error:
+        return f"broken JSON: {error.msg} at column {error.colno}", "one whole JSON object a line"
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits; brackets a thousand deep
+        return f"JSON that Python cannot read: {error}", ""
+    return value if isinstance(value, dict) else (f"a {type(value).__name__}, not an object", 'write {"messages": [...]}')
+
+
+def _hub(source: dict[str, Any], at: str, faults: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    from datasets import config, load_dataset  # 1 s to import, and only hub data needs it
+
+    options, split = {k: v for k, v in source.items() if k in ("name", "revision")}, source.get("split", "train")
+    unreachable, offline = _unreachable(source["path"]), config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = offline or bool(unreachable)  # then it comes from the cache or fails, without the retries
+    try:
+        loaded = load_dataset(source["path"], split=split, **options)
+    except Exception as error:  # every kind of network, hub and format error; its first line says which
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = f"the hub does not give it ({unreachable}), and it is not in the cache" if unreachable else first
+        do = "a local file ends in .jsonl; a data set on the hub is owner/name"
+        faults.append(Problem(at, f"the data set {source['path']} cannot be loaded: {why}", do))
+        return
+    finally:
+        config.HF_HUB_OFFLINE = offline
+    for number, value in enumerate(loaded):
+        yield f"{source['path']}[{split}] row {number}", dict(value)
+
+
+def _unreachable(name: str) -> str:
+    """Why the hub does not answer; empty when it does, be it with an error."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        return ""  # load_dataset will say what is wrong
+    except Exception as error:  # of the HTTP library, whichever the installed hub client has
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _weighted(rows: list[Row], weight: float, seed: int) -> list[Row]:
@@ -160,77 +178,9 @@ def _weighted(rows: list[Row], weight: float, seed: int) -> list[Row]:
     return rows * whole + [rows[i] for i in chosen]
 
 
-def row_faults(value: dict[str, Any], text_field: str = "text") -> list[tuple[str, str]]:
-    """What is wrong with one row, as (found, what to do) pairs; empty when it can be trained on."""
-    if text_field != "text" and text_field in value:
-        value = value | {"text": value[text_field]}
-    has_pair, kinds = "prompt" in value or "completion" in value, [k for k in ("messages", "text") if k in value]
-    if len(kinds) + has_pair > 1:
-        return [(f"both {' and '.join([*kinds, *['prompt/completion'] * has_pair])}", "keep one; the trainer would silently choose")]
-    if has_pair:
-        missing = [k for k in ("prompt", "completion") if value.get(k) is None]
-        return [(f"{missing[0]} is missing or null", "")] if missing else _pair_faults(value["prompt"], value["completion"])
-    if "messages" in value:
-        return _message_faults(value["messages"], "messages", needs_assistant=True)
-    if "text" in value:
-        good = isinstance(value["text"], str) and value["text"].strip()
-        return [] if good else [("text is empty or not a string", "")]
-    return [(f"no messages, prompt/completion or text, but {', '.join(map(repr, value)) or 'nothing'}", "rename the field")]
-
-
-def _pair_faults(prompt: Any, completion: Any) -> list[tuple[str, str]]:
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return [] if completion.strip() else [("completion is empty", "")]
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        return [("prompt and completion must both be strings or both be lists of messages", "")]
-    faults = _message_faults(prompt, "prompt", needs_assistant=False)
-    faults += _message_faults(completion, "completion", needs_assistant=True, start=len(prompt))
-    if not faults and [prompt[-1]["role"], completion[0]["role"]] == ["user", "user"]:
-        faults.append(("two user turns in a row", "the completion begins with the assistant's turn"))
-    if not faults and prompt[-1]["role"] == "assistant":
-        faults.append(("the prompt ends with an assistant turn", "it ends with what the assistant answers"))
-    return faults
-
-
-def _message_faults(messages: Any, name: str, needs_assistant: bool, start: int = 0) -> list[tuple[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        return [(f"{name} is {'empty' if messages == [] else 'not a list'}", 'write [{"role": ..., "content": ...}, ...]')]
-    faults, before = [], None
-    for i, message in enumerate(messages):
-        at = f"{name}[{i}]"
-        if not isinstance(message, dict) or "role" not in message:
-            faults.append((f"{at} has no role", "a message is an object with role and content"))
-            continue
-        role, content = message["role"], message.get("content")
-        if role not in ROLES:
-            faults.append((f"{at} has the unknown role {role!r}", f"one of {', '.join(ROLES)}"))
-        if role == "system" and start + i > 0:
-            faults.append((f"{at} is a system turn, but not the first", "templates drop or refuse it"))
-        if role == "user" and before == "user":
-            faults.append((f"two user turns in a row at {at}", "join them, or add the reply that is missing"))
-        if role == "assistant" and before == "assistant":
-            faults.append((f"two assistant turns in a row at {at}", "join them"))
-        if role == "assistant" and start + i == 0:
-            faults.append((f"{at}: the conversation begins with the assistant", "begin with a user (or system) turn"))
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            kind = "missing" if "content" not in message else "null" if content is None else f"of type {type(content).__name__}"
-            faults.append((f"{at} content is {kind}", "content is a string"))
-        elif isinstance(content, str) and not content.strip() and not message.get("tool_calls"):
-            faults.append((f"{at} content is empty", "drop the turn or the row"))
-        before = role
-    if needs_assistant and not faults and not any(m["role"] == "assistant" for m in messages):
-        faults.append((f"{name} has no assistant turn", "there is nothing to learn in it"))
-    return faults
-
-
-def _mixed(rows: list[Row]) -> list[Problem]:
+def _mixed(row: Row, first: Row) -> list[Fault]:
     """The trainer decides by the first row how all are read; a row of another kind would be read wrongly, in silence."""
-    if not rows:
+    if row.kind == first.kind:
         return []
-    kind = (rows[0].format, isinstance(rows[0].value.get("prompt"), str))
-    faults = []
-    for row in rows:
-        if (row.format, isinstance(row.value.get("prompt"), str)) != kind:
-            do = "one schema for all rows; convert these or make them a recipe of their own"
-            faults.append(Problem(row.where, f"{row.format}, but {rows[0].where} is {rows[0].format}: mixed schemas", do))
-    return faults
+    do = "one schema for all rows; convert these or make them a recipe of their own"
+    return [(f"{row.kind}, but {first.where} is {first.kind}: mixed schemas", do)]

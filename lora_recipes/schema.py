@@ -1,4 +1,4 @@
-"""Make `recipe.schema.json` from the installed libraries' own classes: `make schema`. Imports peft and trl; the loader only reads the file."""
+"""Make `recipe.schema.json` from the installed libraries' own classes: `make schema`. Imports peft and trl; the loader reads the file."""
 
 import dataclasses
 import enum
@@ -14,11 +14,12 @@ from trl import SFTConfig
 
 from lora_recipes.messages import OWNED
 
-# Values that the classes type as plain `str` and refuse only after the model is loaded (trl/trainer/sft_trainer.py, trl/data_utils.py).
-WORDS: dict[str, list[str]] = {
-    "loss_type": ["nll", "dft"],
-    "packing_strategy": ["bfd", "bfd_split", "wrapped"],
-    "truncation_mode": ["keep_start", "keep_end"],
+# PEFT types these as a placeholder, or not at all, and takes them (peft/tuners/lora/layer.py, pissa_init and lora_ga_init).
+ALSO: dict[str, list[dict[str, Any]]] = {
+    "init_lora_weights": [
+        {"type": "string", "pattern": "^pissa_niter_[1-9][0-9]*$", "description": "pissa_niter_<number>"},
+        {"type": "string", "enum": ["lora_ga"]},
+    ]
 }
 # Limits that no library checks: PEFT takes r = -3, the trainer a batch of 0 until it divides by it.
 LIMITS: dict[str, dict[str, float]] = {
@@ -94,16 +95,6 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-def _one_of_enum(hint: Any) -> Any:
-    """`SchedulerType | str` -> `SchedulerType`: any text would be legal otherwise, and a typo would wait for the model to load."""
-    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
-        return hint
-    args = typing.get_args(hint)
-    if any(isinstance(a, type) and issubclass(a, enum.Enum) for a in args):
-        args = tuple(a for a in args if a is not str)
-    return typing.Union[args]  # noqa: UP007  (built from a tuple)
-
-
 def _plain(schema: Any) -> Any:
     """Without the pydantic titles and the classes' long descriptions, which would be nine tenths of the file."""
     if isinstance(schema, dict):
@@ -119,34 +110,77 @@ def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
     return [_inline(v, definitions) for v in schema] if isinstance(schema, list) else schema
 
 
-def _field(name: str, hint: Any) -> dict[str, Any]:
-    schema = TypeAdapter(_one_of_enum(hint)).json_schema()
-    schema = _plain(_inline(schema, schema.get("$defs", {})))
-    if name in WORDS:
-        schema = {"enum": WORDS[name]}
-    return schema | LIMITS.get(name, {})
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The members of a union, without those that would let a typo through until the model is loaded, or for good.
+
+    `SchedulerType | str` takes any text; `LoftQConfig | dict` takes any key, and PEFT then drops those that it does not know.
+    """
+    members = list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+    if any(map(_is_enum, members)):
+        members = [m for m in members if m is not str]
+    if any(map(dataclasses.is_dataclass, members)):
+        members = [m for m in members if m is not dict and typing.get_origin(m) is not dict]
+    return members
+
+
+def _typed(hint: Any) -> dict[str, Any]:
+    """The schema of a type hint: pydantic's, but with dataclasses closed to keys that they do not have."""
+    members = _alternatives(hint)
+    if len(members) > 1:
+        return {"anyOf": [_typed(member) for member in members]}
+    if dataclasses.is_dataclass(members[0]):
+        return _object({f.name: _field(f, kind) for f, kind in _fields(members[0])})
+    schema = TypeAdapter(members[0]).json_schema()
+    return _plain(_inline(schema, schema.get("$defs", {})))
+
+
+def _fields(cls: Any) -> list[tuple[dataclasses.Field, Any]]:
+    """The fields that the class takes, with their resolved types."""
+    hints = typing.get_type_hints(cls)
+    return [(f, hints[f.name]) for f in dataclasses.fields(cls) if f.init]
+
+
+def _field(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """The schema of one field: its type, its `choices` where a plain text has them, and our limits."""
+    if choices := field.metadata.get("choices"):
+        schema: dict[str, Any] = {"enum": list(choices), "type": "string"}
+        schema = {"anyOf": [schema, {"type": "null"}]} if type(None) in typing.get_args(hint) else schema
+    else:
+        schema = _typed(hint)
+    if also := ALSO.get(field.name):
+        schema = {"anyOf": [*(_without_placeholder(o) for o in schema["anyOf"]), *also]}
+    return schema | LIMITS.get(field.name, {})
+
+
+def _without_placeholder(option: dict[str, Any]) -> dict[str, Any]:
+    return option | {"enum": [word for word in option["enum"] if "[" not in word]} if "enum" in option else option
 
 
 def _class_section(section: str, cls: type, required: list[str]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls) if f.init and f"{section}.{f.name}" not in OWNED]
-    source = f"any field of {cls.__module__.split('.')[0]}.{cls.__name__}"
-    return _object({name: _field(name, hints[name]) for name in fields}, required, source)
+    fields = {f.name: _field(f, hint) for f, hint in _fields(cls) if f"{section}.{f.name}" not in OWNED}
+    return _object(fields, required, f"any field of {cls.__module__.split('.')[0]}.{cls.__name__}")
+
+
+def _stopping() -> dict[str, Any]:
+    """The arguments of EarlyStoppingCallback; the patience is stated, so that an empty section is no section that does nothing."""
+    hints = typing.get_type_hints(EarlyStoppingCallback.__init__)
+    properties = {n: _typed(hints[n]) | LIMITS.get(n, {}) for n in inspect.signature(EarlyStoppingCallback).parameters}
+    return _object(properties, ["early_stopping_patience"], "fields of transformers.EarlyStoppingCallback")
 
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe file, from the installed peft, trl and transformers."""
-    stopping = inspect.signature(EarlyStoppingCallback.__init__).parameters
-    hints = typing.get_type_hints(EarlyStoppingCallback.__init__)
     sections = {
         "model": OURS["model"],
         "data": OURS["data"],
         "lora": _class_section("lora", LoraConfig, ["r", "lora_alpha", "target_modules"]),
         "full": OURS["full"],
         "train": _class_section("train", SFTConfig, ["learning_rate"]),
-        "early_stopping": _object(
-            {n: _field(n, hints[n]) for n in stopping if n != "self"}, description="fields of transformers.EarlyStoppingCallback"
-        ),
+        "early_stopping": _stopping(),
         "probes": OURS["probes"],
     }
     schema = _object(sections, ["model", "data", "train"], "A recipe: one training run, decisions only.")

@@ -6,7 +6,8 @@ PEFT skips an entry that matches nothing when another entry matches; here each m
 
 import copy
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_recipes.messages import Problem, nearest
+from lora_recipes.messages import Problem, listed, nearest
 from lora_recipes.recipe import Recipe
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.(.+)")  # PEFT takes the first number in a module's name for its layer
+_EVERYWHERE: dict[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None}
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,14 @@ class Coverage:
     left: tuple[str, ...]
 
     def __str__(self) -> str:
-        names = ", ".join(n.rsplit(".", 1)[-1] for n in self.adapted) or "nothing"
-        mixer = [n.rsplit(".", 1)[-1] for n in self.left if not n.startswith("mlp.")]
-        has_mixer = any(not n.startswith("mlp.") for n in self.adapted)
-        text = f"{self.kind} {self.layers} layers: {names}"
-        if mixer and not has_mixer:
-            text = f"{self.kind} {self.layers} layers: {'mlp only' if self.adapted else 'nothing'} - no token mixer adapted"
-            return f"{text} ({', '.join(mixer)} exist)"
-        return text + (f" (not: {', '.join(mixer)})" if mixer else "")
+        """E.g. `full_attention 8 layers: q_proj, v_proj (not: k_proj, o_proj)`; a kind without an adapted token mixer is told apart."""
+        head = f"{self.kind} {self.layers} layers: "
+        names = ", ".join(map(_leaf, self.adapted))
+        untouched = ", ".join(_leaf(name) for name in self.left if not name.startswith("mlp."))
+        if untouched and all(name.startswith("mlp.") for name in self.adapted):
+            whole = "nothing" if not names else names if "(" in names else "mlp only"
+            return f"{head}{whole} - no token mixer adapted ({untouched} exist)"
+        return head + names + (f" (not: {untouched})" if untouched else "")
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -48,182 +51,200 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name}
 
 
-def _leaf_names(model: nn.Module, kinds: tuple[type, ...] = ADAPTABLE) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name, m in modules(model).items() if isinstance(m, kinds)})
-
-
-def matched(model: nn.Module, config: LoraConfig) -> list[str]:
+def matched(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """The names of the modules that PEFT would adapt, `all-linear` included."""
-    if config.target_modules == "all-linear":
-        head = next((n for n, m in modules(model).items() if m is model.get_output_embeddings()), None)  # type: ignore[operator]
-        plain = _alone(config, target_modules=r".*")
-        names = [n for n, m in modules(model).items() if isinstance(m, nn.Linear | Conv1D) and n != head]
-        return [n for n in names if check_target_module_exists(plain, n)]
-    return [n for n in modules(model) if check_target_module_exists(config, n)]
+    if config.target_modules is None:
+        return []  # PEFT would choose by model type; `problems` asks for names
+    names = modules(model)
+    if _all_linear(config.target_modules):
+        names = {n: m for n, m in names.items() if isinstance(m, nn.Linear | Conv1D) and m is not model.get_output_embeddings()}
+        config = _with(config, target_modules=r".*")
+    return [n for n in names if check_target_module_exists(config, n)]
 
 
-def _alone(config: LoraConfig, **changes: Any) -> LoraConfig:
+def problems(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> list[Problem]:
+    """Every entry of `config` that matches nothing on `model`, and every target that would be refused or go wrong later."""
+    if found := list(_not_regular(config, recipe)):
+        return found
+    found = list(_targets(model, config, recipe))
+    if not found:
+        # Only with right targets can the others be judged: they choose among the modules that the targets match.
+        found = [*_excludes(model, config, recipe), *_layers(model, config, recipe)] or list(_emptied(model, config, recipe))
+        found += _patterns(model, config, recipe) if not found else []
+    return [*found, *_refused(model, matched(model, config), recipe), *_elsewhere(model, config, recipe)]
+
+
+def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]:
+    """For each kind of layer (transformers' `layer_types`) which of its linear modules are adapted, and which are not.
+
+    A module that is adapted in only some layers of its kind stands with the count: `q_proj (3 of 8)`. Token mixers come first, and in
+    each block the projections in before the one out.
+    """
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    have: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for name, module in modules(model).items():
+        if (match := _LAYER.match(name)) and isinstance(module, ADAPTABLE):
+            have[types[int(match.group(1))]][match.group(2)].append(name in adapted)
+    result = []
+    for kind, done in have.items():
+        names = sorted(done, key=lambda n: (n.startswith("mlp."), _leaf(n).startswith(("o_", "out_", "down_", "c_proj"))))
+        hit = tuple(n if all(done[n]) else f"{n} ({sum(done[n])} of {len(done[n])})" for n in names if any(done[n]))
+        result.append(Coverage(kind, types.count(kind), hit, tuple(n for n in names if not any(done[n]))))
+    return result
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _all_linear(entries: Any) -> bool:
+    return isinstance(entries, str) and entries.lower() == "all-linear"
+
+
+def _with(config: LoraConfig, **changes: Any) -> LoraConfig:
     other = copy.copy(config)
-    for key, value in changes.items():
-        setattr(other, key, value)
+    vars(other).update(changes)
     return other
 
 
-def problems(model: nn.Module, config: LoraConfig, recipe: Recipe) -> list[Problem]:
-    """Every entry of `config` that matches nothing on `model`, and every target that would be refused or go wrong later."""
-    found: list[Problem] = []
-    found += _target_entries(model, config, recipe)
-    adapted = matched(model, config) if not found else []
-    found += _excludes(model, config, recipe)
-    found += _layers(model, config, recipe)
-    if adapted:
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(config, key) or {}:
-                if not any(get_pattern_key([pattern], name) == pattern for name in adapted):
-                    do = f"did you mean {nearest(pattern, {n.rsplit('.', 1)[-1] for n in adapted})}? It must match an adapted module"
-                    found.append(Problem(recipe.at("lora", key, pattern), f"{pattern!r} matches no adapted module", do))
-        found += _refused(model, adapted, recipe)
-    everything = {n.rsplit(".", 1)[-1] for n in modules(model)}
-    for i, entry in enumerate(config.modules_to_save or []):
-        if not any(n == entry or n.endswith(f".{entry}") for n in modules(model)):
-            found.append(
-                Problem(
-                    recipe.at("lora", "modules_to_save", i), f"{entry!r} matches no module", f"did you mean {nearest(entry, everything)}?"
-                )
-            )
-    parameters = [n for n, _ in model.named_parameters()]
-    for i, entry in enumerate(config.target_parameters or []):
-        if not any(n == entry or n.endswith(f".{entry}") for n in parameters):
-            do = f"did you mean {nearest(entry, {n.split('.', 3)[-1] for n in parameters})}?"
-            found.append(Problem(recipe.at("lora", "target_parameters", i), f"{entry!r} matches no parameter", do))
-    found += _token_indices(model, config, recipe)
-    return found
+def _ends(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
 
 
-def _target_entries(model: nn.Module, config: LoraConfig, recipe: Recipe) -> list[Problem]:
-    entries, names = recipe.lora.get("target_modules"), _leaf_names(model)
-    free = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    if isinstance(entries, str):
-        if entries == "all-linear":
-            return []
-        where = recipe.at("lora", "target_modules")
-        try:
-            hit = any(re.fullmatch(entries, n) for n in modules(model))
-        except re.error as error:
-            return [Problem(where, f"{entries!r} is not a regular expression: {error}", "or write a list of names")]
-        if hit:
-            return []
-        close = nearest(entries, [*names, "all-linear"])
-        do = f"a string is a regular expression for the whole module name; for modules by name write a list: [{close}]"
-        return [
-            Problem(
-                where,
-                f"the pattern {entries!r} matches no module",
-                f"did you mean all-linear? Otherwise {do}" if close == "all-linear" else do,
-            )
-        ]
-    found = []
-    if not entries and not config.target_parameters:
-        found.append(Problem(recipe.at("lora", "target_modules"), "names no module", f"e.g. {', '.join(names[:7])}, or all-linear"))
-    for i, entry in enumerate(entries or []):
-        one = _alone(config, target_modules={entry}, **free)
-        if not any(check_target_module_exists(one, n) for n in modules(model)):
-            do = "write it as a plain string, not in a list" if entry == "all-linear" else f"did you mean {nearest(entry, names)}?"
-            found.append(Problem(recipe.at("lora", "target_modules", i), f"{entry!r} matches no module of this model", do))
-        elif (entries or []).index(entry) != i:
-            found.append(Problem(recipe.at("lora", "target_modules", i), f"{entry!r} is listed twice", "keep one"))
-    return found
+def _entries(recipe: Recipe, key: str) -> Iterable[tuple[str, Any, Any]]:
+    """For each entry of a key that takes a value or a list: where it stands, the entry, and the key's value if it stood alone."""
+    value = recipe.lora.get(key)
+    if isinstance(value, list):
+        yield from ((recipe.at("lora", key, i), entry, {entry}) for i, entry in enumerate(value))
+    elif value is not None:
+        yield recipe.at("lora", key), value, value
 
 
-def _excludes(model: nn.Module, config: LoraConfig, recipe: Recipe) -> list[Problem]:
-    entries = recipe.lora.get("exclude_modules") or []
-    wanted = matched(model, _alone(config, exclude_modules=None))
-    found = []
-    for i, entry in enumerate([entries] if isinstance(entries, str) else entries):
-        names = [n for n in wanted if (re.fullmatch(entry, n) if isinstance(entries, str) else n == entry or n.endswith(f".{entry}"))]
-        if not names:
-            where = recipe.at("lora", "exclude_modules") if isinstance(entries, str) else recipe.at("lora", "exclude_modules", i)
-            do = f"did you mean {nearest(entry, {n.rsplit('.', 1)[-1] for n in wanted})}?"
-            found.append(Problem(where, f"{entry!r} excludes none of the targeted modules", do))
-    if not found and entries and wanted and not matched(model, config):
-        found.append(Problem(recipe.at("lora", "exclude_modules"), "excludes every targeted module", "nothing would be trained"))
-    return found
+def _nothing(where: str, entry: str, names: Iterable[str], what: str = "matches no module of this model") -> Problem:
+    """`entry` matches nothing: the nearest of `names`, each cut to as many parts as the entry has."""
+    parts = entry.count(".") + 1
+    close = nearest(entry, {".".join(name.split(".")[-parts:]) for name in names})
+    return Problem(where, f"{entry!r} {what}", f"did you mean {close}?")
 
 
-def _layers(model: nn.Module, config: LoraConfig, recipe: Recipe) -> list[Problem]:
-    wanted = config.layers_to_transform
-    if wanted is None:
-        return []
-    have = {int(m.group(1)) for n in modules(model) if (m := _LAYER.search(n))}
-    adapted = {int(m.group(1)) for n in matched(model, config) if (m := _LAYER.search(n))}
-    found = []
-    for i, layer in enumerate([wanted] if isinstance(wanted, int) else wanted):
-        where = recipe.at("lora", "layers_to_transform", *([] if isinstance(wanted, int) else [i]))
+def _not_regular(config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+    """PEFT's own message for a pattern that does not compile names neither the key nor the pattern."""
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        value = getattr(config, key)
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                where = recipe.at("lora", key, *([pattern] if isinstance(value, dict) else []))
+                yield Problem(where, f"{pattern!r} is not a regular expression: {error}", "escape or correct it, or write names")
+
+
+def _targets(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+    """Entries of target_modules that match no module at all."""
+    entries, at = recipe.lora.get("target_modules"), recipe.at("lora", "target_modules")
+    names = [n for n, m in modules(model).items() if isinstance(m, ADAPTABLE) and m is not model.get_output_embeddings()]
+    leaves = list(dict.fromkeys(map(_leaf, names)))
+    if entries is None or (entries == [] and not config.target_parameters):
+        found = "is null: PEFT would choose by model type, without a word" if entries is None else "names no module"
+        yield Problem(at, found, f"e.g. {listed(leaves, 7)}, or all-linear")
+    for where, entry, alone in _entries(recipe, "target_modules"):
+        if matched(model, _with(config, target_modules=alone, **_EVERYWHERE)):
+            if isinstance(entries, list) and recipe.at("lora", "target_modules", entries.index(entry)) != where:
+                yield Problem(where, f"{entry!r} is listed twice", "keep one")
+        elif isinstance(entries, str):
+            do = "a string is a regular expression for the whole module name; for modules by name write a list"
+            close = nearest(entry, [*leaves, "all-linear"])
+            do = f"did you mean all-linear? Otherwise {do}" if close == "all-linear" else f"{do}: [{close}]"
+            yield Problem(where, f"the pattern {entry!r} matches no module", do)
+        elif _all_linear(entry):
+            yield Problem(where, f"{entry!r} in a list is no module's name", "write target_modules: all-linear, without the list")
+        else:
+            yield _nothing(where, entry, names)
+
+
+def _excludes(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+    everywhere = _with(config, **_EVERYWHERE)
+    wanted = matched(model, everywhere)
+    for where, entry, alone in _entries(recipe, "exclude_modules"):
+        if matched(model, _with(everywhere, exclude_modules=alone)) == wanted:
+            yield _nothing(where, entry, wanted, "excludes none of the targeted modules")
+
+
+def _layers(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+    """Numbers in layers_to_transform, and a layers_pattern, that choose no layer."""
+    if config.layers_to_transform == []:
+        yield Problem(recipe.at("lora", "layers_to_transform"), "an empty list means every layer to PEFT", "remove the key")
+    have = {int(m.group(1)) for n in modules(model) if (m := _LAYER.match(n))}
+    meant = {int(m.group(1)) for n in matched(model, _with(config, **_EVERYWHERE)) if (m := _LAYER.match(n))}
+    for where, layer, _ in _entries(recipe, "layers_to_transform"):
         if layer not in have:
-            found.append(Problem(where, f"there is no layer {layer}", f"the layers are 0 to {max(have, default=0)}"))
-        elif layer not in adapted:
-            found.append(
-                Problem(where, f"layer {layer} has none of the target modules", "its kind of layer has others; see the plan's coverage")
-            )
-    return found
+            yield Problem(where, f"there is no layer {layer}", f"the layers are 0 to {max(have, default=0)}")
+        elif layer not in meant:
+            yield Problem(where, f"layer {layer} has none of the target modules", "its kind of layer has others; see the plan's coverage")
+    for where, entry, _ in _entries(recipe, "layers_pattern"):
+        if not any(re.match(rf"(?:^|.*?\.){entry}\.\d+\.", n) for n in modules(model)):
+            yield _nothing(where, entry, {n.split(".")[-2] for n in modules(model) if _leaf(n).isdigit()}, "is no list of layers")
 
 
-def _refused(model: nn.Module, adapted: list[str], recipe: Recipe) -> list[Problem]:
-    """Targets that TRL or PEFT refuse after the model is loaded, or get wrong without a word."""
-    found = []
-    where = recipe.at("lora", "target_modules")
-    named, tied = modules(model), bool(getattr(model.config, "tie_word_embeddings", False))  # type: ignore[union-attr]
-    by_leaf = Counter(n.rsplit(".", 1)[-1] for n in adapted)
-    for name in adapted:
-        leaf, module = name.rsplit(".", 1)[-1], named[name]
-        if by_leaf.pop(leaf, 0) == 0:
-            continue  # said once for each name
-        if module is model.get_output_embeddings():  # type: ignore[operator]
+def _emptied(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+    """Targets that match modules of the model, but none that exclude_modules, layers_to_transform and modules_to_save leave."""
+    by = listed(key for key in _EVERYWHERE if getattr(config, key) is not None)
+    for where, entry, alone in _entries(recipe, "target_modules"):
+        if not matched(model, _with(config, target_modules=alone)):
+            yield Problem(where, f"{entry!r} adapts nothing: {by} leaves none of its modules", "remove one of the two")
+
+
+def _patterns(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+    parameters = [n for n, _ in model.named_parameters() if any(_ends(n, entry) for entry in config.target_parameters or [])]
+    names = [*matched(model, config), *parameters]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = list(getattr(config, key) or {})
+        used = {get_pattern_key(patterns, name) for name in names}  # PEFT takes the first pattern that fits
+        for pattern in (p for p in patterns if p not in used):
+            hidden = any(get_pattern_key([pattern], name) == pattern for name in names)
+            what = "comes after a pattern that fits all its modules" if hidden else "matches no adapted module"
+            yield _nothing(recipe.at("lora", key, pattern), pattern, names, what)
+
+
+def _refused(model: PreTrainedModel, adapted: list[str], recipe: Recipe) -> Iterable[Problem]:
+    """Targets that TRL or PEFT refuse after the model is loaded, or get wrong without a word; each name once."""
+    named, at = modules(model), recipe.at("lora", "target_modules")
+    for leaf, name in {_leaf(n): n for n in adapted}.items():
+        module = named[name]
+        if module is model.get_output_embeddings():
             do = "TRL computes the loss from lm_head.weight directly: an adapter there would never be trained. Remove it"
-            found.append(Problem(where, f"{leaf!r} cannot carry an adapter", do))
-        elif isinstance(module, nn.Embedding) and tied:
+            yield Problem(at, f"{leaf!r} cannot carry an adapter", do)
+        elif isinstance(module, nn.Embedding) and model.config.get_text_config().tie_word_embeddings:
             do = "merging would also change lm_head, which is the same tensor. Remove it, or train single tokens by trainable_token_indices"
-            found.append(Problem(where, f"LoRA on {leaf!r} of a model with tied embeddings", do))
+            yield Problem(at, f"LoRA on {leaf!r} of a model with tied embeddings", do)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             do = f"a convolution of {module.groups} groups needs r divisible by it; adapt the projections around it instead"
-            found.append(Problem(where, f"{leaf!r} is a convolution", do))
+            yield Problem(at, f"{leaf!r} is a convolution", do)
         elif not isinstance(module, ADAPTABLE):
-            children = sorted({n.rsplit(".", 1)[-1] for n, m in module.named_modules() if n and isinstance(m, nn.Linear)})
-            do = f"name its projections: {', '.join(children)}" if children else "adapt the linear projections instead"
-            found.append(Problem(where, f"{leaf!r} is a {type(module).__name__}, which cannot carry a LoRA", do))
-    return found
+            children = dict.fromkeys(_leaf(n) for n, m in module.named_modules() if n and isinstance(m, ADAPTABLE))
+            do = f"name its projections: {listed(children)}" if children else "adapt the linear projections instead"
+            yield Problem(at, f"{leaf!r} is a {type(module).__name__}, which cannot carry a LoRA", do)
 
 
-def _token_indices(model: nn.Module, config: LoraConfig, recipe: Recipe) -> list[Problem]:
-    entries = config.trainable_token_indices or []
-    vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    lists = {"embed_tokens": entries} if isinstance(entries, list) else entries
-    return [
-        Problem(recipe.at("lora", "trainable_token_indices"), f"{i} is no token of a vocabulary of {vocab}", f"0 to {vocab - 1}")
-        for indices in lists.values()
-        for i in indices
-        if not 0 <= i < vocab
-    ]
-
-
-def coverage(model: nn.Module, adapted: list[str]) -> list[Coverage]:
-    """For each kind of layer (transformers' `layer_types`) which of its linear modules are adapted, and which are not.
-
-    A module that is adapted in only some layers of its kind stands with the count: `q_proj (3 of 8)`.
-    """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    have: dict[str, Counter] = defaultdict(Counter)
-    done: dict[str, Counter] = defaultdict(Counter)
-    chosen = set(adapted)
-    for name, module in modules(model).items():
-        if (match := _LAYER.search(name)) and isinstance(module, ADAPTABLE):
-            kind = types[int(match.group(1))]
-            have[kind][match.group(2)] += 1
-            done[kind][match.group(2)] += name in chosen
-    result = []
-    for kind, names in have.items():
-        part = {n: "" if done[kind][n] == names[n] else f" ({done[kind][n]} of {names[n]})" for n in names}
-        hit = tuple(n + part[n] for n in names if done[kind][n])
-        result.append(Coverage(kind, types.count(kind), hit, tuple(n for n in names if not done[kind][n])))
-    return result
+def _elsewhere(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+    """What is trained beside the targets: modules_to_save, target_parameters, trainable_token_indices."""
+    named, parameters = modules(model), [n for n, _ in model.named_parameters()]
+    for where, entry, _ in _entries(recipe, "modules_to_save"):
+        meant = [n for n in named if _ends(n, entry)]
+        # PEFT compares the ends of names as texts here, without a dot: `norm` also means `input_layernorm`.
+        more = dict.fromkeys(_leaf(n) for n in named if n.endswith(entry) and n not in meant)
+        if not meant:
+            yield _nothing(where, entry, named)
+        elif more:
+            yield Problem(where, f"{entry!r} would train {listed(more)} as well", f"write more of the name, e.g. {meant[-1]}")
+    for where, entry, _ in _entries(recipe, "target_parameters"):
+        if not any(_ends(n, entry) for n in parameters):
+            yield _nothing(where, entry, parameters, "matches no parameter")
+    tokens, where = config.trainable_token_indices or [], recipe.at("lora", "trainable_token_indices")
+    vocab: Any = model.get_input_embeddings().num_embeddings
+    for name, indices in {"": tokens}.items() if isinstance(tokens, list) else tokens.items():
+        if name and not any(_ends(n, name) for n in named):
+            yield _nothing(where, name, named)
+        for i in (i for i in indices if not 0 <= i < vocab):
+            yield Problem(where, f"{i} is no token of a vocabulary of {vocab}", f"0 to {vocab - 1}")

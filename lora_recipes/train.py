@@ -46,6 +46,7 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
 
     `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is assumed.
     """
+    PartialState(cpu=recipe.train.get("use_cpu", not torch.cuda.is_available()))  # joins the other processes, on the CPU too
     folder = RunFolder(outputs / recipe.name)
     _may_start(folder, recipe, resume, force)
     _base(recipe, outputs)
@@ -73,7 +74,8 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
         with contextlib.suppress(OSError):  # a full disk must not hide what filled it
             _save(folder, record | {"status": "failed", "error": str(error) or "interrupted", "ended": now()})
         raise
-    _report(session, record)
+    if PartialState().is_main_process:
+        _report(session, record)
     return record
 
 

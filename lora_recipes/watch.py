@@ -108,7 +108,7 @@ def draw(folder: RunFolder) -> None:
         points = [(log["step"], log[key]) for log in logs if key in log]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
-    axis.set(xlabel="step", ylabel="loss (nats a token)", title=folder.path.name, ylim=(0, None))
+    axis.set(xlabel="step", ylabel="loss (nats a token)", title=folder.path.name)
     rates = [(log["step"], log["learning_rate"]) for log in logs if "learning_rate" in log]
     if rates:
         other = axis.twinx()

@@ -300,7 +300,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_unasked(killed, tm
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("train.learning_rate=1e-4", "train.learning_rate: the run began with 0.002, now it is 0.0001"),
+        ("train.learning_rate=1e-4", "train.learning_rate: the run began with 0.01, now it is 0.0001"),
         ("train.seed=7", "train.seed: the run began with 42, now it is 7"),
         ("train.per_device_train_batch_size=1", "train.per_device_train_batch_size"),
         ("lora.r=4", "lora.r: the run began with 8, now it is 4"),
@@ -358,3 +358,14 @@ def test_accelerate_launch_trains_the_same_adapter(trained, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = (load_file(o / "tiny_facts" / "adapter" / "adapter_model.safetensors") for o in (trained, outputs))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_two_processes_share_the_steps_and_one_of_them_writes(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", SCRIPT]
+    launch += ["tiny_qwen35_style", "train.max_steps=4", "--outputs", str(tmp_path)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("2 x 2 x 2 devices = 8 examples a step") == 1
+    written = record(tmp_path, "tiny_qwen35_style")
+    assert written["hardware"]["processes"] == 2 and written["status"] == "finished" and written["steps"] == 4
+    assert all(t.any() for t in load_file(tmp_path / "tiny_qwen35_style" / "adapter" / "adapter_model.safetensors").values())

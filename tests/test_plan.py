@@ -1,0 +1,132 @@
+"""The plan of every shipped recipe, and the seed's figures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lora_recipes import build, plan
+from lora_recipes import recipe as recipes
+from lora_recipes.messages import RecipeError
+
+
+def made(name: str, tmp_path, *overrides: str, devices: int = 1) -> plan.Plan:
+    return plan.make(recipes.load(str(name), overrides), tmp_path, devices)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_shipped_recipe_loads_and_plans(name, tmp_path):
+    text = made(name, tmp_path).text()
+    assert "parameters" in text and "steps" in text and "example" in text
+
+
+def test_the_seed_recipe_shows_its_known_figures(tmp_path):
+    planned = made("qwen35_4b_style", tmp_path)
+    model, steps = planned.facts["model"], planned.facts["steps"]
+    assert (model["base"], model["trainable"], model["total"]) == (4_205_751_296, 10_616_832, 4_216_368_128)
+    assert f"{model['share_percent']:.4f}" == "0.2518"
+    assert (steps["examples"], steps["total"]) == (4, 750)
+    assert planned.facts["adapter"]["bytes"] == 10_616_832 * 4
+    assert planned.facts["adapter"]["max_lora_rank"] == 8
+    text = planned.text()
+    assert "2 x 2 x 1 device = 4 examples a step, ceil(1000 / 4) x 3 = 750 steps" in text
+    assert "linear_attention 24 layers: mlp only - no token mixer adapted (in_proj_qkv, in_proj_z" in text
+    assert "ceil(750 x 0.03) = 23 steps" in text
+
+
+def test_all_shipped_chat_recipes_train_what_a_server_renders(tmp_path):
+    for name in recipes.names():
+        train = made(name, tmp_path).facts["data"]["train"]
+        assert train["faithful"] == train["turns"], name
+        assert train["turns"] == (train["rows"] if "style" in name else 0), name
+
+
+def test_the_all_layers_recipe_adapts_a_token_mixer_in_every_layer(tmp_path):
+    coverage = {c["kind"]: c for c in made("qwen35_4b_style_all_layers", tmp_path).facts["coverage"]}
+    assert "linear_attn.in_proj_qkv" in coverage["linear_attention"]["adapted"]
+    assert coverage["linear_attention"]["layers"] == 24 and coverage["full_attention"]["layers"] == 8
+
+
+def test_a_plan_needs_neither_network_nor_weights_and_prints_json(tmp_path):
+    command = [sys.executable, "scripts/plan.py", "qwen35_4b_style", "--json", "--outputs", str(tmp_path)]
+    done = subprocess.run(command, cwd=recipes.ROOT, capture_output=True, text=True, timeout=120, check=True)
+    facts = json.loads(done.stdout)
+    assert facts["model"]["trainable"] == 10_616_832 and facts["steps"]["total"] == 750
+    assert "huggingface.co" not in done.stderr, "it tried the network"
+    assert not list(tmp_path.iterdir()), "it wrote something"
+
+
+def test_tokens_are_counted_only_with_the_real_tokenizer(tmp_path):
+    assert made("qwen35_4b_style", tmp_path).facts["data"]["train"]["tokens"] is None
+    assert made("tiny_qwen35_style", tmp_path).facts["data"]["train"]["tokens"] > 10_000
+
+
+def test_devices_change_the_arithmetic(tmp_path):
+    planned = made("qwen35_4b_style", tmp_path, devices=2)
+    assert planned.facts["steps"]["examples"] == 8 and planned.facts["steps"]["total"] == 375
+
+
+def test_rank_pattern_counts_for_the_rank_that_serving_needs(tmp_path):
+    planned = made("qwen35_4b_style", tmp_path, "lora.rank_pattern={q_proj: 24}")
+    assert planned.facts["adapter"]["rank"] == 24 and planned.facts["adapter"]["max_lora_rank"] == 32
+
+
+def test_packing_a_hybrid_model_is_refused_now_and_not_in_the_first_step(tmp_path):
+    with pytest.raises(RecipeError, match="cannot keep packed rows apart"):
+        made("tiny_qwen35_style", tmp_path, "train.packing=true")
+    planned = made("tiny_qwen35_style", tmp_path, "train.packing=true", "train.packing_strategy=wrapped")
+    assert planned.facts["steps"]["total"] < 40
+
+
+def test_one_row_a_turn_makes_an_unfaithful_chat_faithful(write_recipe, tmp_path):
+    chat = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": chat}) + "\n")
+    path = write_recipe("tiny_qwen35_style", data={"train": str(file), "chat_template_kwargs": {"enable_thinking": False}})
+    path = write_recipe("tiny_qwen35_style", data={"train": str(file)}, train__eval_strategy="no")
+    planned = made(path, tmp_path)
+    assert any("50.0 % of the trained turns stand after tokens that no server renders" in w for w in planned.warnings)
+    planned = made(path, tmp_path, "data.rows=assistant_turn", "data.chat_template_kwargs={enable_thinking: false}")
+    assert planned.facts["data"]["train"]["rows"] == 2 and not planned.warnings
+
+
+@pytest.fixture
+def rows(write_recipe, tmp_path):
+    """A recipe over the given lines of text."""
+
+    def write(train: list[str], evaluation: list[str] | None = None, **changes):
+        for name, texts in (("train", train), ("eval", evaluation or [])):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        data = {"train": str(tmp_path / "train.jsonl")} | ({"eval": str(tmp_path / "eval.jsonl")} if evaluation else {})
+        return write_recipe("tiny_facts", "rows", data=data, **changes)
+
+    return write
+
+
+def test_duplicates_and_rows_in_both_splits_are_said_or_stop(rows, tmp_path):
+    texts = [f"Satz {i}." for i in range(20)]
+    planned = made(rows([*texts, texts[0]], ["Satz 1."] + [f"Neu {i}." for i in range(19)]), tmp_path)
+    assert any("4.8 % of the rows are exact duplicates" in w and "train.jsonl:21" in w for w in planned.warnings)
+    assert any("5.0 % of the eval rows stand in train too" in w for w in planned.warnings)
+    with pytest.raises(RecipeError) as error:
+        made(rows(texts[:2] * 2, texts[:1]), tmp_path)
+    assert "50.0 % of the rows are exact duplicates" in str(error.value) and "100.0 % of the eval rows" in str(error.value)
+
+
+def test_truncation_is_counted_and_stops_above_the_limit(rows, tmp_path):
+    texts = [f"Satz {i}." for i in range(19)] + ["Das " * 50]
+    planned = made(rows(texts), tmp_path)
+    assert any("5.0 % of the rows are cut at train.max_length" in w for w in planned.warnings)
+    with pytest.raises(RecipeError, match="raise train.max_length"):
+        made(rows(texts), tmp_path, "data.limits={truncated: 0.01}")
+
+
+def test_bf16_follows_the_dtype_and_is_never_the_default_of_the_library(tmp_path):
+    assert build.precision(recipes.load("tiny_facts"))[0] == {"bf16": False, "fp16": False}
+    assert build.precision(recipes.load("qwen35_4b_style"))[0] == {"bf16": True, "fp16": False}
+
+
+def test_what_the_trainer_would_refuse_is_refused_with_its_own_words(tmp_path):
+    with pytest.raises(RecipeError, match=r"train.*TRL refuses it"):
+        made("tiny_facts", tmp_path, "train.fp16=true", "train.bf16=true")
