@@ -70,10 +70,10 @@ def elsewhere(word: str) -> tuple[str, str] | None:
 
 
 def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if children is None:
+    if not isinstance(value, dict | list):
         yield key, value
-    for name, child in children or ():
+        return
+    for name, child in value.items() if isinstance(value, dict) else enumerate(value):
         yield from _leaves(child, (*key, name))
 
 
@@ -82,11 +82,11 @@ def _meant(error: Any) -> Iterator[Any]:
     if error.validator != "anyOf":
         yield error
         return
-    alternatives: dict[int, list[Any]] = {}
+    branches: dict[int, list[Any]] = {}
     for inner in error.context:
-        alternatives.setdefault(inner.schema_path[0], []).append(inner)
+        branches.setdefault(inner.schema_path[0], []).append(inner)
     kind = ("type", "enum", "const", "pattern")
-    fitting = [errors for errors in alternatives.values() if all(e.path or e.validator not in kind for e in errors)]
+    fitting = [errors for errors in branches.values() if all(e.path or e.validator not in kind for e in errors)]
     if not fitting:
         yield error
     for inner in min(fitting, key=len, default=[]):
@@ -103,7 +103,7 @@ def _explained(error: Any) -> list[Fault]:
     if error.validator in _BOUNDS:
         found, do = _BOUNDS[error.validator]
         return [(key, f"{_said(value)} is {found}", do.format(error.validator_value))]
-    options = _options(limits)
+    options = alternatives(limits)
     return [(key, f"{_said(value)} is not {_expected(options)}", _hint(value, options))]
 
 
@@ -131,9 +131,9 @@ def _said(value: Any) -> str:
     return kind + text
 
 
-def _options(limits: dict[str, Any]) -> list[dict[str, Any]]:
+def alternatives(limits: dict[str, Any]) -> list[dict[str, Any]]:
     """The alternatives of a schema, however deep its `anyOf`s."""
-    return [o for option in limits["anyOf"] for o in _options(option)] if "anyOf" in limits else [limits]
+    return [o for option in limits["anyOf"] for o in alternatives(option)] if "anyOf" in limits else [limits]
 
 
 def _expected(options: list[dict[str, Any]]) -> str:
@@ -162,7 +162,7 @@ def _hint(value: Any, options: list[dict[str, Any]]) -> str:
         return f"write {int(value)}"
     if isinstance(value, bool | int | float) and "string" in types and not words:
         return f"a text that looks otherwise stands in quotation marks: '{json.dumps(value)}'"
-    return f"did you mean {nearest(str(value), words)}?" if words else ""
+    return ""
 
 
 def _hint_for_text(value: str, types: set[str | None], words: list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from lora_recipes import yamlfile
 from lora_recipes.messages import Problem, raise_if
 from lora_recipes.recipe import Recipe, rooted
-from lora_recipes.rows import Fault, Row, used
+from lora_recipes.rows import FIELDS, Fault, Row, used
 from lora_recipes.rows import faults as row_faults
 
 SHOWN = 20  # faults listed one by one; the rest are counted
@@ -53,7 +53,7 @@ def read(recipe: Recipe, which: str) -> Split:
             row = Row(where, used(raw, text_field))
             found = row_faults(raw, text_field) or _mixed(row, first or row)
             faults += [Problem(where, *fault) for fault in found]
-            unused |= {k for k, v in raw.items() if v is not None} - set(row.value) - {text_field}
+            unused |= {k for k, v in raw.items() if v is not None} - {*FIELDS, text_field}
             if not found:
                 rows.append(row)
                 first = first or row

@@ -1,5 +1,6 @@
 """A recipe: find it, read it, override it, check it. Imports no torch; loading one takes well under half a second."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,14 +88,18 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find(name)
     content, lines, problems = yamlfile.read(path)
     # `full:` and `full: {}` are the same; a section that should hold something is then told what it lacks.
-    sections = {name: {} if section is None else section for name, section in content.items()}
+    sections = {key: {} if value is None else value for key, value in content.items()}
     set_by, refused = _override(sections, overrides)
     recipe = Recipe(path.stem, path, sections, lines, set_by)
     faults = check.faults(sections)
-    faults.sort(key=lambda fault: (isinstance(place := recipe.written(fault[0]), str), place))
+    faults.sort(key=lambda fault: _line(recipe.written(fault[0])))
     problems += [Problem(recipe.at(*key), found, do) for key, found, do in faults] + refused
     raise_if(problems + _conflicts(recipe, {key[0] if key else "" for key, _, _ in faults}))
     return recipe
+
+
+def _line(place: int | str) -> int:
+    return place if isinstance(place, int) else sys.maxsize  # overrides come after the file
 
 
 def _override(sections: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:

@@ -70,15 +70,13 @@ class Steps:
     def warmup_said(self) -> str:
         """The arithmetic of `warmup`, e.g. `750 x 0.03 = 22.5, rounded up: 23 steps`."""
         share = 0 < self.warmup_steps < 1
-        number = _product(str(self.total), self.warmup_steps, self.total, self.warmup) if share else str(self.warmup)
-        return f"{number} steps" + (" (the whole run)" if self.warmup >= self.total else "")
+        said = _product(str(self.total), self.warmup_steps, self.total, self.warmup) if share else _count(self.warmup, "step")
+        return said + (" (the whole run)" if self.warmup >= self.total else "")
 
     def problems(self, recipe: Recipe) -> list[Problem]:
-        """Numbers with which Trainer trains nothing: it says so misleadingly or, with max_steps, not at all."""
+        """Numbers with which Trainer trains nothing, in silence or with a misleading message; 0 steps it makes one."""
         if self.max_steps == 0:
-            return [
-                Problem(recipe.at("train", "max_steps"), "0 steps train nothing", "remove it (epochs decide), or give a number above 0")
-            ]
+            return [Problem(recipe.at("train", "max_steps"), "0 steps", "remove it (the epochs decide), or give a number above 0")]
         if self.batches == 0:
             found = f"drop_last leaves none of the {self.rows} rows: a batch takes {self.per_device * self.devices}"
             do = "set dataloader_drop_last: false, or a smaller per_device_train_batch_size"
@@ -88,11 +86,10 @@ class Steps:
     def __str__(self) -> str:
         """The arithmetic, e.g. `2 x 2 x 1 device = 4 examples a step, ceil(1000 / 4) x 3 = 750 steps`."""
         device = "device" if self.devices == 1 else "devices"
-        number = f"{self.examples} example" + ("" if self.examples == 1 else "s")
-        examples = f"{self.per_device} x {self.accumulation} x {self.devices} {device} = {number} a step"
+        examples = f"{self.per_device} x {self.accumulation} x {self.devices} {device} = {_count(self.examples, 'example')} a step"
         if self.max_steps >= 0:
-            return f"{examples}, max_steps = {self.total} steps ({self.passes:.2f} epochs of {self.rows:,} rows)"
-        steps = f"{_product(self._per_epoch_said, self.epochs, self.per_epoch, self.total)} steps"
+            return f"{examples}, max_steps = {_count(self.total, 'step')} ({self.passes:.2f} epochs of {self.rows:,} rows)"
+        steps = _product(self._per_epoch_said, self.epochs, self.per_epoch, self.total)
         rest = f" (an epoch's last step has {self.last})" if self.last < self.examples and self.total >= self.per_epoch else ""
         return f"{examples}, {steps}{rest}"
 
@@ -109,13 +106,18 @@ class Steps:
 
 
 def _product(said: str, factor: float, number: int, rounded: int) -> str:
-    """`<said> x factor = rounded`, with the product itself where it is not whole.
+    """`<said> x factor = rounded steps`, with the product itself where it is not whole.
 
     The product is the computer's, as Trainer rounds it up: 100 x 0.07 is 7.000000000000001, and so 8 steps.
     """
     factor = int(factor) if factor == int(factor) else factor
     product = number * factor
-    return f"{said} x {factor} = {rounded}" if product == rounded else f"{said} x {factor} = {product}, rounded up: {rounded}"
+    between = "" if product == rounded else f"{product}, rounded up: "
+    return f"{said} x {factor} = {between}{_count(rounded, 'step')}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
 
 
 def chart(rate: Callable[[int], float], total: int, width: int = 60, height: int = 5) -> list[str]:

@@ -199,8 +199,8 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
     seconds = time.monotonic() - began
     metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
     if trainer.eval_dataset is not None:
-        last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {"step": None})
-        fresh = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+        last: dict[str, Any] = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
+        fresh = last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end
         metrics |= last if fresh else trainer.evaluate()
     memory = {"max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | watch.accelerator_memory()
     steps, epochs = trainer.state.global_step, trainer.state.epoch

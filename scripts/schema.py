@@ -7,5 +7,5 @@ from lora_recipes import schema
 
 if __name__ == "__main__":
     path = Path(schema.__file__).with_name("recipe.schema.json")
-    path.write_text(json.dumps(schema.recipe_schema(), indent=1) + "\n")
+    path.write_text(json.dumps(schema.recipe_schema(), indent=1) + "\n", encoding="ascii")
     print(f"wrote {path.name}: {path.stat().st_size:,} bytes")

@@ -182,9 +182,8 @@ def test_changing_any_one_dimension_is_noticed(name: str, tmp_path: Path) -> Non
         other = copied(name, tmp_path, change)
         try:
             found = other.departures(shapes(built(other.config)))
-        except (ValueError, StrictDataclassError) as error:
-            print("XXX", name, key, repr(error)[:150])
-            assert key in ("num_hidden_layers", "layer_types", "hidden_size", "num_attention_heads"), key  # numbers that must fit others
+        except StrictDataclassError:
+            assert (name in HYBRID, key) == (True, "num_hidden_layers")  # transformers wants as many layer_types
             continue
         assert found, key
 

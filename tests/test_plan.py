@@ -118,7 +118,7 @@ def test_truncation_is_counted_and_stops_above_the_limit(rows, tmp_path):
     texts = [f"Satz {i}." for i in range(19)] + ["Das " * 50]
     planned = made(rows(texts), tmp_path)
     assert any("5.0 % of the rows are cut at train.max_length" in w for w in planned.warnings)
-    with pytest.raises(RecipeError, match="raise train.max_length"):
+    with pytest.raises(RecipeError, match=r"raise train\.max_length"):
         made(rows(texts), tmp_path, "data.limits={truncated: 0.01}")
 
 

@@ -246,7 +246,9 @@ def killed(tmp_path_factory):
     """The same run, killed with SIGKILL after the tenth step: checkpoint-5 and checkpoint-10 stand, nothing else."""
     outputs = tmp_path_factory.mktemp("killed")
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, "tiny_qwen35_style", *SLOW, "--outputs", str(outputs)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, SCRIPT, "tiny_qwen35_style", *SLOW, "--outputs", str(outputs)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     metrics = outputs / "tiny_qwen35_style" / "metrics.jsonl"
     end = time.monotonic() + 240
@@ -345,7 +347,9 @@ def test_a_full_disk_is_said_and_the_earlier_checkpoint_stays_whole(trained, wri
 def test_a_mistake_ends_with_code_2_and_no_traceback(tmp_path):
     done = script("tiny_facts", "lora.rr=4", "train.max_seq_length=5", "--outputs", str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "2 problems" in done.stderr and "lora.r?" in done.stderr.replace("did you mean r?", "lora.r?") and "train.max_length" in done.stderr
+    assert (
+        "2 problems" in done.stderr and "lora.r?" in done.stderr.replace("did you mean r?", "lora.r?") and "train.max_length" in done.stderr
+    )
 
 
 def test_accelerate_launch_trains_the_same_adapter(trained, tmp_path):

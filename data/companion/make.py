@@ -4,7 +4,6 @@ Usage: python data/companion/make.py [--check]     (--check writes nothing and f
 """
 
 import json
-import os
 import random
 import re
 import statistics
@@ -142,7 +141,7 @@ def write(path, text):
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="ascii", newline="\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def make(root, check=False):
