@@ -59,7 +59,7 @@ def read(recipe: Recipe, which: str) -> Split:
                 first = first or row
         if unused:
             split.notes.append(f"{which}: fields not used for training: {', '.join(sorted(unused))}")
-        weighted = _weighted(rows, entry.get("weight", 1), recipe.train.get("seed", 42))
+        weighted = _weighted(rows, entry.get("weight", 1))
         if not weighted and len(faults) == before:
             none = f"weight {entry['weight']:g} of {len(rows)} rows is no row" if rows else f"{entry['path']} has no rows"
             faults.append(Problem(at, none, "take more of it, or remove it"))
@@ -171,10 +171,13 @@ def _unreachable(name: str) -> str:
     return ""
 
 
-def _weighted(rows: list[Row], weight: float, seed: int) -> list[Row]:
-    """`weight` copies of all rows; a fraction takes that share of them, drawn with the seed, in their order."""
+def _weighted(rows: list[Row], weight: float) -> list[Row]:
+    """`weight` copies of all rows; a fraction takes that share of them, in their order.
+
+    Always the same rows: `train.seed` changes the order of training, not the data.
+    """
     whole, part = int(weight), weight - int(weight)
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), round(part * len(rows))))
+    chosen = sorted(random.Random(0).sample(range(len(rows)), round(part * len(rows))))
     return rows * whole + [rows[i] for i in chosen]
 
 

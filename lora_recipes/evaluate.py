@@ -1,9 +1,10 @@
-"""Ask a model: next-token probes, before and after training."""
+"""Ask a model: next-token probes, before and after training; and did every adapted module learn?"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes.messages import Problem, RecipeError
@@ -45,6 +46,20 @@ def _ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, 
     best = shares.topk(3)
     top = [(str(tokenizer.decode([i])).strip(), round(p, 4)) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
     return Answer(kind, prompt, answer, round(shares[wanted].item(), 4), top)
+
+
+def untrained(model: torch.nn.Module) -> list[str]:
+    """The adapted modules whose A or B is not finite, or all zero: a zero factor means that nothing was learned there."""
+    found = []
+    for name, module in model.named_modules():
+        for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") if isinstance(module, LoraLayer) else ():
+            for factor in getattr(module, kind).values():
+                weight = getattr(factor, "weight", factor)
+                if not weight.isfinite().all():
+                    found.append(f"{name}.{kind} is not finite")
+                elif not weight.any():
+                    found.append(f"{name}.{kind} is all zero")
+    return found
 
 
 def table(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:

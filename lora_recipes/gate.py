@@ -4,20 +4,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_recipes import build, data, render
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
+
+from lora_recipes import bases, data, render, tokenizing
 from lora_recipes.data import Split
-from lora_recipes.messages import Problem, RecipeError, raise_if
+from lora_recipes.messages import Problem, RecipeError, nearest, raise_if
 from lora_recipes.recipe import Recipe
 from lora_recipes.render import Characters, Counts, Example
 
 # Share of rows (or of trained turns) above which training stops; any share above 0 warns. A recipe's data.limits replaces them.
 LIMITS = {"truncated": 0.1, "duplicates": 0.1, "train_in_eval": 0.1, "unfaithful": 1.0, "no_end_of_turn": 1.0}
+UNFAITHFUL = "set data.rows: assistant_turn; where the template thinks by default, also data.chat_template_kwargs: {enable_thinking: false}"
 # What each share means, and what to do about it.
 SAID = {
     "truncated": ("of the rows are cut at train.max_length", "raise train.max_length, or shorten the rows"),
     "duplicates": ("of the rows are exact duplicates", "remove them"),
     "train_in_eval": ("of the eval rows stand in train too", "split anew; the eval loss would flatter"),
-    "unfaithful": ("of the trained turns stand after tokens that no server renders", "set data.rows: assistant_turn"),
+    "unfaithful": (
+        "of the trained turns stand after tokens that no server renders",
+        UNFAITHFUL,
+    ),
     "no_end_of_turn": ("of the trained turns are not trained to stop (no end-of-turn token)", "check tokenizer.eos_token and truncation"),
 }
 
@@ -40,10 +47,11 @@ def pass_through(recipe: Recipe, outputs: Path, network: bool) -> Gate:
 
     `network`: may the tokenizer be fetched? Without one at hand the chat template alone is compared, and tokens are not counted.
     """
-    splits = {which: data.read(recipe, which) for which in ("train", "eval")}
+    splits = _read(recipe)
     if recipe.data.get("rows") == "assistant_turn":
         splits = {which: data.by_assistant_turn(split) for which, split in splits.items()}
     tokenizer = _tokenizer(recipe, outputs, network)
+    raise_if(_unknown_kwargs(recipe, tokenizer))
     train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
     gate = Gate(tokenizer, splits, train, evaluation, render.counts(train, tokenizer, recipe))
     twice, both = splits["train"].duplicates, data.in_both(splits["train"], splits["eval"])
@@ -61,15 +69,44 @@ def pass_through(recipe: Recipe, outputs: Path, network: bool) -> Gate:
     return gate
 
 
+def _read(recipe: Recipe) -> dict[str, Split]:
+    """Both splits; the faults of both in one error."""
+    splits, problems = {}, []
+    for which in ("train", "eval"):
+        try:
+            splits[which] = data.read(recipe, which)
+        except RecipeError as error:
+            problems += error.problems
+    raise_if(problems)
+    return splits
+
+
+def _unknown_kwargs(recipe: Recipe, tokenizer: Any) -> list[Problem]:
+    """Template arguments that the chat template never looks at: a typo there is accepted by everybody and does nothing."""
+    given = recipe.data.get("chat_template_kwargs", {})
+    if not given or not tokenizer.chat_template:
+        return []
+    try:
+        known = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tokenizer.chat_template))
+    except TemplateSyntaxError:  # tags that only transformers knows ({% generation %})
+        return []
+    known -= {"messages", "tools", "add_generation_prompt", "raise_exception"}
+    return [
+        Problem(recipe.at("data", "chat_template_kwargs", key), "the chat template does not use it", f"did you mean {nearest(key, known)}?")
+        for key in given
+        if key not in known
+    ]
+
+
 def _tokenizer(recipe: Recipe, outputs: Path, network: bool) -> Any:
     """The tokenizer; or, when it is neither cached nor to be fetched, characters under the contract's chat template."""
-    has_contract = build.contract_of(recipe) is not None
+    has_contract = bases.contract_of(recipe) is not None
     try:
-        return build.tokenizer(recipe, outputs, local_files_only=has_contract and not network)
+        return tokenizing.load(recipe, outputs, local_files_only=has_contract and not network)
     except RecipeError:
         if network or not has_contract:
             raise
-        return build.characters(recipe)
+        return tokenizing.stand_in(recipe)
 
 
 def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], rows: dict[str, list[data.Row]]) -> None:

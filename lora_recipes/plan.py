@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
-from lora_recipes import adapter, build, gate, targets
+from lora_recipes import adapter, bases, build, gate, targets
 from lora_recipes.gate import Gate
 from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe
@@ -44,7 +44,7 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
     `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache.
     """
     arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
-    model, config = build.meta_model(recipe, outputs), build.lora_config(recipe)
+    model, config = bases.meta_model(recipe, outputs), build.lora_config(recipe)
     raise_if((targets.problems(model, config, recipe) if config else []) + _packing(model, recipe))
     plan = Plan(gate.pass_through(recipe, outputs, network))
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
@@ -61,7 +61,7 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
 
 
 def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: LoraConfig | None) -> None:
-    base, kind, contract = model.num_parameters(), type(model).__name__, build.contract_of(recipe)
+    base, kind, contract = model.num_parameters(), type(model).__name__, bases.contract_of(recipe)
     source = recipe.model.get("name_or_path") or recipe.model.get("from_recipe")
     source = "random weights" if recipe.model.get("weights") == "random" else source
     words, why = build.precision(recipe)

@@ -171,6 +171,20 @@ def newest_whole(folder: Path, ranks: int = 1) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
+    """Refuse to overwrite a run, or to continue one, unless that was asked for."""
+    where, saved = shown(folder.path), [p.name for p in steps_of(folder.checkpoints)]
+    if resume and force:
+        raise RecipeError(Problem(where, "RESUME and FORCE exclude each other", "continue the run, or begin it anew"))
+    if folder.finished and not force:
+        do = "FORCE=1 trains anew and replaces it; OUTPUTS=dir keeps it and trains elsewhere; or copy the recipe to a new name"
+        raise RecipeError(Problem(where, "holds a finished run", do))
+    if saved and not (resume or force):
+        raise RecipeError(Problem(where, f"holds an unfinished run ({saved[0]})", "RESUME=1 continues it, FORCE=1 begins anew"))
+    if resume and not saved:
+        raise RecipeError(Problem(where, "there is no checkpoint to resume from", "run without RESUME=1"))
+
+
 def differences(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> list[str]:
     """What a resumed run would silently ignore or mix: each value that differs from the run that is to be continued."""
     before = yaml.safe_load((folder.path / "recipe.yaml").read_text()) or {}

@@ -103,10 +103,12 @@ def _plain(schema: Any) -> Any:
 
 
 def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """References resolved, and alternatives sorted: typing caches unions, so that their order depends on what was imported before."""
     if isinstance(schema, dict):
         if "$ref" in schema:
             return _inline(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
-        return {k: _inline(v, definitions) for k, v in schema.items() if k != "$defs"}
+        inlined = {k: _inline(v, definitions) for k, v in schema.items() if k != "$defs"}
+        return inlined | ({"anyOf": sorted(inlined["anyOf"], key=str)} if "anyOf" in inlined else {})
     return [_inline(v, definitions) for v in schema] if isinstance(schema, list) else schema
 
 

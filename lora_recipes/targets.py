@@ -88,7 +88,7 @@ def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]
             have[types[int(match.group(1))]][match.group(2)].append(name in adapted)
     result = []
     for kind, done in have.items():
-        names = sorted(done, key=lambda n: (n.startswith("mlp."), _leaf(n).startswith(("o_", "out_", "down_", "c_proj"))))
+        names = sorted(done, key=lambda n: (n.startswith("mlp."), _leaf(n) == "out_proj"))
         hit = tuple(n if all(done[n]) else f"{n} ({sum(done[n])} of {len(done[n])})" for n in names if any(done[n]))
         result.append(Coverage(kind, types.count(kind), hit, tuple(n for n in names if not any(done[n]))))
     return result
@@ -143,8 +143,8 @@ def _not_regular(config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
 def _targets(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
     """Entries of target_modules that match no module at all."""
     entries, at = recipe.lora.get("target_modules"), recipe.at("lora", "target_modules")
-    names = [n for n, m in modules(model).items() if isinstance(m, ADAPTABLE) and m is not model.get_output_embeddings()]
-    leaves = list(dict.fromkeys(map(_leaf, names)))
+    names = [n for n, m in modules(model).items() if isinstance(m, ADAPTABLE)]
+    leaves = list(dict.fromkeys(_leaf(n) for n in names if _LAYER.match(n)))
     if entries is None or (entries == [] and not config.target_parameters):
         found = "is null: PEFT would choose by model type, without a word" if entries is None else "names no module"
         yield Problem(at, found, f"e.g. {listed(leaves, 7)}, or all-linear")

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft.tuners.lora import LoraLayer
 from transformers import ProgressCallback
 
-from lora_recipes import build, card, evaluate, watch
+from lora_recipes import bases, build, card, evaluate, watch
 from lora_recipes import plan as plans
 from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.plan import Plan
 from lora_recipes.recipe import Recipe
-from lora_recipes.run import RunFolder, differences, environment, newest_whole, now, replace_folder, steps_of, write
+from lora_recipes.run import RunFolder, differences, environment, may_start, newest_whole, now, replace_folder, write
 from lora_recipes.yamlfile import shown
 
 
@@ -48,11 +47,11 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     """
     PartialState(cpu=recipe.train.get("use_cpu", not torch.cuda.is_available()))  # joins the other processes, on the CPU too
     folder = RunFolder(outputs / recipe.name)
-    _may_start(folder, recipe, resume, force)
+    may_start(folder, resume, force)
     _base(recipe, outputs)
     plan = plans.make(recipe, outputs, PartialState().num_processes, network=True)
     say(plan.text())
-    if wrong := build.contract_differences(recipe, outputs):
+    if wrong := bases.contract_differences(recipe, outputs):
         do = "the plan describes another model: correct the contract, or name_or_path"
         raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
     facts = _resume_facts(plan)
@@ -90,19 +89,6 @@ def _save(folder: RunFolder, record: dict[str, Any]) -> None:
         folder.write_record(record)
 
 
-def _may_start(folder: RunFolder, recipe: Recipe, resume: bool, force: bool) -> None:
-    where, saved = shown(folder.path), [p.name for p in steps_of(folder.checkpoints)]
-    if resume and force:
-        raise RecipeError(Problem(where, "RESUME and FORCE exclude each other", "continue the run, or begin it anew"))
-    if folder.finished and not force:
-        do = "FORCE=1 trains anew and replaces it; OUTPUTS=dir keeps it and trains elsewhere; or copy the recipe to a new name"
-        raise RecipeError(Problem(where, "holds a finished run", do))
-    if saved and not (resume or force):
-        raise RecipeError(Problem(where, f"holds an unfinished run ({saved[0]})", "RESUME=1 continues it, FORCE=1 begins anew"))
-    if resume and not saved:
-        raise RecipeError(Problem(where, "there is no checkpoint to resume from", "run without RESUME=1"))
-
-
 def _base(recipe: Recipe, outputs: Path) -> None:
     """Make what the recipe builds on: a random checkpoint from the contract, or the model of another recipe."""
     if recipe.model.get("weights") == "random":
@@ -110,7 +96,7 @@ def _base(recipe: Recipe, outputs: Path) -> None:
             build.random_base(recipe, outputs)
     if not recipe.model.get("from_recipe"):
         return
-    base = build.base_recipe(recipe)
+    base = bases.recipe_of(recipe)
     folder = RunFolder(outputs / base.name)
     if folder.finished:
         if (folder.path / "recipe.yaml").read_text(encoding="utf-8") != base.to_yaml():
@@ -167,8 +153,8 @@ def _as_planned(session: Session) -> None:
 def _begin(session: Session) -> dict[str, Any]:
     """Clear the folder (what was there was asked to go), and write recipe.yaml and the first run.json."""
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
-    config = build.real_config(recipe, session.outputs)
-    base = {"name_or_path": build.base_path(recipe, session.outputs), "revision": getattr(config, "_commit_hash", None)}
+    config = bases.real_config(recipe, session.outputs)
+    base = {"name_or_path": bases.path(recipe, session.outputs), "revision": getattr(config, "_commit_hash", None)}
     base |= {"config_sha256": watch.sha256(config.to_dict())}
     record = {"status": "running", "recipe": recipe.name, "started": now(), **environment(), "base": base, "plan": session.plan.facts}
     record["hardware"] |= {"device": str(trainer.args.device), "processes": PartialState().num_processes, **watch.accelerator()}
@@ -223,24 +209,10 @@ def _explained(error: OSError | RuntimeError, session: Session) -> Exception:
     return RecipeError(Problem(shown(folder.checkpoints), found, kept))
 
 
-def untrained(model: torch.nn.Module) -> list[str]:
-    """The adapted modules whose A or B is not finite, or all zero: a zero factor means that nothing was learned there."""
-    found = []
-    for name, module in model.named_modules():
-        for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") if isinstance(module, LoraLayer) else ():
-            for factor in getattr(module, kind).values():
-                weight = getattr(factor, "weight", factor)
-                if not weight.isfinite().all():
-                    found.append(f"{name}.{kind} is not finite")
-                elif not weight.any():
-                    found.append(f"{name}.{kind} is all zero")
-    return found
-
-
 def _finish(session: Session, record: dict[str, Any]) -> None:
     """Verify, then move the result into place; run.json says `finished` only after that."""
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
-    if recipe.method == "lora" and (wrong := untrained(trainer.accelerator.unwrap_model(trainer.model))):
+    if recipe.method == "lora" and (wrong := evaluate.untrained(trainer.accelerator.unwrap_model(trainer.model))):
         do = "the adapter is not saved; look at the learning rate, the number of steps and whether these modules are used at all"
         raise RecipeError([Problem(recipe.at("lora", "target_modules"), line, do) for line in wrong[:20]])
     record["probes"]["after"] = evaluate.probes(trainer.model, session.tokenizer, recipe)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "lora_recipes"
 
 # From low to high; a module imports only those before it.
 FACTS = ["messages", "yamlfile", "check", "recipe", "contract", "adapter", "steps", "run", "rows", "data"]
-LIBRARY = ["targets", "characters", "render", "build", "gate", "evaluate", "plan", "watch", "card", "train"]
+LIBRARY = ["bases", "targets", "characters", "render", "tokenizing", "build", "gate", "evaluate", "plan", "watch", "card", "train"]
 ORDER = FACTS + LIBRARY
 ALLOWED = {name: set(ORDER[:i]) for i, name in enumerate(ORDER)}
 ALLOWED |= {"__init__": set(), "cli": {"messages", "recipe"}, "schema": {"messages"}}

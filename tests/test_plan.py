@@ -83,11 +83,11 @@ def test_one_row_a_turn_makes_an_unfaithful_chat_faithful(write_recipe, tmp_path
     chat = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"messages": chat}) + "\n")
-    path = write_recipe("tiny_qwen35_style", data={"train": str(file), "chat_template_kwargs": {"enable_thinking": False}})
-    path = write_recipe("tiny_qwen35_style", data={"train": str(file)}, train__eval_strategy="no")
+    data = {"train": str(file), "chat_template_kwargs": {"enable_thinking": False}}
+    path = write_recipe("tiny_qwen35_style", data=data, train__eval_strategy="no")
     planned = made(path, tmp_path)
     assert any("50.0 % of the trained turns stand after tokens that no server renders" in w for w in planned.warnings)
-    planned = made(path, tmp_path, "data.rows=assistant_turn", "data.chat_template_kwargs={enable_thinking: false}")
+    planned = made(path, tmp_path, "data.rows=assistant_turn")
     assert planned.facts["data"]["train"]["rows"] == 2 and not planned.warnings
 
 
@@ -130,3 +130,8 @@ def test_bf16_follows_the_dtype_and_is_never_the_default_of_the_library(tmp_path
 def test_what_the_trainer_would_refuse_is_refused_with_its_own_words(tmp_path):
     with pytest.raises(RecipeError, match=r"train.*TRL refuses it"):
         made("tiny_facts", tmp_path, "train.fp16=true", "train.bf16=true")
+
+
+def test_a_template_argument_that_the_template_never_reads_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"does not use it\n.*did you mean enable_thinking"):
+        made("tiny_qwen35_style", tmp_path, "data.chat_template_kwargs={enable_thinkin: false}")

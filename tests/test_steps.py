@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from trl import SFTConfig, SFTTrainer
 
-from lora_recipes import build, contract, recipe
+from lora_recipes import contract, recipe, tokenizing
 from lora_recipes.steps import Steps, chart
 
 
@@ -106,7 +106,7 @@ def test_a_real_sft_training_takes_as_many_steps(tmp_path: Path) -> None:
     arguments = SFTConfig(
         **options(tmp_path, steps), bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True}
     )
-    tokenizer = build.made_tokenizer(contract.load("tiny_qwen3"))
+    tokenizer = tokenizing.make(contract.load("tiny_qwen3"))
     real = SFTTrainer(AutoModelForCausalLM.from_config(config), args=arguments, train_dataset=data(rows), processing_class=tokenizer)
     real.train()
     assert real.state.global_step == steps.total == 6

@@ -201,9 +201,9 @@ def test_null_and_an_empty_list_are_found(tmp_path: Path) -> None:
     # PEFT adapts q_proj and v_proj for null on Qwen3, silently, and refuses Qwen3.5.
     for name in ("tiny_qwen3", "tiny_qwen35"):
         assert only(problems(tmp_path, name, target_modules=None)).found.startswith("is null: PEFT would choose")
-        problem = only(problems(tmp_path, name, target_modules=[]))
-        assert problem.found == "names no module"
-        assert "q_proj, k_proj" in only(problems(tmp_path, "tiny_qwen3", target_modules=[])).do
+        assert only(problems(tmp_path, name, target_modules=[])).found == "names no module"
+    # Neither the embeddings nor the head are offered as an example.
+    assert only(problems(tmp_path, "tiny_qwen3", target_modules=[])).do == f"e.g. {', '.join([*ATTENTION, *MLP])}, or all-linear"
 
 
 def test_an_entry_listed_twice_is_found(tmp_path: Path) -> None:
@@ -379,6 +379,12 @@ def test_a_module_to_save_whose_name_ends_others_is_found(tmp_path: Path) -> Non
 def test_a_target_inside_a_module_to_save_is_found(tmp_path: Path) -> None:
     found = problems(tmp_path, "tiny_qwen3", target_modules=["q_proj", "up_proj"], modules_to_save=["mlp"])
     assert only(found).found == "'up_proj' adapts nothing: modules_to_save leaves none of its modules"
+
+
+def test_a_rank_pattern_may_mean_a_target_parameter(tmp_path: Path) -> None:
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}
+    assert problems(tmp_path, **lora, rank_pattern={r"mlp\.up_proj\.weight": 4}) == []
+    assert only(problems(tmp_path, **lora, rank_pattern={r"mlp\.down_proj\.weight": 4})).found.endswith("matches no adapted module")
 
 
 def test_target_parameters_must_exist(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_recipes import build, card
+from lora_recipes import build, card, evaluate, render
 from lora_recipes import recipe as recipes
 from lora_recipes import train as training
 from lora_recipes.messages import RecipeError
@@ -143,7 +143,7 @@ def test_its_adapter_learns_through_the_text_class(style):
 
 def test_the_saved_tokenizer_keeps_the_serving_template(style):
     adapter = style / "tiny_qwen35_style" / "adapter"
-    assert (adapter / "chat_template.jinja").read_text() == build.chat_template("qwen3_5_think", "")
+    assert (adapter / "chat_template.jinja").read_text() == render.chat_template("qwen3_5_think", "")
 
 
 # what must not pass in silence
@@ -194,12 +194,12 @@ def test_a_loss_that_is_no_number_stops_the_run(trained, write_recipe):
 def test_an_adapter_that_stayed_zero_is_named(trained):
     base = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model")
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert training.untrained(model) == [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_B is all zero" for i in (0, 1)]
+    assert evaluate.untrained(model) == [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_B is all zero" for i in (0, 1)]
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.fill_(float("nan") if ".0." in name else 1.0)
-    assert training.untrained(model) == ["base_model.model.model.layers.0.self_attn.q_proj.lora_B is not finite"]
+    assert evaluate.untrained(model) == ["base_model.model.model.layers.0.self_attn.q_proj.lora_B is not finite"]
 
 
 @pytest.mark.parametrize(("trainable", "said"), [(False, "nothing"), (True, "everything")])
