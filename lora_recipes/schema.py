@@ -103,12 +103,10 @@ def _plain(schema: Any) -> Any:
 
 
 def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
-    """References resolved, and alternatives sorted: typing caches unions, so that their order depends on what was imported before."""
     if isinstance(schema, dict):
         if "$ref" in schema:
             return _inline(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
-        inlined = {k: _inline(v, definitions) for k, v in schema.items() if k != "$defs"}
-        return inlined | ({"anyOf": sorted(inlined["anyOf"], key=str)} if "anyOf" in inlined else {})
+        return {k: _inline(v, definitions) for k, v in schema.items() if k != "$defs"}
     return [_inline(v, definitions) for v in schema] if isinstance(schema, list) else schema
 
 
@@ -133,7 +131,8 @@ def _typed(hint: Any) -> dict[str, Any]:
     """The schema of a type hint: pydantic's, but with dataclasses closed to keys that they do not have."""
     members = _alternatives(hint)
     if len(members) > 1:
-        return {"anyOf": [_typed(member) for member in members]}
+        # Sorted: typing caches unions, so that their own order depends on what was imported before.
+        return {"anyOf": sorted(map(_typed, members), key=str)}
     if dataclasses.is_dataclass(members[0]):
         return _object({f.name: _field(f, kind) for f, kind in _fields(members[0])})
     schema = TypeAdapter(members[0]).json_schema()

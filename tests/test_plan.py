@@ -35,6 +35,14 @@ def test_the_seed_recipe_shows_its_known_figures(tmp_path):
     assert "ceil(750 x 0.03) = 23 steps" in text
 
 
+def test_the_readme_shows_the_plan_and_the_recipe_as_they_are(tmp_path):
+    readme = (recipes.ROOT / "README.md").read_text()
+    lines = [line for line in made("qwen35_4b_style", tmp_path).lines if not line.startswith("base ")]  # names the machine
+    assert [line for line in lines if line not in readme] == []
+    recipe = (recipes.RECIPES / "qwen35_4b_style.yaml").read_text().split("\n", 1)[1]
+    assert recipe.strip() in readme
+
+
 def test_all_shipped_chat_recipes_train_what_a_server_renders(tmp_path):
     for name in recipes.names():
         train = made(name, tmp_path).facts["data"]["train"]
