@@ -100,10 +100,10 @@ def _adapter(plan: Plan, recipe: Recipe, config: LoraConfig, size: int) -> None:
     served = adapter.max_lora_rank(rank)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     plan.facts["adapter"] = {"r": config.r, "scaling": scaling, "bytes": size, "rank": rank, "max_lora_rank": served}
-    serving = f"vLLM needs --max-lora-rank {served}" if served else "vLLM cannot serve it"
+    faults = list(adapter.config_faults(recipe.lora))
+    serving = "vLLM cannot serve it as an adapter" if faults else f"vLLM needs --max-lora-rank {served}"
     plan.say("adapter", f"r {config.r}, alpha {config.lora_alpha}, scaling {scaling:g}; {size:,} bytes of tensors; {serving}")
-    if served is None:
-        plan.warnings.append(f"rank {rank} is above {max(adapter.MAX_LORA_RANKS)}, the largest that vLLM serves: it can only be merged")
+    plan.warnings += [f"lora.{key}: {found}: {do}" for key, found, do in faults]
 
 
 def _packing(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from lora_recipes import weights
 from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.recipe import ROOT, Recipe
 from lora_recipes.yamlfile import shown
@@ -122,9 +123,9 @@ def steps_of(folder: Path) -> list[Path]:
 
 def fault(checkpoint: Path, ranks: int = 1) -> str | None:
     """Why `checkpoint` cannot be resumed from, or None when it is whole: weights, optimizer, schedule, random state and trainer state."""
-    weights = [*checkpoint.glob("adapter_model*.safetensors"), *checkpoint.glob("model*.safetensors")]
+    files = [*checkpoint.glob("adapter_model*.safetensors"), *checkpoint.glob("model*.safetensors")]
     states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{i}.pth" for i in range(ranks)]
-    if not weights:
+    if not files:
         return "no weights (*.safetensors)"
     for name in ("optimizer.pt", "scheduler.pt", *states, "trainer_state.json"):
         if not (checkpoint / name).is_file():
@@ -133,9 +134,11 @@ def fault(checkpoint: Path, ranks: int = 1) -> str | None:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except ValueError:
         return "trainer_state.json is broken"
-    for path in weights:
-        if reason := _safetensors_fault(path):
-            return f"{path.name} {reason}"
+    for path in files:
+        try:
+            weights.header(path)
+        except ValueError as error:
+            return f"{path.name} {error}"
     for name in ("optimizer.pt", "scheduler.pt", *states):
         try:
             with zipfile.ZipFile(checkpoint / name) as archive:
@@ -144,20 +147,6 @@ def fault(checkpoint: Path, ranks: int = 1) -> str | None:
         except zipfile.BadZipFile:
             return f"{name} is truncated or corrupt"
     return None
-
-
-def _safetensors_fault(path: Path) -> str | None:
-    """The header's own sum: 8 bytes of length, the header, and as many bytes of data as it promises."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length < path.stat().st_size:
-            return "is truncated or corrupt"
-        try:
-            header = json.loads(file.read(length))
-            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError):
-            return "has a broken header"
-    return None if 8 + length + end == path.stat().st_size else "is truncated"
 
 
 def newest_whole(folder: Path, ranks: int = 1) -> tuple[Path | None, list[str]]:

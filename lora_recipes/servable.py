@@ -1,0 +1,152 @@
+"""Would a server give what was trained? An adapter's tensors against its config and its base; and the copy made for serving.
+
+vLLM 0.32 looks at little of this (vllm/lora/lora_model.py, utils.py): it answers 200 and serves the base, or noise. Imports no torch.
+"""
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+from lora_recipes import weights
+from lora_recipes.adapter import VLLM, Adapter, config_faults
+from lora_recipes.messages import Problem, listed, nearest, raise_if
+from lora_recipes.yamlfile import shown
+
+
+def check(adapter: Adapter, base: Path | None) -> list[Problem]:
+    """Everything that would make vLLM refuse the adapter, or serve something else than was trained. `base`: its folder, if at hand."""
+    at = f"{shown(adapter.path)}/adapter_config.json"
+    problems = [Problem(f"{at} {key}", found, do) for key, found, do in config_faults(adapter.config)]
+    problems += _names(adapter) + _ranks(adapter) + _values(adapter)
+    return problems + (_base(adapter, base) if base else [])
+
+
+def _names(adapter: Adapter) -> list[Problem]:
+    at, modules = shown(adapter.file), adapter.modules
+    known = {tensor for pair in modules.values() for tensor in pair.values()}
+    strange = [n for n in adapter.tensors if n not in known]
+    problems = []
+    if strange:
+        do = "vLLM ignores or refuses such names; a doubled prefix comes from get_peft_model on a PEFT model"
+        problems.append(Problem(at, f"{len(strange)} tensors are no LoRA of a module: {listed(strange, 3)}", do))
+    if not modules:
+        return [*problems, Problem(at, "holds no LoRA tensor", "it is not a trained adapter")]
+    if doubled := [m for m in modules if m.startswith("base_model.")]:
+        problems.append(
+            Problem(
+                at, f"the prefix base_model.model. stands twice, e.g. {doubled[0]}", "the adapter was put on a PEFT model; train it again"
+            )
+        )
+    halves = [m for m, pair in modules.items() if set(pair) != {"A", "B"}]
+    if halves:
+        problems.append(Problem(at, f"A or B is missing in {listed(halves, 3)}", "the file is not complete"))
+    leaves = {m.rsplit(".", 1)[-1] for m in modules}
+    targets = adapter.config["target_modules"]
+    for target in targets if isinstance(targets, list) else []:
+        if not any(m == target or m.endswith(f".{target}") for m in modules):
+            do = f"did you mean {nearest(target, leaves)}? Nothing was trained there"
+            where = f"{shown(adapter.path)}/adapter_config.json target_modules"
+            problems.append(Problem(where, f"target_modules names {target!r}, but no tensor is for it", do))
+    for module in modules:
+        if module.endswith(".in_proj_z") and module.replace(".in_proj_z", ".in_proj_qkv") not in modules:
+            do = f"vLLM {VLLM} joins the two and cannot load z alone: train both, or merge"
+            return [*problems, Problem(at, "in_proj_z is adapted without in_proj_qkv", do)]
+    return problems
+
+
+def _ranks(adapter: Adapter) -> list[Problem]:
+    """The ranks that the config states against the tensors: vLLM scales by what the config says, and does not look at the shapes."""
+    pattern = adapter.config.get("rank_pattern") or {}
+    for module, pair in adapter.modules.items():
+        said = next((r for key, r in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), adapter.config["r"])
+        for kind, name in pair.items():
+            shape = adapter.tensors[name].shape
+            real = shape[0] if kind == "A" else shape[-1]
+            if real != said:
+                found = f"says rank {said} for {module}, its lora_{kind} has {real}"
+                where, do = f"{shown(adapter.path)}/adapter_config.json r", "vLLM would scale it wrongly in silence: restore the file"
+                return [Problem(where, found, do)]
+    return []
+
+
+def _values(adapter: Adapter) -> list[Problem]:
+    bad, zero = [], []
+    for pair in adapter.modules.values():
+        for kind, name in pair.items():
+            try:
+                numbers = weights.values(adapter.file, adapter.tensors[name])
+            except ValueError as error:
+                return [Problem(shown(adapter.file), str(error), "an adapter holds float32, float16 or bfloat16")]
+            largest = float(abs(numbers).max(initial=0.0))
+            if not math.isfinite(largest):
+                bad.append(name)
+            elif kind == "B" and largest == 0:
+                zero.append(name)
+    problems = []
+    if bad:
+        do = "vLLM loads it, answers token 0, and may spoil the other adapters on the server"
+        problems.append(Problem(shown(adapter.file), f"{len(bad)} tensors hold NaN or infinity: {listed(bad, 3)}", do))
+    if zero:
+        every = len(zero) == len(adapter.modules)
+        found = "every lora_B is zero: the adapter does nothing" if every else f"lora_B is all zero in {listed(zero, 3)}"
+        problems.append(Problem(shown(adapter.file), found, "it was not trained there; train it again"))
+    return problems
+
+
+def renamed(module: str, base: dict[str, tuple[int, ...]]) -> str | None:
+    """`module` as the base's own checkpoint names it: vLLM builds that class. None when the base has no such module.
+
+    transformers trains the text model of a two-part checkpoint as `model.layers...`; there it is `model.language_model.layers...`.
+    """
+    inner = module.removeprefix("model.").removeprefix("language_model.")
+    for name in (module, f"model.language_model.{inner}", f"model.{inner}", f"language_model.model.{inner}"):
+        if f"{name}.weight" in base:
+            return name
+    return None
+
+
+def _base(adapter: Adapter, folder: Path) -> list[Problem]:
+    """Every adapted module against the tensors of the base: does it exist there, in this shape?"""
+    base = weights.shapes(folder)
+    at, missing = shown(adapter.file), []
+    for module, pair in adapter.modules.items():
+        name = renamed(module, base)
+        if name is None:
+            missing.append(module)
+            continue
+        rows, columns = base[f"{name}.weight"]
+        got = {kind: adapter.tensors[tensor].shape for kind, tensor in pair.items()}
+        embedding = "lora_embedding" in pair.get("A", "")
+        wants = {"A": rows if embedding else columns, "B": columns if embedding else rows}
+        for kind, shape in got.items():
+            if (shape[-1] if kind == "A" else shape[0]) != wants[kind]:
+                found = f"{module} lora_{kind} has the shape {list(shape)}; that module of {shown(folder)} is [{rows}, {columns}]"
+                return [Problem(at, found, "the adapter belongs to another base model")]
+    if missing:
+        do = "vLLM would skip them and serve the base alone: another base, or one with fewer layers"
+        return [Problem(at, f"{len(missing)} of {len(adapter.modules)} modules are not in {shown(folder)}: {listed(missing, 3)}", do)]
+    return []
+
+
+def export(adapter: Adapter, base: Path, target: Path) -> int:
+    """Write `target`: the adapter under the names of the class that vLLM loads for `base`. Returns how many modules were renamed.
+
+    Refuses what `check` finds. The tensors are copied byte for byte.
+    """
+    raise_if(check(adapter, base))
+    shapes = weights.shapes(base)
+    names: dict[str, str] = {}
+    changed = 0
+    for module, pair in adapter.modules.items():
+        new = renamed(module, shapes)
+        changed += new != module
+        names |= {tensor: tensor.replace(f"base_model.model.{module}.", f"base_model.model.{new}.") for tensor in pair.values()}
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shutil.copyfile(adapter.path / "adapter_config.json", temporary / "adapter_config.json")
+    weights.copy_renamed(adapter.file, temporary / "adapter_model.safetensors", names)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return changed
