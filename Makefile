@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan train test lint schema clean
+.PHONY: help setup plan train merge test lint schema clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -25,6 +25,9 @@ plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps; no
 
 train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere)
 	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(RESUME),--resume) $(if $(FORCE),--force)
+
+merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1)
+	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(BASE),--base $(BASE)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(FORCE),--force)
 
 test: $(READY)  ## every test, on the CPU, without network
 	@$(PY) -m pytest

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lora_recipes import contract as contracts
 from lora_recipes import recipe as recipes
 from lora_recipes.contract import Contract
-from lora_recipes.messages import Problem, RecipeError
+from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe, rooted
 from lora_recipes.run import RunFolder
 from lora_recipes.yamlfile import shown
@@ -65,7 +66,7 @@ def text_config(recipe: Recipe, outputs: Path) -> PreTrainedConfig:
     if contract := contract_of(recipe):
         try:
             return AutoConfig.for_model(**contract.config).get_text_config()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise RecipeError(Problem(recipe.at("model", "contract"), f"transformers cannot build {contract.name}: {error}")) from None
     return real_config(recipe, outputs).get_text_config()
 
@@ -83,8 +84,8 @@ def meta_model(recipe: Recipe, outputs: Path) -> PreTrainedModel:
     config = text_config(recipe, outputs)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.model["dtype"]))
-    contract, total = contract_of(recipe), model.num_parameters()
-    if contract and total != contract.parameters:
-        found = f"transformers {transformers.__version__} builds {total:,} parameters, the contract says {contract.parameters:,}"
-        raise RecipeError(Problem(recipe.at("model", "contract"), found, f"correct configs/models/{contract.name}.yaml"))
+    if contract := contract_of(recipe):
+        found = contract.departures({name: parameter.shape for name, parameter in model.named_parameters()})
+        where, do = recipe.at("model", "contract"), f"correct configs/models/{contract.name}.yaml"
+        raise_if([Problem(where, f"transformers {transformers.__version__} builds {departure}", do) for departure in found])
     return model

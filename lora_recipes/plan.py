@@ -54,7 +54,7 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
     plan.facts["data"] = plan.gate.facts
     for label, text in gate.lines(plan.gate, recipe):
         plan.say(label, text)
-    _steps(plan, arguments, devices)
+    _steps(plan, recipe, arguments, devices)
     plan.say("example", gate.example(plan.gate, recipe))
     plan.warnings += plan.gate.warnings
     return plan
@@ -118,7 +118,7 @@ def _packing(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
     return [Problem(recipe.at("train", key), "linear-attention layers cannot keep packed rows apart without causal-conv1d", do)]
 
 
-def _steps(plan: Plan, arguments: SFTConfig, devices: int) -> None:
+def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int) -> None:
     rows = plan.gate.counts.rows - plan.gate.counts.dropped
     if arguments.packing:
         if plan.gate.counts.tokens is None:
@@ -137,12 +137,15 @@ def _steps(plan: Plan, arguments: SFTConfig, devices: int) -> None:
         arguments.warmup_steps,
         arguments.dataloader_drop_last,
     )
+    raise_if(steps.problems(recipe))
     counted = {"examples": steps.examples, "per_epoch": steps.per_epoch, "total": steps.total, "warmup": steps.warmup}
     plan.facts["steps"] = counted | {"devices": devices}
     plan.say("steps", str(steps))
-    share = f"ceil({steps.total} x {arguments.warmup_steps:g}) = " if 0 < arguments.warmup_steps < 1 else ""
-    plan.say("warm-up", f"{share}{steps.warmup} steps")
     kind = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+    if steps.warmup and kind in ("constant", "reduce_lr_on_plateau"):
+        plan.warnings.append(f"the schedule {kind} ignores train.warmup_steps: constant_with_warmup has one")
+    else:
+        plan.say("warm-up", steps.warmup_said)
     plan.facts["learning_rate"] = {"peak": arguments.learning_rate, "lr_scheduler_type": kind}
     plan.say("schedule", f"{kind}, peak {arguments.learning_rate:g}")
     if rate := _rate(arguments, steps):

@@ -19,7 +19,7 @@ def check(adapter: Adapter, base: Path | None) -> list[Problem]:
     at = f"{shown(adapter.path)}/adapter_config.json"
     problems = [Problem(f"{at} {key}", found, do) for key, found, do in config_faults(adapter.config)]
     problems += _names(adapter) + _ranks(adapter) + _values(adapter)
-    return problems + (_base(adapter, base) if base else [])
+    return problems + (fit(adapter, base) if base else [])
 
 
 def _names(adapter: Adapter) -> list[Problem]:
@@ -106,7 +106,7 @@ def renamed(module: str, base: dict[str, tuple[int, ...]]) -> str | None:
     return None
 
 
-def _base(adapter: Adapter, folder: Path) -> list[Problem]:
+def fit(adapter: Adapter, folder: Path) -> list[Problem]:
     """Every adapted module against the tensors of the base: does it exist there, in this shape?"""
     base = weights.shapes(folder)
     at, missing = shown(adapter.file), []
@@ -132,16 +132,16 @@ def _base(adapter: Adapter, folder: Path) -> list[Problem]:
 def export(adapter: Adapter, base: Path, target: Path) -> int:
     """Write `target`: the adapter under the names of the class that vLLM loads for `base`. Returns how many modules were renamed.
 
-    Refuses what `check` finds. The tensors are copied byte for byte.
+    The tensors are copied byte for byte. What stands in `target` is replaced.
     """
-    raise_if(check(adapter, base))
-    shapes = weights.shapes(base)
+    raise_if(fit(adapter, base))
+    shapes, changed = weights.shapes(base), 0
     names: dict[str, str] = {}
-    changed = 0
-    for module, pair in adapter.modules.items():
+    for module in adapter.modules:
         new = renamed(module, shapes)
         changed += new != module
-        names |= {tensor: tensor.replace(f"base_model.model.{module}.", f"base_model.model.{new}.") for tensor in pair.values()}
+        prefix = f"base_model.model.{module}."
+        names |= {t: t.replace(prefix, f"base_model.model.{new}.") for t in adapter.tensors if t.startswith(prefix)}
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "lora_recipes"
 
 # From low to high; a module imports only those before it.
 FACTS = ["messages", "yamlfile", "check", "recipe", "contract", "weights", "adapter", "servable", "steps", "run", "rows", "data"]
-LIBRARY = ["bases", "targets", "characters", "render", "tokenizing", "build", "gate", "evaluate", "plan", "watch", "card", "train"]
+LIBRARY = ["bases", "targets", "characters", "render", "tokenizing", "build", "gate", "evaluate", "plan", "watch", "card", "train", "merge"]
 ORDER = FACTS + LIBRARY
 ALLOWED = {name: set(ORDER[:i]) for i, name in enumerate(ORDER)}
 ALLOWED |= {"__init__": set(), "cli": {"messages", "recipe"}, "schema": {"messages"}}
@@ -92,3 +92,8 @@ def test_no_function_is_longer_than_45_lines(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_sources_are_ascii(path):
     assert path.read_text(encoding="utf-8").isascii()
+
+
+def test_the_readme_tells_what_every_module_is_for():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in MODULES if not name.startswith("__") and f"{name}.py" not in readme] == []

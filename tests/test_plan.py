@@ -32,7 +32,7 @@ def test_the_seed_recipe_shows_its_known_figures(tmp_path):
     text = planned.text()
     assert "2 x 2 x 1 device = 4 examples a step, ceil(1000 / 4) x 3 = 750 steps" in text
     assert "linear_attention 24 layers: mlp only - no token mixer adapted (in_proj_qkv, in_proj_z" in text
-    assert "ceil(750 x 0.03) = 23 steps" in text
+    assert "750 x 0.03 = 22.5, rounded up: 23 steps" in text
 
 
 def test_the_readme_shows_the_plan_and_the_recipe_as_they_are(tmp_path):
@@ -143,3 +143,18 @@ def test_what_the_trainer_would_refuse_is_refused_with_its_own_words(tmp_path):
 def test_a_template_argument_that_the_template_never_reads_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"does not use it\n.*did you mean enable_thinking"):
         made("tiny_qwen35_style", tmp_path, "data.chat_template_kwargs={enable_thinkin: false}")
+
+
+def test_a_warm_up_that_the_schedule_ignores_is_said(tmp_path):
+    planned = made("tiny_facts", tmp_path, "train.lr_scheduler_type=constant", "train.warmup_steps=5")
+    assert any("constant ignores train.warmup_steps" in w for w in planned.warnings)
+
+
+def test_no_steps_at_all_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match="0 steps"):
+        made("tiny_facts", tmp_path, "train.max_steps=0")
+
+
+def test_an_adapter_that_cannot_be_served_is_said_before_training(tmp_path):
+    planned = made("tiny_facts", tmp_path, "lora.use_dora=true")
+    assert any("lora.use_dora: vLLM 0.32 serves no DoRA" in w for w in planned.warnings)

@@ -1,0 +1,168 @@
+"""Merge an adapter into its base, and prove it: `make merge RECIPE=x`. Reads the adapter folder, not what the recipe meant."""
+
+import json
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from lora_recipes import adapter as adapters
+from lora_recipes import servable, weights
+from lora_recipes.messages import Problem, RecipeError, raise_if
+from lora_recipes.run import RunFolder, now, replace_folder, write
+from lora_recipes.yamlfile import shown
+
+# Mean KL and largest logit difference that a merge may show, by dtype. Measured on trained tiny adapters: float32 3e-8 / 6e-6,
+# bfloat16 2e-5 / 6e-2 (weights are rounded once more); ten times that is a fault.
+TOLERANCE = {"float32": (1e-6, 1e-3), "bfloat16": (2e-4, 6e-1)}
+PROBES = ("The", "Once upon a time", "Question: what is two and two? Answer:", "Guten Morgen, wie")
+GREEDY = 16  # tokens generated from each probe
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the merged model is from base + adapter: mean KL (nats a token), logit differences, and greedy tokens that agree."""
+
+    kl_mean: float
+    logit_max: float
+    logit_mean: float
+    greedy_equal: int
+    greedy_total: int
+
+
+def merge(folder: Path, output: Path, base: Path | None = None, dtype: str | None = None, force: bool = False) -> dict[str, Any]:
+    """Merge the adapter in `folder` into its base and write a whole model to `output`; returns what merge.json says.
+
+    `base` replaces the one that adapter_config.json names. RecipeError when the adapter does not fit, memory does not suffice, or the
+    merged model answers otherwise than base + adapter; then nothing is left behind.
+    """
+    began = time.monotonic()
+    if output.exists() and not force:
+        raise RecipeError(Problem(shown(output), "is already there", "FORCE=1 replaces it"))
+    adapter = adapters.read(folder)
+    source = base or Path(adapter.config["base_model_name_or_path"])
+    if not (source / "config.json").is_file():
+        do = "give its folder: BASE=path (a hub model: hf download it first)"
+        raise RecipeError(Problem(shown(folder), f"its base {source} is not a folder here", do))
+    raise_if(servable.fit(adapter, source))
+    kind = dtype or _dtype(source)
+    _enough_memory(source, kind)
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        record = _merge(adapter, source, temporary, kind)
+        record |= {"seconds": round(time.monotonic() - began, 2), "at": now()}
+        write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
+        replace_folder(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def _dtype(source: Path) -> str:
+    config = AutoConfig.from_pretrained(source)
+    return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
+
+
+def _enough_memory(source: Path, dtype: str) -> None:
+    """The base once in `dtype`, and a quarter more for the adapter, the probes and the copy that is being written."""
+    numbers = sum(_count(shape) for shape in weights.shapes(source).values())
+    needed = int(1.25 * numbers * getattr(torch, dtype).itemsize)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        found = f"merging in {dtype} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        do = "merge on a larger machine" if dtype != "float32" else "DTYPE=bfloat16 needs half, or use a larger machine"
+        raise RecipeError(Problem(shown(source), found, do))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _merge(adapter: adapters.Adapter, source: Path, target: Path, dtype: str) -> dict[str, Any]:
+    """Load the class that the checkpoint names (a two-part one keeps its vision tower), attach, ask, merge, ask again, save."""
+    architecture = AutoConfig.from_pretrained(source).architectures[0]
+    target.mkdir(parents=True)
+    servable.export(adapter, source, target / "adapter")
+    model = getattr(transformers, architecture).from_pretrained(source, dtype=getattr(torch, dtype))
+    tokenizer = AutoTokenizer.from_pretrained(adapter.path if (adapter.path / "tokenizer_config.json").is_file() else source)
+    attached = PeftModel.from_pretrained(model, target / "adapter").eval()
+    layers = sum(isinstance(m, LoraLayer) for m in attached.modules())
+    if layers != len(adapter.modules):
+        found = f"PEFT attached {layers} modules, the adapter holds {len(adapter.modules)}"
+        raise RecipeError(Problem(shown(adapter.path), found, "the adapter does not fit this base"))
+    chance = torch.randint(0, len(tokenizer), (1, 16), generator=torch.Generator().manual_seed(0))
+    probes = [chance, *(tokenizer(text, return_tensors="pt")["input_ids"] for text in PROBES)]
+    before = [_ask(attached, ids) for ids in probes]
+    merged = attached.merge_and_unload(safe_merge=True)
+    difference = _difference(before, [_ask(merged, ids) for ids in probes])
+    _within(difference, dtype, adapter.path)
+    shutil.rmtree(target / "adapter")
+    merged.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    facts = {"adapter": shown(adapter.path), "base": str(source), "architecture": architecture, "dtype": dtype}
+    return facts | {"modules": layers, **asdict(difference), "max_rss_bytes": peak}
+
+
+@torch.no_grad()
+def _ask(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Logits of every position of the probe (float32, [tokens, vocabulary]), and the greedy continuation."""
+    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    written = ids
+    for _ in range(GREEDY):
+        written = torch.cat([written, model(input_ids=written, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return logits, written[0, ids.shape[1] :].tolist()
+
+
+def _difference(before: list[tuple[torch.Tensor, list[int]]], after: list[tuple[torch.Tensor, list[int]]]) -> Difference:
+    one, two = torch.cat([b for b, _ in before]), torch.cat([a for a, _ in after])
+    kl = torch.nn.functional.kl_div(two.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+    apart = (one - two).abs()
+    equal = sum(x == y for (_, b), (_, a) in zip(before, after, strict=True) for x, y in zip(b, a, strict=True))
+    return Difference(max(kl.item(), 0.0), apart.max().item(), apart.mean().item(), equal, len(before) * GREEDY)
+
+
+def _within(difference: Difference, dtype: str, path: Path) -> None:
+    kl, logit = TOLERANCE[dtype]
+    exact = dtype != "float32" or difference.greedy_equal == difference.greedy_total
+    if not (difference.kl_mean <= kl and difference.logit_max <= logit and exact):
+        found = f"the merged model is not base + adapter: {difference} (allowed: KL {kl:g}, logit {logit:g})"
+        raise RecipeError(Problem(shown(path), found, "nothing was written; merge in float32, or serve the adapter unmerged"))
+
+
+def run_folder(recipe: str, outputs: Path) -> RunFolder:
+    """The run folder of a recipe, which must hold a finished adapter."""
+    folder = RunFolder(outputs / recipe)
+    if not folder.finished:
+        raise RecipeError(Problem(shown(folder.path), "holds no finished run", f"make train RECIPE={recipe}"))
+    return folder
+
+
+def report(record: dict[str, Any], output: Path) -> str:
+    """merge.json for a person."""
+    same = f"{record['greedy_equal']} of {record['greedy_total']} greedy tokens equal"
+    return "\n".join(
+        [
+            f"{record['modules']} modules merged into {record['architecture']} in {record['dtype']}, {record['seconds']:.1f} s, "
+            f"peak memory {record['max_rss_bytes'] / 2**30:.2f} GiB",
+            f"against base + adapter: KL {record['kl_mean']:.1e} nats a token, logits differ by at most {record['logit_max']:.1e} "
+            f"(mean {record['logit_mean']:.1e}), {same}",
+            f"{shown(output)}/  with merge.json",
+        ]
+    )

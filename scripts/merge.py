@@ -1,0 +1,35 @@
+"""Merge an adapter into its base, verified: `python scripts/merge.py RECIPE|ADAPTER_FOLDER [--base DIR] [--dtype float32] [--force]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lora_recipes import cli
+from lora_recipes.recipe import ROOT
+
+
+def main() -> int:
+    """Parse, merge, print the figures."""
+    parser = argparse.ArgumentParser(description="Merge an adapter into its base and verify the result.")
+    parser.add_argument("adapter", nargs="?", default=cli.DEFAULT, help=f"a recipe's name, or an adapter folder (default: {cli.DEFAULT})")
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where the run folders are (default: outputs/)")
+    parser.add_argument("--base", type=Path, help="folder of the base (default: the one in adapter_config.json)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="dtype to merge and save in (default: the base's)")
+    parser.add_argument("--force", action="store_true", help="replace a merged model that is already there")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    given = parser.parse_args()
+
+    def action() -> None:
+        from lora_recipes import merge
+
+        is_folder = "/" in given.adapter
+        folder = Path(given.adapter) if is_folder else merge.run_folder(given.adapter, given.outputs).result("lora")
+        output = folder.parent / "merged"
+        record = merge.merge(folder, output, given.base, given.dtype, given.force)
+        print(merge.report(record, output))
+
+    return cli.run(action, given.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
