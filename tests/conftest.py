@@ -1,6 +1,11 @@
 """What the tests share: recipes written to a temporary folder, and one trained base for the whole session."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported, here and in the processes that tests start: on models this small a second thread only waits for the first,
+# and on a busy machine it waits long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import yaml
