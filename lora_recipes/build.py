@@ -21,9 +21,11 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from lora_recipes import bases, tokenizing
+from lora_recipes.contract import Contract
 from lora_recipes.messages import Problem, RecipeError
-from lora_recipes.recipe import Recipe
+from lora_recipes.recipe import Recipe, rooted
 from lora_recipes.render import Example
+from lora_recipes.resume import sha256
 from lora_recipes.run import RunFolder, replace_folder
 
 
@@ -33,7 +35,7 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
         return None
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(Problem(recipe.at("lora"), f"PEFT refuses it: {error}")) from None
 
 
@@ -70,7 +72,8 @@ def random_base(recipe: Recipe, outputs: Path) -> bool:
     """
     contract, folder = bases.contract_of(recipe), Path(bases.path(recipe, outputs))
     assert contract is not None
-    mark = {"config": contract.config, "tokenizer": contract.tokenizer, "transformers": transformers.__version__}
+    files = {name: sha256(rooted(name)) for name in (contract.tokenizer or {}).get("files", [])}
+    mark = {"config": contract.config, "tokenizer": contract.tokenizer, "files": files, "transformers": transformers.__version__}
     if (folder / "contract.json").is_file() and json.loads((folder / "contract.json").read_text()) == mark:
         return False
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -78,7 +81,8 @@ def random_base(recipe: Recipe, outputs: Path) -> bool:
     config = AutoConfig.for_model(**contract.config)
     set_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = getattr(transformers, contract.architecture)._from_config(config, dtype=getattr(torch, recipe.model["dtype"]))
+        model = published_class(contract)._from_config(config, dtype=getattr(torch, recipe.model["dtype"]))
+    shutil.rmtree(folder, ignore_errors=True)  # made from another contract or other files
     processing_class = tokenizing.load(recipe, outputs)
     for holder in (model.config.get_text_config(), model.generation_config):
         holder.eos_token_id, holder.pad_token_id = processing_class.eos_token_id, processing_class.pad_token_id
@@ -89,6 +93,14 @@ def random_base(recipe: Recipe, outputs: Path) -> bool:
     return True
 
 
+def published_class(contract: Contract) -> type[PreTrainedModel]:
+    """The class of the published checkpoint; or the text model's, where the contract states only that part of a two-part one."""
+    config = AutoConfig.for_model(**contract.config)
+    published = getattr(transformers, contract.architecture)
+    found: Any = published if published.config_class is type(config) else AutoModelForCausalLM._model_mapping[type(config)]
+    return found
+
+
 def model(recipe: Recipe, outputs: Path) -> PreTrainedModel:
     """The base model with its weights, frozen or not as the trainer will have it, in the recipe's dtype."""
     options = {k: recipe.model[k] for k in ("revision", "attn_implementation") if k in recipe.model}
@@ -97,7 +109,8 @@ def model(recipe: Recipe, outputs: Path) -> PreTrainedModel:
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, recipe.model["dtype"]), **options)
     except (OSError, ValueError, ImportError) as error:
         do = "check the name, the network, the login and attn_implementation"
-        raise RecipeError(Problem(recipe.at("model"), f"{path} cannot be loaded: {str(error).splitlines()[0]}", do)) from None
+        key = "attn_implementation" if "attn_implementation" in recipe.model and "attn" in str(error) else "name_or_path"
+        raise RecipeError(Problem(recipe.at("model", key), f"{path} cannot be loaded: {str(error).splitlines()[0]}", do)) from None
     if getattr(loaded, "_hf_peft_config_loaded", False) or hasattr(loaded, "peft_config"):
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
         raise RecipeError(Problem(recipe.at("model", "name_or_path"), f"{path} carries an adapter", do))
@@ -122,12 +135,15 @@ def trainer(
     # The labels already leave out what train.assistant_only_loss leaves out; TRL accepts the flag only with raw conversations.
     arguments.assistant_only_loss = False
     stopping = [EarlyStoppingCallback(**recipe.early_stopping)] if recipe.early_stopping else []
-    return SFTTrainer(
-        model=base,
-        args=arguments,
-        train_dataset=dataset(train),
-        eval_dataset=dataset(evaluation) if evaluation else None,
-        processing_class=processing_class,
-        peft_config=lora_config(recipe),
-        callbacks=[*callbacks, *stopping],
-    )
+    try:
+        return SFTTrainer(
+            model=base,
+            args=arguments,
+            train_dataset=dataset(train),
+            eval_dataset=dataset(evaluation) if evaluation else None,
+            processing_class=processing_class,
+            peft_config=lora_config(recipe),
+            callbacks=[*callbacks, *stopping],
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        raise RecipeError(Problem(recipe.at("train"), f"TRL refuses it: {str(error).splitlines()[0]}", "see --traceback")) from error

@@ -41,6 +41,8 @@ def run(action: Callable[[], None], traceback: bool) -> int:
         print(f"error: {len(error.problems)} problem{'s' * (len(error.problems) != 1)}\n{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; RESUME=1 continues from the newest whole checkpoint", file=sys.stderr)
+        print("\ninterrupted; where a checkpoint was saved, RESUME=1 continues from it", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `make plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
-from lora_recipes.messages import Problem, RecipeError
+from lora_recipes.messages import Problem
 from lora_recipes.recipe import Recipe
 
 
@@ -22,30 +22,44 @@ class Answer:
     top: list[tuple[str, float]]
 
 
+def problems(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Problem]:
+    """Each probe whose answer is no word that can follow its prompt in this vocabulary."""
+    asked = [(kind, i, probe) for kind in ("change", "keep") for i, probe in enumerate(recipe.probes.get(kind, []))]
+    return [
+        Problem(
+            recipe.at("probes", kind, i), f"{probe['answer']!r} is no word that can follow the prompt in this vocabulary", "choose another"
+        )
+        for kind, i, probe in asked
+        if _tokens(tokenizer, probe)[1] in (None, tokenizer.unk_token_id)
+    ]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, probe: dict[str, str]) -> tuple[list[int], int | None]:
+    """The prompt's tokens, and the first token of the answer; None when the two merge into other tokens."""
+    ids = tokenizer(probe["prompt"])["input_ids"]
+    full = tokenizer(f"{probe['prompt']} {probe['answer']}")["input_ids"]
+    return ids, full[len(ids)] if full[: len(ids)] == ids and len(full) > len(ids) else None
+
+
 def probes(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[dict[str, Any]]:
     """The recipe's `probes:` asked of `model`; in eval mode, without dropout, changing nothing."""
     was_training = model.training
     model.eval()
-    asked = [(kind, number, probe) for kind in ("change", "keep") for number, probe in enumerate(recipe.probes.get(kind, []))]
-    answers = [asdict(_ask(model, tokenizer, kind, probe, recipe.at("probes", kind, number))) for kind, number, probe in asked]
+    asked = [(kind, probe) for kind in ("change", "keep") for probe in recipe.probes.get(kind, [])]
+    answers = [asdict(_ask(model, tokenizer, kind, probe)) for kind, probe in asked]
     model.train(was_training)
     return answers
 
 
 @torch.no_grad()
-def _ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, probe: dict[str, str], where: str) -> Answer:
-    prompt, answer = probe["prompt"], probe["answer"]
-    ids = tokenizer(prompt)["input_ids"]
-    full = tokenizer(f"{prompt} {answer}")["input_ids"]
-    wanted = full[len(ids)]
-    if full[: len(ids)] != ids or wanted == tokenizer.unk_token_id:
-        raise RecipeError(Problem(where, f"{answer!r} is no word that can follow the prompt in this vocabulary", "choose another answer"))
+def _ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, probe: dict[str, str]) -> Answer:
+    ids, wanted = _tokens(tokenizer, probe)
     device = next(model.parameters()).device
     logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
     shares = logits.float().softmax(-1)
     best = shares.topk(3)
     top = [(str(tokenizer.decode([i])).strip(), round(p, 4)) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-    return Answer(kind, prompt, answer, round(shares[wanted].item(), 4), top)
+    return Answer(kind, probe["prompt"], probe["answer"], round(shares[wanted].item(), 4), top)
 
 
 def untrained(model: torch.nn.Module) -> list[str]:

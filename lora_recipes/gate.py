@@ -10,22 +10,18 @@ from jinja2.meta import find_undeclared_variables
 from lora_recipes import bases, data, render, tokenizing
 from lora_recipes.data import Split
 from lora_recipes.messages import Problem, RecipeError, nearest, raise_if
-from lora_recipes.recipe import Recipe
+from lora_recipes.recipe import Recipe, rooted
 from lora_recipes.render import Characters, Counts, Example
 
-# Share of rows (or of trained turns) above which training stops; any share above 0 warns. A recipe's data.limits replaces them.
-LIMITS = {"truncated": 0.1, "duplicates": 0.1, "train_in_eval": 0.1, "unfaithful": 1.0, "no_end_of_turn": 1.0}
 UNFAITHFUL = "set data.rows: assistant_turn; where the template thinks by default, also data.chat_template_kwargs: {enable_thinking: false}"
-# What each share means, and what to do about it.
-SAID = {
-    "truncated": ("of the rows are cut at train.max_length", "raise train.max_length, or shorten the rows"),
-    "duplicates": ("of the rows are exact duplicates", "remove them"),
-    "train_in_eval": ("of the eval rows stand in train too", "split anew; the eval loss would flatter"),
-    "unfaithful": (
-        "of the trained turns stand after tokens that no server renders",
-        UNFAITHFUL,
-    ),
-    "no_end_of_turn": ("of the trained turns are not trained to stop (no end-of-turn token)", "check tokenizer.eos_token and truncation"),
+# name: (share above which training stops, share above which it warns, what it is, what to do). data.limits replaces the first.
+LIMITS = {
+    "truncated": (0.1, 0.0, "of the rows are cut at train.max_length", "raise train.max_length, or shorten the rows"),
+    "duplicates": (0.1, 0.0, "of the rows are exact duplicates", "remove them"),
+    "train_in_eval": (0.1, 0.0, "of the eval rows stand in train too", "split anew; the eval loss would flatter"),
+    "unsupervised": (0.99, 0.95, "of the tokens are not trained", "shorten the prompts, or train more of each row"),
+    "unfaithful": (1.0, 0.0, "of the trained turns stand after tokens that no server renders", UNFAITHFUL),
+    "no_end_of_turn": (1.0, 0.0, "of the trained turns do not learn to stop", "check tokenizer.eos_token and truncation"),
 }
 
 
@@ -55,16 +51,25 @@ def pass_through(recipe: Recipe, outputs: Path, network: bool) -> Gate:
     train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
     gate = Gate(tokenizer, splits, train, evaluation, render.counts(train, tokenizer, recipe))
     twice, both = splits["train"].duplicates, data.in_both(splits["train"], splits["eval"])
+    held_out = render.counts(evaluation, tokenizer, recipe)
     gate.facts = {
         "train": vars(gate.counts) | {"format": splits["train"].rows[0].format, "duplicates": len(twice), "sha256": splits["train"].sha256},
-        "eval": vars(render.counts(evaluation, tokenizer, recipe)) | {"train_in_eval": len(both), "sha256": splits["eval"].sha256},
+        "eval": vars(held_out) | {"train_in_eval": len(both), "sha256": splits["eval"].sha256},
     }
-    shares = {name: gate.counts.share(name) for name in ("truncated", "unfaithful", "no_end_of_turn")}
+    if gate.counts.dropped == gate.counts.rows:
+        do = "raise train.max_length: after truncation no row has a trained token left"
+        raise RecipeError(Problem(recipe.at("train", "max_length"), f"all {gate.counts.rows:,} rows would be dropped", do))
+    shares = {name: gate.counts.share(name) for name in ("truncated", "unsupervised", "unfaithful", "no_end_of_turn")}
     shares |= {"duplicates": len(twice) / gate.counts.rows, "train_in_eval": len(both) / max(len(evaluation), 1)}
     _limits(gate, recipe, shares, {"duplicates": twice, "train_in_eval": both})
-    if gate.counts.dropped:
+    for name, counts in (("train", gate.counts), ("eval", held_out)):
+        if counts.dropped:
+            gate.warnings.append(
+                f"{counts.dropped} rows of {name} are dropped: truncated, nothing in them is trained (raise train.max_length)"
+            )
+    if held_out.truncated:
         gate.warnings.append(
-            f"{gate.counts.dropped} rows are dropped: nothing in them is trained after truncation (raise train.max_length)"
+            f"{100 * held_out.share('truncated'):.1f} % of the eval rows are cut at train.max_length: their loss is of the rest"
         )
     return gate
 
@@ -101,23 +106,26 @@ def _unknown_kwargs(recipe: Recipe, tokenizer: Any) -> list[Problem]:
 def _tokenizer(recipe: Recipe, outputs: Path, network: bool) -> Any:
     """The tokenizer; or, when it is neither cached nor to be fetched, characters under the contract's chat template."""
     has_contract = bases.contract_of(recipe) is not None
+    local = rooted(recipe.model.get("tokenizer") or bases.path(recipe, outputs)).is_dir()
     try:
         return tokenizing.load(recipe, outputs, local_files_only=has_contract and not network)
     except RecipeError:
-        if network or not has_contract:
+        if network or local or not has_contract:
             raise
         return tokenizing.stand_in(recipe)
 
 
 def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], rows: dict[str, list[data.Row]]) -> None:
-    limits, problems = LIMITS | recipe.data.get("limits", {}), []
+    problems = []
     for name, share in shares.items():
-        found, do = SAID[name]
+        limit, warn, found, do = LIMITS[name]
+        limit = recipe.data.get("limits", {}).get(name, limit)
         first = f", first {rows[name][0].where}" if rows.get(name) else ""
         text = f"{100 * share:.1f} % {found}{first}"
-        if share > limits[name]:
-            problems.append(Problem(recipe.at("data", "limits", name), text, f"{do}; or raise data.limits.{name} (now {limits[name]:g})"))
-        elif share > 0:
+        if share > limit:
+            where = recipe.at("data", "limits", name) if name in recipe.data.get("limits", {}) else recipe.at("data")
+            problems.append(Problem(where, text, f"{do}; or raise data.limits.{name} (now {limit:g})"))
+        elif share > warn:
             gate.warnings.append(f"{text}: {do}")
     raise_if(problems)
 
@@ -127,7 +135,7 @@ def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
     counts, rows = gate.counts, gate.splits["train"].rows
     said = [("data", f"train {counts.rows:,} rows ({rows[0].format}), eval {len(gate.evaluation):,} rows")]
     if counts.tokens is None:
-        name = recipe.model.get("name_or_path")
+        name = recipe.model.get("tokenizer") or recipe.model.get("name_or_path")
         said.append(
             ("tokens", f"not counted: the tokenizer of {name} is not in the cache and a plan fetches nothing (training counts them)")
         )

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
-from lora_recipes import adapter, bases, build, gate, targets
+from lora_recipes import adapter, bases, build, evaluate, gate, targets, variants
 from lora_recipes.gate import Gate
 from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe
@@ -45,11 +45,14 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
     """
     arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
     model, config = bases.meta_model(recipe, outputs), build.lora_config(recipe)
-    raise_if((targets.problems(model, config, recipe) if config else []) + _packing(model, recipe))
+    raise_if((_adaptable(model, config, recipe) if config else []) + _packing(model, recipe, arguments))
     plan = Plan(gate.pass_through(recipe, outputs, network))
+    if plan.gate.counts.tokens is not None:
+        raise_if(evaluate.problems(plan.gate.tokenizer, recipe))
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
     plan.facts |= {"recipe": recipe.name, "method": recipe.method, "overrides": list(recipe.overrides.values())}
-    plan.say("recipe", f"{recipe.name}{changed}")
+    plan.facts["resolved"] = recipe.sections
+    plan.say("recipe", f"{recipe.name}{changed}\n{recipe.to_yaml().strip()}")
     _model(plan, recipe, model, config)
     plan.facts["data"] = plan.gate.facts
     for label, text in gate.lines(plan.gate, recipe):
@@ -99,16 +102,26 @@ def _adapter(plan: Plan, recipe: Recipe, config: LoraConfig, size: int) -> None:
     rank = adapter.rank(recipe.lora)
     served = adapter.max_lora_rank(rank)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    plan.facts["adapter"] = {"r": config.r, "scaling": scaling, "bytes": size, "rank": rank, "max_lora_rank": served}
     faults = list(adapter.config_faults(recipe.lora))
+    served = None if faults else served
+    plan.facts["adapter"] = {"r": config.r, "scaling": scaling, "bytes": size, "rank": rank, "max_lora_rank": served}
     serving = "vLLM cannot serve it as an adapter" if faults else f"vLLM needs --max-lora-rank {served}"
-    plan.say("adapter", f"r {config.r}, alpha {config.lora_alpha}, scaling {scaling:g}; {size:,} bytes of tensors; {serving}")
+    patterns = " (others by rank_pattern, alpha_pattern)" if config.rank_pattern or config.alpha_pattern else ""
+    plan.say("adapter", f"r {config.r}, alpha {config.lora_alpha}, scaling {scaling:g}{patterns}; {size:,} bytes of tensors; {serving}")
     plan.warnings += [f"lora.{key}: {found}: {do}" for key, found, do in faults]
 
 
-def _packing(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
+def _adaptable(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> list[Problem]:
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    has_bias = any(name.endswith(".bias") for name, _ in model.named_parameters())
+    return [*variants.problems(recipe, tied, has_bias), *targets.problems(model, config, recipe)]
+
+
+def _packing(model: PreTrainedModel, recipe: Recipe, arguments: SFTConfig) -> list[Problem]:
     """Packed rows on linear attention: refused by transformers in the first step, so refused here (hub_kernels.py)."""
     train = recipe.train
+    if arguments.packing and arguments.max_length is None:
+        return [Problem(recipe.at("train", "max_length"), "packing needs a length to pack to", "give a number")]
     bfd = train.get("packing") and train.get("packing_strategy", "bfd") != "wrapped"
     types = getattr(model.config.get_text_config(), "layer_types", None) or []
     if not ((bfd or train.get("padding_free")) and "linear_attention" in types) or importlib.util.find_spec("causal_conv1d"):
@@ -148,15 +161,19 @@ def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int) -> No
         plan.say("warm-up", steps.warmup_said)
     plan.facts["learning_rate"] = {"peak": arguments.learning_rate, "lr_scheduler_type": kind}
     plan.say("schedule", f"{kind}, peak {arguments.learning_rate:g}")
-    if rate := _rate(arguments, steps):
+    if rate := _rate(recipe, arguments, steps):
         plan.lines += chart(rate, steps.total)
 
 
-def _rate(arguments: SFTConfig, steps: Steps) -> Callable[[int], float] | None:
+def _rate(recipe: Recipe, arguments: SFTConfig, steps: Steps) -> Callable[[int], float] | None:
     """The learning rate at each step, from the scheduler that the trainer will use; None for one that follows a metric."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     kwargs: Any = arguments.lr_scheduler_kwargs or {}
-    schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, steps.warmup, steps.total, kwargs)
+    try:
+        schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, steps.warmup, steps.total, kwargs)
+    except (TypeError, ValueError) as error:
+        do = "its arguments are those of transformers/optimization.py"
+        raise RecipeError(Problem(recipe.at("train", "lr_scheduler_kwargs"), f"the schedule refuses them: {error}", do)) from None
     if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
         return None
     return lambda step: arguments.learning_rate * schedule.lr_lambdas[0](step)

@@ -122,6 +122,8 @@ def _override(sections: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[
             problems += faults
             if not faults and isinstance(sections.setdefault(section, {}), dict):  # if not, the file's own error is told with its line
                 sections[section][name] = value
+                if value is None and section in ("model", "data"):  # ours know no null: it takes the key out
+                    del sections[section][name]
                 set_by[key] = text
     return set_by, problems
 

@@ -63,9 +63,10 @@ class Counts:
     open_turns: int = 0
 
     def share(self, name: str) -> float:
-        """`truncated` as a share of rows, `unfaithful` and `no_end_of_turn` as shares of trained turns; 0 where there are none."""
+        """`truncated` as a share of rows, `unsupervised` of tokens, the others of trained turns; 0 where there are none."""
         count, of = {
             "truncated": (self.truncated, self.rows),
+            "unsupervised": ((self.tokens or 0) - (self.supervised or 0), self.tokens or 0),
             "unfaithful": (self.turns - self.faithful, self.turns),
             "no_end_of_turn": (self.open_turns, self.turns),
         }[name]

@@ -84,7 +84,14 @@ OURS: dict[str, dict[str, Any]] = {
             },
             "chat_template_kwargs": {"type": "object", "description": "given to the chat template here and, by you, to the server"},
             "limits": _object(
-                {"truncated": _SHARE, "duplicates": _SHARE, "train_in_eval": _SHARE, "unfaithful": _SHARE, "no_end_of_turn": _SHARE},
+                {
+                    "truncated": _SHARE,
+                    "duplicates": _SHARE,
+                    "train_in_eval": _SHARE,
+                    "unsupervised": _SHARE,
+                    "unfaithful": _SHARE,
+                    "no_end_of_turn": _SHARE,
+                },
                 description="share above which training stops; any share above 0 warns",
             ),
         },

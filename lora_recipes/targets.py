@@ -216,7 +216,9 @@ def _refused(model: PreTrainedModel, adapted: list[str], recipe: Recipe) -> Iter
             do = "TRL computes the loss from lm_head.weight directly: an adapter there would never be trained. Remove it"
             yield Problem(at, f"{leaf!r} cannot carry an adapter", do)
         elif isinstance(module, nn.Embedding) and model.config.get_text_config().tie_word_embeddings:
-            do = "merging would also change lm_head, which is the same tensor. Remove it, or train single tokens by trainable_token_indices"
+            do = (
+                "merging would also change lm_head, which is the same tensor. Remove it, or train it whole: modules_to_save: [embed_tokens]"
+            )
             yield Problem(at, f"LoRA on {leaf!r} of a model with tied embeddings", do)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             do = f"a convolution of {module.groups} groups needs r divisible by it; adapt the projections around it instead"

@@ -25,7 +25,8 @@ def load(recipe: Recipe, outputs: Path, local_files_only: bool = False) -> PreTr
     contract, name = bases.contract_of(recipe), recipe.model.get("tokenizer")
     if name in contracts.names():
         contract = contracts.load(name)
-    if contract and contract.tokenizer and name in (None, contract.name):
+    saved = not name and (Path(bases.path(recipe, outputs)) / "tokenizer.json").is_file()  # beside the weights: theirs, whatever changed
+    if contract and contract.tokenizer and name in (None, contract.name) and not saved:
         result: PreTrainedTokenizerBase = make(contract)
     else:
         result = _pretrained(recipe, name or bases.path(recipe, outputs), local_files_only)

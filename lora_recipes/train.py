@@ -1,7 +1,6 @@
 """Train a recipe: plan, check, one SFTTrainer, verify, and leave a run folder. `make train RECIPE=x`."""
 
 import contextlib
-import errno
 import math
 import resource
 import shutil
@@ -14,12 +13,13 @@ import torch
 from accelerate import PartialState
 from transformers import ProgressCallback
 
-from lora_recipes import bases, build, card, evaluate, watch
+from lora_recipes import bases, build, card, data, evaluate, watch
 from lora_recipes import plan as plans
-from lora_recipes.messages import Problem, RecipeError
+from lora_recipes.messages import Problem, RecipeError, listed
 from lora_recipes.plan import Plan
 from lora_recipes.recipe import Recipe
-from lora_recipes.run import RunFolder, differences, environment, may_start, newest_whole, now, replace_folder, write
+from lora_recipes.resume import differences, may_start, newest_whole
+from lora_recipes.run import RunFolder, environment, now, replace_folder, write
 from lora_recipes.yamlfile import shown
 
 
@@ -45,6 +45,7 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
 
     `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is assumed.
     """
+    _writable(outputs)
     PartialState(cpu=recipe.train.get("use_cpu", not torch.cuda.is_available()))  # joins the other processes, on the CPU too
     folder = RunFolder(outputs / recipe.name)
     may_start(folder, resume, force)
@@ -54,11 +55,11 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     if wrong := bases.contract_differences(recipe, outputs):
         do = "the plan describes another model: correct the contract, or name_or_path"
         raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
-    facts = _resume_facts(plan)
+    facts = _resume_facts(plan, recipe, outputs)
     checkpoint = _checkpoint(folder, recipe, facts) if resume else None
 
     arguments, base = build.sft_config(recipe, folder), build.model(recipe, outputs)
-    callbacks = [watch.Record(folder, checkpoint), watch.Finite(recipe)]
+    callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe)]
     trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, plan.gate.train, plan.gate.evaluation, callbacks)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
@@ -69,13 +70,22 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     try:
         record |= _run(session, checkpoint)
         _finish(session, record)
-    except (RecipeError, KeyboardInterrupt) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what filled it
-            _save(folder, record | {"status": "failed", "error": str(error) or "interrupted", "ended": now()})
+            _save(folder, record | {"status": "failed", "error": str(error) or type(error).__name__, "ended": now()})
+        if folder.replaced.exists():
+            say(f"the run that was to be replaced is kept in {shown(folder.replaced)}/")
         raise
     if PartialState().is_main_process:
         _report(session, record)
     return record
+
+
+def _writable(outputs: Path) -> None:
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(Problem(shown(outputs), f"cannot be made: {error.strerror}", "give another OUTPUTS=dir")) from None
 
 
 def say(text: str = "") -> None:
@@ -99,9 +109,10 @@ def _base(recipe: Recipe, outputs: Path) -> None:
     base = bases.recipe_of(recipe)
     folder = RunFolder(outputs / base.name)
     if folder.finished:
-        if (folder.path / "recipe.yaml").read_text(encoding="utf-8") != base.to_yaml():
-            do = f"make train RECIPE={base.name} FORCE=1"
-            raise RecipeError(Problem(shown(folder.path), f"was trained from another version of the recipe {base.name}", do))
+        changed = differences(folder, base, {"train data sha256": data.read(base, "train").sha256})
+        if changed:
+            do = f"make train RECIPE={base.name} FORCE=1, or set it back"
+            raise RecipeError([Problem(shown(folder.path), f"the base is from another {base.name}: {line}", do) for line in changed])
         return
     if PartialState().num_processes > 1:
         do = f"train it first, in one process: make train RECIPE={base.name}"
@@ -111,12 +122,13 @@ def _base(recipe: Recipe, outputs: Path) -> None:
     say("\n")
 
 
-def _resume_facts(plan: Plan) -> dict[str, Any]:
+def _resume_facts(plan: Plan, recipe: Recipe, outputs: Path) -> dict[str, Any]:
     """What a resumed run must find as it was, beyond the recipe."""
     return {
         "train data sha256": plan.facts["data"]["train"]["sha256"],
         "tokens sha256": watch.sha256(plan.gate.train),
         "chat template sha256": watch.sha256(plan.gate.tokenizer.chat_template),
+        "base weights sha256": watch.weights_sha256(bases.path(recipe, outputs)),
         "processes": PartialState().num_processes,
     }
 
@@ -161,7 +173,7 @@ def _begin(session: Session) -> dict[str, Any]:
     record |= {"resume_facts": session.facts, "warnings": session.plan.warnings}
     record["probes"] = {"before": evaluate.probes(trainer.model, session.tokenizer, recipe)}
     if PartialState().is_main_process:
-        shutil.rmtree(folder.path, ignore_errors=True)
+        folder.clear()
         write(folder.path / "recipe.yaml", recipe.to_yaml())
         folder.write_record(record)
     PartialState().wait_for_everyone()
@@ -180,8 +192,10 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
     began, trainer = time.monotonic(), session.trainer
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, RuntimeError) as error:
-        raise _explained(error, session) from error
+    except Exception as error:
+        if problem := watch.explained(error, session.recipe, session.folder, trainer.state.global_step):
+            raise RecipeError(problem) from error
+        raise
     seconds = time.monotonic() - began
     metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
     if trainer.eval_dataset is not None:
@@ -193,28 +207,12 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
     return {"steps": steps, "epochs": epochs, "seconds": round(seconds, 2), "metrics": metrics, "memory": memory}
 
 
-def _explained(error: OSError | RuntimeError, session: Session) -> Exception:
-    """A full disk comes as OSError 28 or, from inside torch.save, as a RuntimeError that does not say so."""
-    folder = session.folder
-    existing = next(p for p in (folder.checkpoints, *folder.checkpoints.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if not (full or "No space left" in str(error) or ("inline_container" in str(error) and free < 64 * 2**20)):
-        return error
-    whole, _ = newest_whole(folder.checkpoints, PartialState().num_processes)
-    kept = (
-        f"{whole.name} is whole: free some space, then RESUME=1" if whole else "no checkpoint is whole yet: free some space, then FORCE=1"
-    )
-    found = f"the disk is full ({free / 2**20:.1f} MiB free) while saving at step {session.trainer.state.global_step}"
-    return RecipeError(Problem(shown(folder.checkpoints), found, kept))
-
-
 def _finish(session: Session, record: dict[str, Any]) -> None:
     """Verify, then move the result into place; run.json says `finished` only after that."""
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
     if recipe.method == "lora" and (wrong := evaluate.untrained(trainer.accelerator.unwrap_model(trainer.model))):
         do = "the adapter is not saved; look at the learning rate, the number of steps and whether these modules are used at all"
-        raise RecipeError([Problem(recipe.at("lora", "target_modules"), line, do) for line in wrong[:20]])
+        raise RecipeError(Problem(recipe.at("lora", "target_modules"), f"not learned: {listed(wrong)}", do))
     record["probes"]["after"] = evaluate.probes(trainer.model, session.tokenizer, recipe)
     final = folder.result(recipe.method)
     temporary = final.with_name(f".{final.name}.tmp")
@@ -227,6 +225,7 @@ def _finish(session: Session, record: dict[str, Any]) -> None:
         replace_folder(temporary, final)
         watch.draw(folder)
         folder.write_record(record)
+        shutil.rmtree(folder.replaced, ignore_errors=True)
 
 
 def _report(session: Session, record: dict[str, Any]) -> None:

@@ -1,20 +1,26 @@
 """What is seen and kept while training runs: the progress line, metrics.jsonl, the loss curve, and a stop when a number is no number."""
 
+import errno
 import hashlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.recipe import Recipe
 from lora_recipes.render import Example
+from lora_recipes.resume import newest_whole, seal
+from lora_recipes.resume import sha256 as file_sha256
 from lora_recipes.run import RunFolder
+from lora_recipes.yamlfile import shown
 
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
 
@@ -47,8 +53,8 @@ class Record(TrainerCallback):
         self.file = folder.metrics
         if checkpoint and self.file.is_file():
             step = int(checkpoint.name.split("-")[1])
-            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.file.write_text("".join(f"{line}\n" for line in lines))
+            kept = [log for log in logged(self.file) if log["step"] <= step]
+            self.file.write_text("".join(f"{json.dumps(log)}\n" for log in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line of JSON."""
@@ -56,6 +62,15 @@ class Record(TrainerCallback):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Seal(TrainerCallback):
+    """Closes each checkpoint with the hashes of its weights."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the trainer has written the checkpoint."""
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class Finite(TrainerCallback):
@@ -73,11 +88,50 @@ class Finite(TrainerCallback):
                 raise RecipeError(Problem(self.recipe.at("train", "learning_rate"), found, do))
 
 
+def explained(error: Exception, recipe: Recipe, folder: RunFolder, step: int) -> Problem | None:
+    """What an exception out of the trainer means to a user, or None when it is a bug.
+
+    A full disk comes as OSError 28, as a bare Exception of safetensors or, from torch.save, as a RuntimeError that does not say so. A
+    missing package, or an argument that does not go with the others, comes before the first step.
+    """
+    if isinstance(error, ImportError | ValueError) and not isinstance(error, RecipeError) and step == 0:
+        do = "install what it names, or choose another value"
+        return Problem(recipe.at("train"), f"the trainer cannot begin: {str(error).splitlines()[0]}", do)
+    existing = next(p for p in (folder.checkpoints, *folder.checkpoints.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if not (full or "No space left" in str(error) or ("inline_container" in str(error) and free < 64 * 2**20)):
+        return None
+    whole, _ = newest_whole(folder.checkpoints, PartialState().num_processes)
+    kept = f"{whole.name} is whole: RESUME=1" if whole else "no checkpoint is whole yet: FORCE=1"
+    found = f"the disk is full ({free / 2**20:.1f} MiB free) while saving at step {step}"
+    return Problem(shown(folder.checkpoints), found, f"free some space; {kept}")
+
+
 def sha256(value: Any) -> str:
     """Hash of tokens and labels (a list of Example), or of anything JSON can hold."""
     if isinstance(value, list) and value and isinstance(value[0], Example):
         value = [(e.input_ids, e.labels) for e in value]
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_sha256(base: str, limit: int = 2**30) -> str:
+    """Hash of a base folder's weights, so that a resumed run finds the same; above `limit` bytes, of their sizes. A hub id as it is."""
+    files = sorted(Path(base).glob("*.safetensors"))
+    if sum(f.stat().st_size for f in files) > limit:
+        return sha256([(f.name, f.stat().st_size) for f in files])
+    return sha256([(f.name, file_sha256(f)) for f in files]) if files else base
+
+
+def logged(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that was cut off when the process was killed is left out."""
+    logs = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            logs.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return logs
 
 
 def accelerator() -> dict[str, Any]:
@@ -102,7 +156,7 @@ def draw(folder: RunFolder) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    logs = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    logs = logged(folder.metrics)
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for key, label in (("loss", "train loss"), ("eval_loss", "eval loss")):
         points = [(log["step"], log[key]) for log in logs if key in log]

@@ -9,7 +9,9 @@ from lora_recipes import cli, recipe
 def main() -> int:
     """Parse, check the recipe before anything slow is imported, plan."""
     parser = cli.parser("Show what a recipe would train, without weights or GPU.")
-    parser.add_argument("--devices", type=int, default=1, help="number of processes to plan for (default: 1)")
+    parser.add_argument(
+        "--devices", type=int, choices=range(1, 4097), metavar="N", default=1, help="number of processes to plan for (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
     given = parser.parse_args()
 

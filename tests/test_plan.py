@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoConfig, SchedulerType
 
-from lora_recipes import build, plan
+from lora_recipes import build, contract, plan
 from lora_recipes import recipe as recipes
 from lora_recipes.messages import RecipeError
 
@@ -158,3 +160,65 @@ def test_no_steps_at_all_is_an_error(tmp_path):
 def test_an_adapter_that_cannot_be_served_is_said_before_training(tmp_path):
     planned = made("tiny_facts", tmp_path, "lora.use_dora=true")
     assert any("lora.use_dora: vLLM 0.32 serves no DoRA" in w for w in planned.warnings)
+
+
+@pytest.mark.parametrize("kind", [k.value for k in SchedulerType])
+def test_every_schedule_is_drawn_or_refused_in_words(kind, tmp_path):
+    try:
+        text = made("tiny_facts", tmp_path, f"train.lr_scheduler_type={kind}").text()
+    except RecipeError as error:
+        assert "train.lr_scheduler_kwargs" in str(error) or "needs" in str(error) or "TRL refuses it" in str(error)
+    else:
+        assert f"{kind}, peak 0.003" in text
+
+
+def test_a_run_that_would_drop_every_row_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="all 80 rows would be dropped"):
+        made("tiny_qwen35_style", tmp_path, "train.max_length=20", "data.limits={truncated: 1}")
+
+
+def test_eval_rows_that_are_cut_are_said_too(rows, tmp_path):
+    planned = made(rows([f"Satz {i}." for i in range(5)], ["Das " * 50]), tmp_path)
+    assert any("100.0 % of the eval rows are cut" in w for w in planned.warnings)
+
+
+def test_the_share_of_untrained_tokens_has_a_limit(tmp_path):
+    with pytest.raises(RecipeError, match=r"% of the tokens are not trained"):
+        made("tiny_qwen35_style", tmp_path, "data.limits={unsupervised: 0.5}")
+
+
+def test_a_tokenizer_folder_without_a_tokenizer_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match=f"the tokenizer of {tmp_path} cannot be loaded"):
+        made("tiny_facts", tmp_path, f"model.tokenizer={tmp_path}")
+
+
+def test_a_probe_that_no_token_can_answer_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(RecipeError, match=r"probes.keep\[0\]: 'Zzzz' is no word"):
+        made("tiny_facts", tmp_path, "probes.keep=[{prompt: Der Hund schläft in dem, answer: Zzzz}]")
+
+
+def test_packing_needs_a_length(tmp_path):
+    with pytest.raises(RecipeError, match="packing needs a length"):
+        made("tiny_facts", tmp_path, "train.packing=true", "train.max_length=null")
+
+
+def test_null_takes_one_of_our_keys_out_so_that_another_base_can_be_named(tmp_path):
+    chosen = recipes.load("tiny_facts", ["model.from_recipe=null", "model.contract=tiny_qwen3", "model.weights=random"])
+    assert "from_recipe" not in chosen.model
+    assert plan.make(chosen, tmp_path).facts["model"]["name_or_path"] == "random weights"
+
+
+@pytest.mark.parametrize("name", contract.names())
+def test_random_weights_can_be_made_from_every_contract(name):
+    """On the meta device: the class that random_base would write, with the contract's parameters in its text model."""
+    read = contract.load(name)
+    config = AutoConfig.for_model(**read.config)
+    with torch.device("meta"):
+        model = build.published_class(read)._from_config(config, dtype=torch.bfloat16)
+    text = [p for n, p in model.named_parameters() if "visual" not in n]
+    assert sum(p.numel() for p in text) == read.parameters
+
+
+def test_the_plan_holds_the_resolved_recipe(tmp_path):
+    planned = made("tiny_facts", tmp_path, "lora.r=2")
+    assert planned.facts["resolved"]["lora"]["r"] == 2 and "  r: 2\n" in planned.text()

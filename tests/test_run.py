@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_recipes import recipe as recipes
-from lora_recipes import run
+from lora_recipes import resume, run
 from lora_recipes.messages import RecipeError
 
 
@@ -21,20 +21,23 @@ def checkpoint(tmp_path):
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": torch.ones(100)}, folder / name)
     (folder / "trainer_state.json").write_text('{"global_step": 10}')
+    resume.seal(folder)
     return folder
 
 
 def test_a_whole_checkpoint_has_no_fault(checkpoint):
-    assert run.fault(checkpoint) is None
+    assert resume.fault(checkpoint) is None
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "SHA256SUMS"]
+)
 def test_each_missing_or_cut_file_is_named(checkpoint, name):
     file = checkpoint / name
     os.truncate(file, file.stat().st_size - 5)
-    assert any(word in run.fault(checkpoint) for word in (name, "weights"))
+    assert any(word in resume.fault(checkpoint) for word in (name, "weights", "not the content"))
     file.unlink()
-    assert any(word in run.fault(checkpoint) for word in (name, "no weights"))
+    assert any(word in resume.fault(checkpoint) for word in (name, "no weights"))
 
 
 def test_a_flipped_byte_in_the_optimizer_is_noticed(checkpoint):
@@ -43,23 +46,23 @@ def test_a_flipped_byte_in_the_optimizer_is_noticed(checkpoint):
     at = content.find(b"\x00\x00\x80\x3f" * 4)  # four floats of 1.0
     content[at] ^= 1
     file.write_bytes(content)
-    assert "corrupt" in run.fault(checkpoint)
+    assert "corrupt" in resume.fault(checkpoint)
 
 
 def test_every_rank_must_have_left_its_random_state(checkpoint):
-    assert run.fault(checkpoint, ranks=2) == "rng_state_0.pth is missing (the save was cut off)"
+    assert resume.fault(checkpoint, ranks=2) == "rng_state_0.pth is missing (the save was cut off)"
 
 
 def test_the_newest_whole_checkpoint_is_taken_by_number_not_by_name(checkpoint):
     partial = checkpoint.with_name("checkpoint-100")
     partial.mkdir()
-    found, skipped = run.newest_whole(checkpoint.parent)
+    found, skipped = resume.newest_whole(checkpoint.parent)
     assert found == checkpoint and skipped == ["checkpoint-100 skipped: no weights (*.safetensors)"]
 
 
 def test_a_broken_run_json_is_said(tmp_path):
     (tmp_path / "run.json").write_text('{"status": "fini')
-    with pytest.raises(RecipeError, match="broken JSON"):
+    with pytest.raises(RecipeError, match=r"run\.json: cannot be read"):
         _ = run.RunFolder(tmp_path).finished
 
 
@@ -68,7 +71,7 @@ def test_differences_name_both_values_and_leave_out_what_is_only_shown(tmp_path)
     (tmp_path / "recipe.yaml").write_text(recipes.load("tiny_facts").to_yaml())
     folder.write_record({"resume_facts": {"processes": 1}})
     changed = recipes.load("tiny_facts", ["train.seed=1", "train.logging_steps=1", "lora.lora_alpha=8"])
-    assert run.differences(folder, changed, {"processes": 2}) == [
+    assert resume.differences(folder, changed, {"processes": 2}) == [
         "lora.lora_alpha: the run began with 4, now it is 8",
         "train.seed: the run began with 42, now it is 1",
         "processes: the run began with 1, now it is 2",
@@ -78,3 +81,39 @@ def test_differences_name_both_values_and_leave_out_what_is_only_shown(tmp_path)
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     run.write(tmp_path / "new" / "run.json", json.dumps({"a": 1}))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
+
+
+def test_a_flipped_byte_in_the_weights_is_noticed(checkpoint):
+    file = checkpoint / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert resume.fault(checkpoint) == "adapter_model.safetensors is corrupt (not the content that was saved)"
+
+
+def test_somebody_elses_files_survive_a_new_run_and_a_finished_run_is_kept_aside(tmp_path):
+    folder = run.RunFolder(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "adapter").mkdir()
+    folder.write_record({"status": "finished"})
+    folder.clear()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".replaced", "notes.txt"]
+    folder.write_record({"status": "failed"})
+    folder.clear()
+    assert (tmp_path / ".replaced" / "adapter").is_dir(), "a failed run does not push out the finished one"
+
+
+def test_files_of_a_run_without_its_record_are_not_overwritten(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(RecipeError, match=r"holds adapter, but no run\.json"):
+        resume.may_start(run.RunFolder(tmp_path), resume=False, force=False)
+
+
+@pytest.mark.parametrize("content", ["[]", "7", '{"status": "fini'])
+def test_force_needs_no_readable_record(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RecipeError, match="FORCE=1 trains anew"):
+        resume.may_start(run.RunFolder(tmp_path), resume=False, force=False)
+    resume.may_start(run.RunFolder(tmp_path), resume=False, force=True)
+    run.RunFolder(tmp_path).clear()
+    assert not (tmp_path / "run.json").exists()

@@ -225,7 +225,7 @@ def test_lm_head_is_refused_tied_or_not(tmp_path: Path, name: str) -> None:
 def test_tied_embeddings_are_refused_and_untied_ones_are_not(tmp_path: Path) -> None:
     problem = only(problems(tmp_path, "tiny_qwen3", target_modules=["q_proj", "embed_tokens"]))
     assert problem.found == "LoRA on 'embed_tokens' of a model with tied embeddings"
-    assert "trainable_token_indices" in problem.do
+    assert "modules_to_save: [embed_tokens]" in problem.do
     assert problems(tmp_path, "qwen3_8b", target_modules=["q_proj", "embed_tokens"]) == []
 
 

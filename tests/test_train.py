@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_recipes import build, card, evaluate, render
+from lora_recipes import build, card, evaluate, render, tokenizing
 from lora_recipes import recipe as recipes
 from lora_recipes import train as training
 from lora_recipes.messages import RecipeError
@@ -93,7 +93,7 @@ def test_the_base_is_trained_once_and_a_changed_base_recipe_is_noticed(trained, 
     outputs = tmp_path / "outputs"
     shutil.copytree(trained / "tiny_base", outputs / "tiny_base")
     (outputs / "tiny_base" / "recipe.yaml").write_text("model: {}\n")
-    with pytest.raises(RecipeError, match="another version of the recipe tiny_base"):
+    with pytest.raises(RecipeError, match="the base is from another tiny_base: "):
         train(recipes.load("tiny_facts"), outputs)
 
 
@@ -336,7 +336,7 @@ def test_a_full_disk_is_said_and_the_earlier_checkpoint_stays_whole(trained, wri
         path = write_recipe("tiny_facts", "full_disk", train__save_strategy="steps", train__save_steps=2)
         with pytest.raises(RecipeError, match=r"the disk is full .*while saving") as error:
             train(recipes.load(str(path)), disk)
-        assert "is whole: free some space, then RESUME=1" in str(error.value)
+        assert "is whole: RESUME=1" in str(error.value)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the base is still mapped
 
@@ -373,3 +373,46 @@ def test_two_processes_share_the_steps_and_one_of_them_writes(tmp_path):
     written = record(tmp_path, "tiny_qwen35_style")
     assert written["hardware"]["processes"] == 2 and written["status"] == "finished" and written["steps"] == 4
     assert all(t.any() for t in load_file(tmp_path / "tiny_qwen35_style" / "adapter" / "adapter_model.safetensors").values())
+
+
+# what was there before
+
+
+def test_a_failing_run_leaves_the_finished_one_that_it_was_to_replace(trained, tmp_path):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(trained, outputs)
+    (outputs / "tiny_facts" / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match=r"train.*(the trainer cannot begin|TRL refuses it)"):
+        train(recipes.load("tiny_facts", ["train.optim=galore_adamw", "train.optim_target_modules=[q_proj]"]), outputs, force=True)
+    assert (outputs / "tiny_facts" / ".replaced" / "adapter" / "adapter_model.safetensors").is_file()
+    assert record(outputs, "tiny_facts")["status"] == "failed"
+    train(recipes.load("tiny_facts"), outputs, force=True)
+    assert not (outputs / "tiny_facts" / ".replaced").exists() and (outputs / "tiny_facts" / "notes.txt").read_text() == "mine"
+
+
+def test_a_base_from_other_data_is_noticed(trained, tmp_path):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(trained / "tiny_base", outputs / "tiny_base")
+    file = outputs / "tiny_base" / "run.json"
+    file.write_text(file.read_text().replace(record(trained, "tiny_base")["plan"]["data"]["train"]["sha256"], "0" * 64))
+    with pytest.raises(RecipeError, match="the base is from another tiny_base: train data sha256"):
+        train(recipes.load("tiny_facts"), outputs)
+
+
+def test_the_tokenizer_of_a_trained_base_is_the_one_beside_its_weights(trained):
+    saved = json.loads((trained / "tiny_base" / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert tokenizing.load(recipes.load("tiny_facts"), trained).get_vocab() == saved | {}
+
+
+def test_outputs_that_cannot_be_made_are_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="cannot be made"):
+        train(recipes.load("tiny_facts"), tmp_path / "file" / "outputs")
+
+
+def test_a_cut_last_line_of_the_metrics_does_not_stop_a_resume(killed, tmp_path):
+    outputs = copied(killed, tmp_path)
+    with (outputs / "tiny_qwen35_style" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    train(recipes.load("tiny_qwen35_style", SLOW), outputs, resume=True)
+    assert len([log for log in lines(outputs, "tiny_qwen35_style") if "loss" in log]) == 16
