@@ -1,6 +1,7 @@
 """LoRA variants that PEFT accepts by a field and that would not do here what the field says. Imports no torch.
 
-Each was run: the training went through, and the adapter was ordinary LoRA, or one for another base than the one it names.
+Run on the tiny model: eva, lora_ga and use_qalora trained ordinary LoRA; pissa and olora an adapter that is wrong on the base it names;
+layer_replication, aLoRA and tied token indices failed later. The rest is from PEFT's own description of the field.
 """
 
 from collections.abc import Iterator
