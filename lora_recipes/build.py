@@ -82,7 +82,7 @@ def random_base(recipe: Recipe, outputs: Path) -> bool:
     set_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = published_class(contract)._from_config(config, dtype=getattr(torch, recipe.model["dtype"]))
-    shutil.rmtree(folder, ignore_errors=True)  # made from another contract or other files
+    shutil.rmtree(folder, ignore_errors=True)  # of another contract or other files; its tokenizer must not be read back
     processing_class = tokenizing.load(recipe, outputs)
     for holder in (model.config.get_text_config(), model.generation_config):
         holder.eos_token_id, holder.pad_token_id = processing_class.eos_token_id, processing_class.pad_token_id
@@ -146,4 +146,6 @@ def trainer(
             callbacks=[*callbacks, *stopping],
         )
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        raise RecipeError(Problem(recipe.at("train"), f"TRL refuses it: {str(error).splitlines()[0]}", "see --traceback")) from error
+        raise RecipeError(
+            Problem(recipe.at("train"), f"TRL refuses it: {str(error).splitlines()[0]}", "scripts/train.py --traceback shows where")
+        ) from error

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import ProgressCallback
 
-from lora_recipes import bases, build, card, data, evaluate, watch
+from lora_recipes import adapter, bases, build, card, data, evaluate, servable, watch
 from lora_recipes import plan as plans
 from lora_recipes.messages import Problem, RecipeError, listed
 from lora_recipes.plan import Plan
@@ -118,7 +118,7 @@ def _base(recipe: Recipe, outputs: Path) -> None:
         do = f"train it first, in one process: make train RECIPE={base.name}"
         raise RecipeError(Problem(recipe.at("model", "from_recipe"), f"the base {base.name} is not trained yet", do))
     say(f"the base {base.name} is not trained yet: training it first\n")
-    train(base, outputs, force=True)
+    train(base, outputs)
     say("\n")
 
 
@@ -129,6 +129,7 @@ def _resume_facts(plan: Plan, recipe: Recipe, outputs: Path) -> dict[str, Any]:
         "tokens sha256": watch.sha256(plan.gate.train),
         "chat template sha256": watch.sha256(plan.gate.tokenizer.chat_template),
         "base weights sha256": watch.weights_sha256(bases.path(recipe, outputs)),
+        "base revision": getattr(bases.real_config(recipe, outputs), "_commit_hash", None),
         "processes": PartialState().num_processes,
     }
 
@@ -216,12 +217,19 @@ def _finish(session: Session, record: dict[str, Any]) -> None:
     record["probes"]["after"] = evaluate.probes(trainer.model, session.tokenizer, recipe)
     final = folder.result(recipe.method)
     temporary = final.with_name(f".{final.name}.tmp")
+    if PartialState().is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
+    PartialState().wait_for_everyone()
     trainer.save_model(str(temporary))
     if PartialState().is_main_process:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths; recipe.yaml says the same
         record |= {"status": "finished", "ended": now()}
         record["result_bytes"] = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
         card.write(temporary, recipe, record)
+        if recipe.method == "lora":
+            base = Path(bases.path(recipe, session.outputs))
+            faults = servable.check(adapter.read(temporary), base if base.is_dir() else None)
+            record["not_servable"] = [f"{fault.found}: {fault.do}" for fault in faults]
         replace_folder(temporary, final)
         watch.draw(folder)
         folder.write_record(record)
@@ -234,6 +242,8 @@ def _report(session: Session, record: dict[str, Any]) -> None:
     say(f"\n{record['steps']} steps in {record['seconds']:.1f} s; {', '.join(losses)}")
     if session.recipe.method == "lora":
         say("every adapted module has finite, non-zero A and B")
+        faults = [f"WARNING     vLLM cannot serve it as it is: {fault}" for fault in record["not_servable"]]
+        say("\n".join(faults or ["the saved files pass vLLM's rules for adapters"]))
     if lines := evaluate.table(record["probes"]["before"], record["probes"]["after"]):
         say("\n" + "\n".join(lines))
     final = session.folder.result(session.recipe.method)

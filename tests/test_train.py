@@ -416,3 +416,18 @@ def test_a_cut_last_line_of_the_metrics_does_not_stop_a_resume(killed, tmp_path)
         file.write('{"step": 13, "lo')
     train(recipes.load("tiny_qwen35_style", SLOW), outputs, resume=True)
     assert len([log for log in lines(outputs, "tiny_qwen35_style") if "loss" in log]) == 16
+
+
+def test_an_unfinished_base_is_not_thrown_away_by_a_recipe_that_builds_on_it(tmp_path):
+    checkpoint = tmp_path / "tiny_base" / "checkpoints" / "checkpoint-100"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "tiny_base" / "run.json").write_text('{"status": "failed"}')
+    with pytest.raises(RecipeError, match=r"tiny_base: holds an unfinished run \(checkpoint-100\)"):
+        train(recipes.load("tiny_facts"), tmp_path)
+    assert checkpoint.is_dir()
+
+
+def test_the_saved_adapter_is_held_against_the_rules_of_the_server(trained, style, write_recipe):
+    assert record(trained, "tiny_facts")["not_servable"] == record(style, "tiny_qwen35_style")["not_servable"] == []
+    path = write_recipe("tiny_facts", "dora", lora__use_dora=True)
+    assert any("serves no DoRA" in fault for fault in train(recipes.load(str(path)), trained)["not_servable"])
