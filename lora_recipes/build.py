@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -101,9 +102,17 @@ def published_class(contract: Contract) -> type[PreTrainedModel]:
     return found
 
 
+def nf4(dtype: str) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, computed in `dtype` (QLoRA, arXiv 2305.14314)."""
+    compute = getattr(torch, dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+
+
 def model(recipe: Recipe, outputs: Path) -> PreTrainedModel:
-    """The base model with its weights, frozen or not as the trainer will have it, in the recipe's dtype."""
-    options = {k: recipe.model[k] for k in ("revision", "attn_implementation") if k in recipe.model}
+    """The base model with its weights, frozen or not as the trainer will have it, in the recipe's dtype or in NF4."""
+    options: dict[str, Any] = {k: recipe.model[k] for k in ("revision", "attn_implementation") if k in recipe.model}
+    if recipe.model.get("quantize") == "nf4":
+        options["quantization_config"] = nf4(recipe.model["dtype"])
     path = bases.path(recipe, outputs)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, recipe.model["dtype"]), **options)
@@ -114,7 +123,20 @@ def model(recipe: Recipe, outputs: Path) -> PreTrainedModel:
     if getattr(loaded, "_hf_peft_config_loaded", False) or hasattr(loaded, "peft_config"):
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
         raise RecipeError(Problem(recipe.at("model", "name_or_path"), f"{path} carries an adapter", do))
-    return loaded
+    return trainable_4bit(loaded)
+
+
+def trainable_4bit(model: PreTrainedModel) -> PreTrainedModel:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16; other models stay as they are.
+
+    It does so at the first forward pass in eval mode (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward), for a kernel that has no
+    backward: from then on no gradient passes through these layers, and training goes on in silence.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def dataset(examples: list[Example]) -> Dataset:

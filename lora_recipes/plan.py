@@ -45,7 +45,7 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
     """
     arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
     model, config = bases.meta_model(recipe, outputs), build.lora_config(recipe)
-    raise_if((_adaptable(model, config, recipe) if config else []) + _packing(model, recipe, arguments))
+    raise_if((_adaptable(model, config, recipe) if config else _whole(recipe)) + _packing(model, recipe, arguments))
     plan = Plan(gate.pass_through(recipe, outputs, network))
     if plan.gate.counts.tokens is not None:
         raise_if(evaluate.problems(plan.gate.tokenizer, recipe))
@@ -70,7 +70,8 @@ def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: LoraConfi
     words, why = build.precision(recipe)
     compute = next((k for k, on in words.items() if on), "float32")
     known = f", contract {contract.name}" if contract else ""
-    plan.say("base", f"{source}{known}: {kind}, weights in {recipe.model['dtype']}, compute in {compute} ({why})")
+    weights = recipe.model.get("quantize", recipe.model["dtype"])
+    plan.say("base", f"{source}{known}: {kind}, weights in {weights}, compute in {compute} ({why})")
     trainable, total, size, found = base, base, 0, []
     if config:
         found = targets.coverage(model, targets.matched(model, config))
@@ -115,6 +116,13 @@ def _adaptable(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> li
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     has_bias = any(name.endswith(".bias") for name, _ in model.named_parameters())
     return [*variants.problems(recipe, tied, has_bias), *targets.problems(model, config, recipe)]
+
+
+def _whole(recipe: Recipe) -> list[Problem]:
+    """Full fine-tuning changes every weight; 4-bit weights cannot be trained."""
+    if "quantize" not in recipe.model:
+        return []
+    return [Problem(recipe.at("model", "quantize"), "4-bit weights are frozen, full: trains them all", "remove it, or write lora:")]
 
 
 def _packing(model: PreTrainedModel, recipe: Recipe, arguments: SFTConfig) -> list[Problem]:

@@ -67,6 +67,7 @@ OURS: dict[str, dict[str, Any]] = {
             "contract": _TEXT | {"description": "configs/models/<name>.yaml: the architecture, so that no network is needed to plan"},
             "weights": {"enum": ["pretrained", "random"], "description": "random: built from the contract (default: pretrained)"},
             "dtype": {"enum": ["float32", "bfloat16", "float16"], "description": "dtype of the frozen base weights"},
+            "quantize": {"enum": ["nf4"], "description": "nf4: the frozen base in 4 bits (NF4, double quantisation), computed in dtype"},
             "attn_implementation": _TEXT,
             "tokenizer": _TEXT | {"description": "hub id, folder, or a contract that brings one (default: the base's own)"},
             "chat_template": _TEXT
