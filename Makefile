@@ -5,9 +5,11 @@ SET    ?=
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+SERVE_OPTIONS = $(foreach o,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE,$(if $($(o)),--$(shell echo $(o) | tr A-Z a-z) $($(o)))) $(if $(MAX_LORA_RANK),--max-lora-rank $(MAX_LORA_RANK)) $(if $(DYNAMIC),--dynamic) $(if $(DRY),--dry-run)
+SERVE  := .venv-serve/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan train merge test lint schema clean
+.PHONY: help setup setup-serve plan train merge serve chat test lint schema clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -20,6 +22,12 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY)  ## make .venv with everything (the other targets do it themselves)
 
+$(SERVE): scripts/setup_serve.sh
+	@PYTHON=$(PYTHON) scripts/setup_serve.sh
+
+setup-serve: $(SERVE)  ## make .venv-serve: vLLM, its CPU build where there is no NVIDIA GPU (3.5 GB)
+	@test ! -f .venv-serve/.unavailable || { cat .venv-serve/.unavailable; exit 1; }
+
 plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps; no weights, no GPU (JSON=1 for machines)
 	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(JSON),--json)
 
@@ -29,7 +37,13 @@ train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE
 merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1)
 	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(BASE),--base $(BASE)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(FORCE),--force)
 
-test: $(READY)  ## every test, on the CPU, without network
+serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")
+	@$(PY) scripts/serve.py $(if $(CHECK),$(ADAPTERS),$(or $(ADAPTERS),$(RECIPE))) $(SERVE_OPTIONS) $(if $(VLLM),-- $(VLLM))
+
+chat: $(READY)  ## ask base and MODEL on a running server side by side (Q="a question", URL=)
+	@$(PY) scripts/chat.py $(or $(MODEL),$(RECIPE)) $(if $(URL),--url $(URL)) $(if $(Q),--ask "$(Q)")
+
+test: $(READY) $(SERVE)  ## every test, on the CPU, without network; vLLM's where a build for this platform exists
 	@$(PY) -m pytest
 
 lint: $(READY)  ## ruff and mypy
@@ -40,5 +54,5 @@ lint: $(READY)  ## ruff and mypy
 schema: $(READY)  ## write lora_recipes/recipe.schema.json anew from the installed peft and trl
 	@$(PY) scripts/schema.py
 
-clean:  ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+clean:  ## remove .venv, .venv-serve and caches; outputs/ stays
+	rm -rf $(VENV) .venv-serve .pytest_cache .ruff_cache .mypy_cache *.egg-info

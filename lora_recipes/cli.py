@@ -24,8 +24,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def run(action: Callable[[], None], traceback: bool) -> int:
-    """Call `action`. A RecipeError is printed and answered with 2, Ctrl-C with 130; all other errors are bugs and keep their traceback."""
+def run(action: Callable[[], int | None], traceback: bool) -> int:
+    """Call `action` and return its exit code (None: 0).
+
+    A RecipeError is printed and answered with 2, Ctrl-C with 130; all other errors are bugs and keep their traceback.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every start that an optional CPU kernel is not installed
@@ -34,14 +37,14 @@ def run(action: Callable[[], None], traceback: bool) -> int:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        action()
+        return action() or 0
     except RecipeError as error:
         if traceback:
             raise
         print(f"error: {len(error.problems)} problem{'s' * (len(error.problems) != 1)}\n{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; where a checkpoint was saved, RESUME=1 continues from it", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `make plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

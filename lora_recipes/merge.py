@@ -1,4 +1,8 @@
-"""Merge an adapter into its base, and prove it: `make merge RECIPE=x`. Reads the adapter folder, not what the recipe meant."""
+"""Merge an adapter into its base, and prove it: `make merge RECIPE=x`. Reads the adapter folder, not what the recipe meant.
+
+An adapter that was trained on an NF4 base learned to correct that base, rounding and all: it is merged into the *dequantised* weights,
+never into the 4-bit ones, and not into those that were never quantised (facts and figures: docs/serving.md).
+"""
 
 import json
 import resource
@@ -13,11 +17,12 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lora_recipes import adapter as adapters
-from lora_recipes import servable, weights
+from lora_recipes import build, provenance, servable, weights
 from lora_recipes.messages import Problem, RecipeError, raise_if
+from lora_recipes.provenance import Provenance
 from lora_recipes.run import RunFolder, now, replace_folder, write
 from lora_recipes.yamlfile import shown
 
@@ -25,7 +30,11 @@ from lora_recipes.yamlfile import shown
 # bfloat16 2e-5 / 6e-2 (weights are rounded once more); ten times that is a fault.
 TOLERANCE = {"float32": (1e-6, 1e-3), "bfloat16": (2e-4, 6e-1)}
 PROBES = ("The", "Once upon a time", "Question: what is two and two? Answer:", "Guten Morgen, wie")
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")  # vLLM wants them of two-part models
 GREEDY = 16  # tokens generated from each probe
+
+
+Answers = list[tuple[torch.Tensor, list[int]]]  # of each probe: logits [tokens, vocabulary], and the greedy continuation
 
 
 @dataclass(frozen=True)
@@ -49,17 +58,19 @@ def merge(folder: Path, output: Path, base: Path | None = None, dtype: str | Non
     if output.exists() and not force:
         raise RecipeError(Problem(shown(output), "is already there", "FORCE=1 replaces it"))
     adapter = adapters.read(folder)
-    source = base or Path(adapter.config["base_model_name_or_path"])
-    if not (source / "config.json").is_file():
+    name = adapter.config["base_model_name_or_path"]
+    source = base or provenance.local(name, adapter.config.get("revision"))
+    if source is None or not (source / "config.json").is_file():
         do = "give its folder: BASE=path (a hub model: hf download it first)"
-        raise RecipeError(Problem(shown(folder), f"its base {source} is not a folder here", do))
-    raise_if(servable.fit(adapter, source))
+        raise RecipeError(Problem(shown(folder), f"its base {source or name} is not a folder here", do))
+    known = provenance.read(folder)
+    raise_if(servable.fit(adapter, source) + servable.same_base(adapter, known, source))
     kind = dtype or _dtype(source)
     _enough_memory(source, kind)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        record = _merge(adapter, source, temporary, kind)
+        record = _merge(adapter, known, source, temporary, kind)
         record |= {"seconds": round(time.monotonic() - began, 2), "at": now()}
         write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
         replace_folder(temporary, output)
@@ -91,7 +102,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _merge(adapter: adapters.Adapter, source: Path, target: Path, dtype: str) -> dict[str, Any]:
+def _merge(adapter: adapters.Adapter, known: Provenance | None, source: Path, target: Path, dtype: str) -> dict[str, Any]:
     """Load the class that the checkpoint names (a two-part one keeps its vision tower), attach, ask, merge, ask again, save."""
     architecture = AutoConfig.from_pretrained(source).architectures[0]
     target.mkdir(parents=True)
@@ -106,18 +117,45 @@ def _merge(adapter: adapters.Adapter, source: Path, target: Path, dtype: str) ->
     chance = torch.randint(0, len(tokenizer), (1, 16), generator=torch.Generator().manual_seed(0))
     probes = [chance, *(tokenizer(text, return_tensors="pt")["input_ids"] for text in PROBES)]
     before = [_ask(attached, ids) for ids in probes]
+    facts = {"adapter": shown(adapter.path), "base": str(source), "architecture": architecture, "dtype": dtype, "modules": layers}
+    if known and known.quantize:
+        usual, (before, dequantised) = before, _as_trained(known, adapter.path, source, probes)
+        facts |= {"quantize": known.quantize, "unquantised_base": asdict(_difference(before, usual))}
+        _put(dequantised, attached, source)
     merged = attached.merge_and_unload(safe_merge=True)
     difference = _difference(before, [_ask(merged, ids) for ids in probes])
     _within(difference, dtype, adapter.path)
     shutil.rmtree(target / "adapter")
     merged.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for folder, name in [(adapter.path, provenance.FILE), *((source, name) for name in PROCESSORS)]:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    facts = {"adapter": shown(adapter.path), "base": str(source), "architecture": architecture, "dtype": dtype}
-    return facts | {"modules": layers, **asdict(difference), "max_rss_bytes": peak}
+    return facts | asdict(difference) | {"max_rss_bytes": peak}
+
+
+def _as_trained(known: Provenance, folder: Path, source: Path, probes: list[torch.Tensor]) -> tuple[Answers, dict[str, torch.Tensor]]:
+    """The answers of the 4-bit base with its adapter, as it was trained; and the base's 4-bit weights, dequantised, by module name."""
+    import bitsandbytes as bnb
+
+    options = {"dtype": getattr(torch, known.dtype), "quantization_config": build.nf4(known.dtype)}
+    base = build.trainable_4bit(AutoModelForCausalLM.from_pretrained(source, **options))
+    linears: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    attached = PeftModel.from_pretrained(base, folder).eval()
+    answers = [_ask(attached, ids) for ids in probes]
+    dequantise = bnb.functional.dequantize_4bit
+    return answers, {name: dequantise(m.weight.data, m.weight.quant_state).cpu() for name, m in linears.items()}
+
+
+def _put(dequantised: dict[str, torch.Tensor], attached: PeftModel, source: Path) -> None:
+    """Replace the weights of these modules of the base that carries the adapter."""
+    names = weights.shapes(source)
+    for name, tensor in dequantised.items():
+        own = servable.renamed(name, names)
+        assert own is not None, name
+        module: Any = attached.get_base_model().get_submodule(own)
+        getattr(module, "base_layer", module).weight.data.copy_(tensor)
 
 
 @torch.no_grad()
@@ -130,7 +168,7 @@ def _ask(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> tuple[torch.T
     return logits, written[0, ids.shape[1] :].tolist()
 
 
-def _difference(before: list[tuple[torch.Tensor, list[int]]], after: list[tuple[torch.Tensor, list[int]]]) -> Difference:
+def _difference(before: Answers, after: Answers) -> Difference:
     one, two = torch.cat([b for b, _ in before]), torch.cat([a for a, _ in after])
     kl = torch.nn.functional.kl_div(two.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
     apart = (one - two).abs()
@@ -157,12 +195,17 @@ def run_folder(recipe: str, outputs: Path) -> RunFolder:
 def report(record: dict[str, Any], output: Path) -> str:
     """merge.json for a person."""
     same = f"{record['greedy_equal']} of {record['greedy_total']} greedy tokens equal"
+    against = f"base in {record['quantize']} + adapter" if "quantize" in record else "base + adapter"
+    unquantised = []
+    if usual := record.get("unquantised_base"):
+        unquantised = [f"(on the base that was never quantised, the usual way: KL {usual['kl_mean']:.1e})"]
     return "\n".join(
         [
             f"{record['modules']} modules merged into {record['architecture']} in {record['dtype']}, {record['seconds']:.1f} s, "
             f"peak memory {record['max_rss_bytes'] / 2**30:.2f} GiB",
-            f"against base + adapter: KL {record['kl_mean']:.1e} nats a token, logits differ by at most {record['logit_max']:.1e} "
+            f"against {against}: KL {record['kl_mean']:.1e} nats a token, logits differ by at most {record['logit_max']:.1e} "
             f"(mean {record['logit_mean']:.1e}), {same}",
+            *unquantised,
             f"{shown(output)}/  with merge.json",
         ]
     )

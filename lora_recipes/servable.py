@@ -8,9 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
-from lora_recipes import weights
+from lora_recipes import provenance, weights
 from lora_recipes.adapter import VLLM, Adapter, config_faults
-from lora_recipes.messages import Problem, listed, nearest, raise_if
+from lora_recipes.messages import Problem, RecipeError, listed, nearest, raise_if
+from lora_recipes.provenance import Provenance
 from lora_recipes.yamlfile import shown
 
 
@@ -129,11 +130,21 @@ def fit(adapter: Adapter, folder: Path) -> list[Problem]:
     return []
 
 
+def same_base(adapter: Adapter, known: Provenance | None, base: Path) -> list[Problem]:
+    """Are the weights in the folder `base` those that the adapter was trained on? Names and shapes do not tell."""
+    if known is None or known.fingerprint in (None, weights.fingerprint(base)):
+        return []
+    do = "it is the weights that count, not the name: give the right folder by BASE=, or train on this one"
+    return [Problem(shown(adapter.path), f"was trained on other weights than those in {shown(base)}", do)]
+
+
 def export(adapter: Adapter, base: Path, target: Path) -> int:
     """Write `target`: the adapter under the names of the class that vLLM loads for `base`. Returns how many modules were renamed.
 
-    The tensors are copied byte for byte. What stands in `target` is replaced.
+    The tensors are copied byte for byte. An adapter that stands in `target` is replaced; anything else is not touched.
     """
+    if target.exists() and not (target / "adapter_config.json").is_file():
+        raise RecipeError(Problem(shown(target), "is there, and is no adapter made for serving", "move it away"))
     raise_if(fit(adapter, base))
     shapes, changed = weights.shapes(base), 0
     names: dict[str, str] = {}
@@ -145,7 +156,9 @@ def export(adapter: Adapter, base: Path, target: Path) -> int:
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    shutil.copyfile(adapter.path / "adapter_config.json", temporary / "adapter_config.json")
+    for name in ("adapter_config.json", provenance.FILE):
+        if (adapter.path / name).is_file():
+            shutil.copyfile(adapter.path / name, temporary / name)
     weights.copy_renamed(adapter.file, temporary / "adapter_model.safetensors", names)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

@@ -13,10 +13,11 @@ import torch
 from accelerate import PartialState
 from transformers import ProgressCallback
 
-from lora_recipes import adapter, bases, build, card, data, evaluate, servable, watch
+from lora_recipes import adapter, bases, build, card, data, evaluate, reference, servable, watch
 from lora_recipes import plan as plans
 from lora_recipes.messages import Problem, RecipeError, listed
 from lora_recipes.plan import Plan
+from lora_recipes.provenance import Provenance, local
 from lora_recipes.recipe import Recipe
 from lora_recipes.resume import differences, may_start, newest_whole
 from lora_recipes.run import RunFolder, environment, now, replace_folder, write
@@ -73,6 +74,8 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what filled it
             _save(folder, record | {"status": "failed", "error": str(error) or type(error).__name__, "ended": now()})
+        if isinstance(error, KeyboardInterrupt):
+            say("\nwhere a checkpoint was saved, RESUME=1 continues from it")
         if folder.replaced.exists():
             say(f"the run that was to be replaced is kept in {shown(folder.replaced)}/")
         raise
@@ -128,7 +131,7 @@ def _resume_facts(plan: Plan, recipe: Recipe, outputs: Path) -> dict[str, Any]:
         "train data sha256": plan.facts["data"]["train"]["sha256"],
         "tokens sha256": watch.sha256(plan.gate.train),
         "chat template sha256": watch.sha256(plan.gate.tokenizer.chat_template),
-        "base weights sha256": watch.weights_sha256(bases.path(recipe, outputs)),
+        "base weights": reference.fingerprint(recipe, outputs),
         "base revision": getattr(bases.real_config(recipe, outputs), "_commit_hash", None),
         "processes": PartialState().num_processes,
     }
@@ -215,6 +218,7 @@ def _finish(session: Session, record: dict[str, Any]) -> None:
         do = "the adapter is not saved; look at the learning rate, the number of steps and whether these modules are used at all"
         raise RecipeError(Problem(recipe.at("lora", "target_modules"), f"not learned: {listed(wrong)}", do))
     record["probes"]["after"] = evaluate.probes(trainer.model, session.tokenizer, recipe)
+    provenance = _provenance(session) if recipe.method == "lora" else None
     final = folder.result(recipe.method)
     temporary = final.with_name(f".{final.name}.tmp")
     if PartialState().is_main_process:
@@ -226,14 +230,20 @@ def _finish(session: Session, record: dict[str, Any]) -> None:
         record |= {"status": "finished", "ended": now()}
         record["result_bytes"] = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
         card.write(temporary, recipe, record)
-        if recipe.method == "lora":
-            base = Path(bases.path(recipe, session.outputs))
-            faults = servable.check(adapter.read(temporary), base if base.is_dir() else None)
+        if provenance:
+            provenance.save(temporary)
+            faults = servable.check(adapter.read(temporary), local(provenance.name_or_path, provenance.revision))
             record["not_servable"] = [f"{fault.found}: {fault.do}" for fault in faults]
         replace_folder(temporary, final)
         watch.draw(folder)
         folder.write_record(record)
         shutil.rmtree(folder.replaced, ignore_errors=True)
+
+
+def _provenance(session: Session) -> Provenance:
+    splits = session.plan.gate.splits
+    model, rows = session.trainer.accelerator.unwrap_model(session.trainer.model), splits["eval"].rows or splits["train"].rows
+    return reference.provenance(model, session.tokenizer, session.recipe, rows, session.outputs)
 
 
 def _report(session: Session, record: dict[str, Any]) -> None:

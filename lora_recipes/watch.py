@@ -18,7 +18,6 @@ from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.recipe import Recipe
 from lora_recipes.render import Example
 from lora_recipes.resume import newest_whole, seal
-from lora_recipes.resume import sha256 as file_sha256
 from lora_recipes.run import RunFolder
 from lora_recipes.yamlfile import shown
 
@@ -113,14 +112,6 @@ def sha256(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], Example):
         value = [(e.input_ids, e.labels) for e in value]
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def weights_sha256(base: str, limit: int = 2**30) -> str:
-    """Hash of a base folder's weights, so that a resumed run finds the same; above `limit` bytes, of their sizes. A hub id as it is."""
-    files = sorted(Path(base).glob("*.safetensors"))
-    if sum(f.stat().st_size for f in files) > limit:
-        return sha256([(f.name, f.stat().st_size) for f in files])
-    return sha256([(f.name, file_sha256(f)) for f in files]) if files else base
 
 
 def logged(file: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Safetensors files without torch: names, shapes and values; and a copy under other names. Format: huggingface/safetensors, README."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,34 @@ def values(path: Path, tensor: Tensor) -> np.ndarray:
     return raw.reshape(tensor.shape)
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a model folder, in one file or in many (model.safetensors.index.json). OSError when none."""
+def files(folder: Path) -> list[Path]:
+    """The weight files of a model folder: those that model.safetensors.index.json names, or model.safetensors."""
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    return {name: tensor.shape for file in files for name, tensor in header(folder / file).items()}
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    return [folder / name for name in names]
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a model folder. OSError when there are none."""
+    return {name: tensor.shape for file in files(folder) for name, tensor in header(file).items()}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of each tensor's name, dtype, shape and first and last 4,096 bytes: which weights these are, without reading them all.
+
+    It is the same however the tensors are spread over files. OSError when there are none.
+    """
+    found = []
+    for path in files(folder):
+        tensors = header(path)
+        with path.open("rb") as file:
+            for name, tensor in tensors.items():
+                parts = []
+                for start in (tensor.start, max(tensor.start, tensor.end - 4096)):
+                    file.seek(start)
+                    parts.append(file.read(min(4096, tensor.end - start)))
+                found.append((name, tensor.dtype, tensor.shape, hashlib.sha256(b"".join(parts)).hexdigest()))
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
 
 
 def copy_renamed(source: Path, target: Path, names: dict[str, str]) -> None:

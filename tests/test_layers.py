@@ -9,8 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_recipes"
 
 # From low to high; a module imports only those before it.
-FACTS = ["messages", "yamlfile", "check", "recipe", "contract", "weights", "adapter", "servable", "steps", "run", "resume", "rows", "data"]
-LIBRARY = ["variants", "bases", "targets", "characters", "render", "tokenizing", "build", "gate", "evaluate"]
+FACTS = ["messages", "yamlfile", "check", "recipe", "contract", "weights", "adapter", "steps", "run", "provenance", "servable"]
+FACTS += ["resume", "rows", "data", "endpoint", "live", "vllm_command", "process", "serve", "chat"]
+LIBRARY = ["variants", "bases", "targets", "characters", "render", "tokenizing", "build", "gate", "evaluate", "reference"]
 LIBRARY += ["plan", "watch", "card", "train", "merge"]
 ORDER = FACTS + LIBRARY
 ALLOWED = {name: set(ORDER[:i]) for i, name in enumerate(ORDER)}

