@@ -15,13 +15,15 @@ FAR = 0.1  # share of the adapter's own effect by which the server may depart fr
 class Proof:
     """What was measured of one adapter: mean absolute differences of log-probabilities, nats a token.
 
-    `moved`: server with adapter against server's base. `effect`: the same by PEFT, at the end of training. `apart`: server with adapter
-    against PEFT with adapter. `noise`: the server's base against PEFT's base (other kernels, other dtype). The last three are None
-    without provenance. `rendered`: does the server make the same tokens of the probes' prompts?
+    `moved`: server with adapter against server's base. `repeat`: the server's base against itself, asked again. `effect`: adapter against
+    base by PEFT, at the end of training. `apart`: server with adapter against PEFT with adapter. `noise`: the server's base against
+    PEFT's base (other kernels, other dtype). These three are None without provenance. `rendered`: does the server make the same tokens of
+    the probes' prompts?
     """
 
     name: str
     moved: float
+    repeat: float = 0.0
     effect: float | None = None
     apart: float | None = None
     noise: float | None = None
@@ -35,7 +37,7 @@ class Proof:
     @property
     def fault(self) -> str | None:
         """Why it is not the adapter that was trained; None when it is."""
-        if self.moved == 0:
+        if self.moved <= self.repeat:
             return "not live: the server answers as the base does"
         if self.effect is None or self.apart is None or self.noise is None:
             return None
@@ -49,21 +51,36 @@ class Proof:
 
 
 def prove(endpoint: Endpoint, base: str, adapters: dict[str, Provenance | None]) -> list[Proof]:
-    """Ask the server for each adapter (by name); `base` is the name of the base on it. RecipeError when it does not answer."""
-    return [_prove(endpoint, base, name, known) for name, known in adapters.items()]
+    """Ask the server for each adapter (by name); `base` is the name of the base on it. RecipeError when it does not answer.
+
+    What answers as the base itself can be a merged model, compared with PEFT's answers; a model that came without any has no proof.
+    """
+    return [_prove(endpoint, base, name, known) for name, known in adapters.items() if known or name != base]
 
 
 def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -> Proof:
     if known is None or not known.probes:
-        asked = [endpoint.tokens(base, text, {}) for text in GENERAL]
-        return Proof(name, fmean(apart(endpoint.logprobs(name, ids), endpoint.logprobs(base, ids)) for ids in asked if len(ids) > 1))
-    probes = known.probes
-    served = [x for p in probes for x in endpoint.logprobs(name, p.input_ids)]
-    alone = [x for p in probes for x in endpoint.logprobs(base, p.input_ids)] if base != name else _of(probes, "base")
+        ids = [tokens for text in GENERAL if len(tokens := endpoint.tokens(base, text, {})) > 1]
+        alone = _answers(endpoint, base, ids)
+        return Proof(name, apart(_answers(endpoint, name, ids), alone), apart(_answers(endpoint, base, ids), alone))
+    probes, ids = known.probes, [p.input_ids for p in known.probes]
     trained, untrained = _of(probes, "adapter"), _of(probes, "base")
+    served = _answers(endpoint, name, ids)
+    alone, again = [_answers(endpoint, base, ids) for _ in range(2)] if base != name else [untrained, untrained]
     rendered = all(endpoint.tokens(name, p.prompt, p.options) == p.input_ids[: p.prompt_tokens] for p in probes)
-    noise = apart(alone, untrained) if base != name else 0.0
-    return Proof(name, apart(served, alone), apart(trained, untrained), apart(served, trained), noise, rendered)
+    return Proof(
+        name,
+        moved=apart(served, alone),
+        repeat=apart(alone, again),
+        effect=apart(trained, untrained),
+        apart=apart(served, trained),
+        noise=apart(alone, untrained),
+        rendered=rendered,
+    )
+
+
+def _answers(endpoint: Endpoint, model: str, ids: list[list[int]]) -> list[float]:
+    return [x for tokens in ids for x in endpoint.logprobs(model, tokens)]
 
 
 def _of(probes: list[Probe], which: str) -> list[float]:

@@ -19,7 +19,7 @@ from lora_recipes.yamlfile import shown
 
 START = 900.0  # seconds that a server may take to come up
 _ERROR = re.compile(r"(?:^|\s)((?:[\w.]+(?:Error|Exception)|error): .+)")
-_ECHO = ("Engine core initialization failed", "See root cause above")  # what the parent says after the child has said why
+_ECHO = ("Engine core initialization failed", "See root cause above", "See stack trace (above)")  # what the parent says after the child has said why
 
 
 @contextlib.contextmanager
@@ -77,10 +77,16 @@ def _wait(child: subprocess.Popen[bytes], endpoint: Endpoint, log: Path) -> None
 
 
 def last_error(log: Path) -> str:
-    """The last error that vLLM names in `log`, without the lines that only say that there was one; else its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [match.group(1) for line in lines if (match := _ERROR.search(line)) and not any(echo in line for echo in _ECHO)]
-    return (errors or lines or ["it said nothing"])[-1]
+    """The last error that vLLM names in `log`, without the lines that only say that there was one; else its last line.
+
+    pydantic says on the next line, indented, what was wrong.
+    """
+    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if (match := _ERROR.search(line)) and not any(echo in line for echo in _ECHO):
+            errors.append(match.group(1) + (f": {following.strip()}" if "validation error for" in line else ""))
+    return (errors or [line.strip() for line in lines] or ["it said nothing"])[-1]
 
 
 def stop(pid: int) -> None:

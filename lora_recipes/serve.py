@@ -9,7 +9,7 @@ from lora_recipes.endpoint import Endpoint
 from lora_recipes.live import Proof
 from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.provenance import Provenance
-from lora_recipes.vllm_command import BASE, Options, Server
+from lora_recipes.vllm_command import Options, Server
 from lora_recipes.yamlfile import shown
 
 NOT_LIVE = 1  # exit code
@@ -26,7 +26,7 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
     began = time.monotonic()
     with process.running(server, options, log) as child:
         print(f"up after {time.monotonic() - began:.0f} s\n", flush=True)
-        proofs = live.prove(Endpoint(options.url), BASE, {s.name: s.provenance for s in server.adapters})
+        proofs = live.prove(Endpoint(options.url), server.base_name, {s.name: s.provenance for s in server.served})
         if _report(proofs):
             return NOT_LIVE
         print(f"\n{_ready(server, options)}\nCtrl-C ends it", flush=True)
@@ -36,15 +36,15 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
 
 
 def _report(proofs: list[Proof]) -> int:
-    print(live.table(proofs), flush=True)
+    print(live.table(proofs) if proofs else "a whole model that brings no answers of PEFT: nothing to compare", flush=True)
     return NOT_LIVE if any(p.fault for p in proofs) else 0
 
 
 def _ready(server: Server, options: Options) -> str:
-    name = server.adapters[0].name
+    name = server.served[0].name
     ask = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     route = "chat/completions"
-    if not any((folder / "chat_template.jinja").is_file() for folder in (server.base, server.adapters[0].folder)):
+    if not any((folder / "chat_template.jinja").is_file() for folder in (server.base, server.served[0].folder)):
         ask, route = f'{{"model": "{name}", "prompt": "Hello"}}', "completions"
     return f"serving on {options.url}\n  curl {options.url}/v1/{route} -H 'Content-Type: application/json' -d '{ask}'"
 

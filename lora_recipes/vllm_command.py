@@ -52,10 +52,11 @@ class Served:
 
 @dataclass
 class Server:
-    """A vLLM command that is known to be right for its adapters, with what to say about it."""
+    """A vLLM command that is known to be right for what it serves (adapters on `base`, or `base` alone), and `notes` about it."""
 
     base: Path
-    adapters: list[Served]
+    base_name: str
+    served: list[Served]
     command: list[str]
     environment: dict[str, str]
     notes: list[str]
@@ -70,10 +71,12 @@ def named(words: list[str], outputs: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for word in words:
         name, equals, place = word.rpartition("=")
-        folder = Path(place) if "/" in place or Path(place).is_dir() else RunFolder(outputs / place).result("lora")
+        run = RunFolder(outputs / place)
+        trained = run.result("full") if run.result("full").is_dir() else run.result("lora")
+        folder = Path(place) if "/" in place or Path(place).is_dir() else trained
         if not equals:
             own = folder.resolve()
-            name = own.parent.name if own.name in ("adapter", "serving", "merged") else own.name
+            name = own.parent.name if own.name in ("adapter", "model", "serving", "merged") else own.name
         if not re.fullmatch(r"[\w.-]+", name) or name == BASE:
             found_, do = f"{name!r} is no name for an adapter", f"letters, digits, . _ - and not {BASE!r}: name=folder"
             raise RecipeError(Problem(word, found_, do))
@@ -102,7 +105,8 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options) -> Ser
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype, why = _dtype(config, build, options.dtype)
     command = [str(python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", served[0].name if whole else BASE]
+    base_name = served[0].name if whole else BASE
+    command += ["--served-model-name", base_name]
     command += ["--host", options.host, "--port", str(options.port), "--dtype", dtype]
     if read:
         rank = rank_to_serve([adapters.rank(a.config) for a in read.values()], options.max_lora_rank)
@@ -114,7 +118,7 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options) -> Ser
     notes += ([why] if why else []) + [note for s in served for note in _notes(s)]
     if not version.startswith(f"{VLLM}."):
         notes.append(f"vLLM {version} is installed; the rules here were tested with {VLLM}: trust the live proof")
-    return Server(folder, served, [*command, *rendering, *options.extra], _environment(build, options), notes)
+    return Server(folder, base_name, served, [*command, *rendering, *options.extra], _environment(build, options), notes)
 
 
 def python() -> Path:
