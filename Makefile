@@ -9,11 +9,11 @@ SERVE_OPTIONS = $(foreach o,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE,$(if $
 SERVE  := .venv-serve/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan train merge serve chat test lint schema clean
+.PHONY: help setup setup-serve plan train merge serve chat bench-serve test lint schema clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 13
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=
 
 chat: $(READY)  ## ask base and MODEL on a running server side by side (Q="a question", URL=)
 	@$(PY) scripts/chat.py $(or $(MODEL),$(RECIPE)) $(if $(URL),--url $(URL)) $(if $(Q),--ask "$(Q)")
+
+bench-serve: $(READY) $(SERVE)  ## base, merged, one adapter, four adapters on vLLM: throughput and latency into benchmarks/results/
+	@$(PY) benchmarks/serve.py
 
 test: $(READY) $(SERVE)  ## every test, on the CPU, without network; vLLM's where a build for this platform exists
 	@$(PY) -m pytest

@@ -5,7 +5,7 @@ The rules are those of vLLM 0.32 (vllm/lora/peft_helper.py, config/lora.py).
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,13 @@ def config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     needed = rank(config)
     if max_lora_rank(needed) is None:
         yield "r", f"rank {needed} is above {MAX_LORA_RANKS[-1]}, the largest vLLM {VLLM} serves", "lower r, or merge"
+
+
+def z_without_qkv(modules: Collection[str]) -> tuple[str, str] | None:
+    """(found, what to do) when a linear-attention layer has an adapter on in_proj_z and none on in_proj_qkv."""
+    if any(m.endswith(".in_proj_z") and m.replace(".in_proj_z", ".in_proj_qkv") not in modules for m in modules):
+        return "in_proj_z is adapted without in_proj_qkv", f"vLLM {VLLM} joins the two and cannot load z alone: train both, or merge"
+    return None
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,10 @@ def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: LoraConfi
     known = f", contract {contract.name}" if contract else ""
     weights = recipe.model.get("quantize", recipe.model["dtype"])
     plan.say("base", f"{source}{known}: {kind}, weights in {weights}, compute in {compute} ({why})")
-    trainable, total, size, found = base, base, 0, []
+    trainable, total, size, found, adapted = base, base, 0, [], []
     if config:
-        found = targets.coverage(model, targets.matched(model, config))
+        adapted = targets.matched(model, config)
+        found = targets.coverage(model, adapted)
         trainable, total, size = _counts(model, config, recipe)
     share = 100 * trainable / total
     facts = {"name_or_path": source, "class": kind, "dtype": recipe.model["dtype"], "base": base}
@@ -83,7 +84,7 @@ def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: LoraConfi
         plan.say("parameters", f"{base:,}, all trained (full fine-tuning)")
         return
     plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
-    _adapter(plan, recipe, config, size)
+    _adapter(plan, recipe, config, size, adapted)
     plan.facts["coverage"] = [vars(c) for c in found]
     plan.say("coverage", "\n".join(map(str, found)))
 
@@ -99,11 +100,13 @@ def _counts(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> tuple
     return trainable, total, sum(t.numel() * t.element_size() for t in state.values())
 
 
-def _adapter(plan: Plan, recipe: Recipe, config: LoraConfig, size: int) -> None:
+def _adapter(plan: Plan, recipe: Recipe, config: LoraConfig, size: int, adapted: list[str]) -> None:
     rank = adapter.rank(recipe.lora)
     served = adapter.max_lora_rank(rank)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     faults = list(adapter.config_faults(recipe.lora))
+    if alone := adapter.z_without_qkv(set(adapted)):
+        faults.append(("target_modules", *alone))
     served = None if faults else served
     plan.facts["adapter"] = {"r": config.r, "scaling": scaling, "bytes": size, "rank": rank, "max_lora_rank": served}
     serving = "vLLM cannot serve it as an adapter" if faults else f"vLLM needs --max-lora-rank {served}"

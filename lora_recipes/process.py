@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,11 @@ from lora_recipes.yamlfile import shown
 
 START = 900.0  # seconds that a server may take to come up
 _ERROR = re.compile(r"(?:^|\s)((?:[\w.]+(?:Error|Exception)|error): .+)")
-_ECHO = ("Engine core initialization failed", "See root cause above", "See stack trace (above)")  # what the parent says after the child has said why
+_ECHO = (
+    "Engine core initialization failed",
+    "See root cause above",
+    "See stack trace (above)",
+)  # what the parent says after the child has said why
 
 
 @contextlib.contextmanager
@@ -83,7 +88,7 @@ def last_error(log: Path) -> str:
     """
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = []
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    for line, following in zip_longest(lines, lines[1:], fillvalue=""):
         if (match := _ERROR.search(line)) and not any(echo in line for echo in _ECHO):
             errors.append(match.group(1) + (f": {following.strip()}" if "validation error for" in line else ""))
     return (errors or [line.strip() for line in lines] or ["it said nothing"])[-1]

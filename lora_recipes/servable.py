@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from lora_recipes import provenance, weights
-from lora_recipes.adapter import VLLM, Adapter, config_faults
+from lora_recipes.adapter import Adapter, config_faults, z_without_qkv
 from lora_recipes.messages import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.provenance import Provenance
 from lora_recipes.yamlfile import shown
@@ -49,11 +49,7 @@ def _names(adapter: Adapter) -> list[Problem]:
             do = f"did you mean {nearest(target, leaves)}? Nothing was trained there"
             where = f"{shown(adapter.path)}/adapter_config.json target_modules"
             problems.append(Problem(where, f"target_modules names {target!r}, but no tensor is for it", do))
-    for module in modules:
-        if module.endswith(".in_proj_z") and module.replace(".in_proj_z", ".in_proj_qkv") not in modules:
-            do = f"vLLM {VLLM} joins the two and cannot load z alone: train both, or merge"
-            return [*problems, Problem(at, "in_proj_z is adapted without in_proj_qkv", do)]
-    return problems
+    return problems + ([Problem(at, *alone)] if (alone := z_without_qkv(modules)) else [])
 
 
 def _ranks(adapter: Adapter) -> list[Problem]:

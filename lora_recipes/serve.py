@@ -17,12 +17,16 @@ NOT_LIVE = 1  # exit code
 
 def serve(words: list[str], outputs: Path, base: Path | None, options: Options, dry_run: bool = False) -> int:
     """Check, export, start vLLM, prove, and stay up until Ctrl-C. Returns the exit code: NOT_LIVE when the proof fails."""
-    server = vllm_command.prepare(vllm_command.named(words, outputs), base, options)
-    print("\n".join([*(f"note        {note}" for note in server.notes), f"command     {server}"]), flush=True)
-    if dry_run:
+    installed = vllm_command.vllm()
+    if not installed and not dry_run:
+        raise RecipeError(Problem(shown(vllm_command.ENVIRONMENT), "vLLM is not installed", "make setup-serve"))
+    server = vllm_command.prepare(vllm_command.named(words, outputs), base, options, installed or ("vllm", adapters.VLLM))
+    notes = server.notes if installed else [*server.notes, "vLLM is not installed here: make setup-serve"]
+    print("\n".join([*(f"note        {note}" for note in notes), f"command     {server}"]), flush=True)
+    if dry_run or not installed:
         return 0
     log = outputs.absolute() / "_serve" / f"{options.port}.log"
-    print(f"\nstarting vLLM {vllm_command.vllm()[1]}; what it says goes to {shown(log)}", flush=True)
+    print(f"\nstarting vLLM {installed[1]}; what it says goes to {shown(log)}", flush=True)
     began = time.monotonic()
     with process.running(server, options, log) as child:
         print(f"up after {time.monotonic() - began:.0f} s\n", flush=True)

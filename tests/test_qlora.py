@@ -1,11 +1,16 @@
 """NF4: the base in 4 bits, trained through and merged."""
 
+import json
+
 import pytest
 import torch
 
-from lora_recipes import build, plan
+from lora_recipes import build, plan, provenance
+from lora_recipes import merge as merging
 from lora_recipes import recipe as recipes
+from lora_recipes.merge import merge
 from lora_recipes.messages import RecipeError
+from lora_recipes.train import train
 
 
 @pytest.fixture
@@ -40,3 +45,31 @@ def test_a_question_asked_in_eval_mode_does_not_end_the_gradients(loaded):
 def test_full_fine_tuning_of_4_bit_weights_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"model\.quantize: 4-bit weights are frozen, full: trains them all"):
         plan.make(recipes.load("tiny_base", ["model.quantize=nf4"]), tmp_path)
+
+
+@pytest.fixture(scope="module", params=["tiny_facts", "tiny_qwen35_style"])
+def quantised(request, tmp_path_factory, trained):
+    """The run folder of an adapter trained on an NF4 base; dense, and the two-part hybrid."""
+    outputs = tmp_path_factory.mktemp("nf4")
+    (outputs / "tiny_base").symlink_to(trained / "tiny_base")
+    train(recipes.load(request.param, ["model.quantize=nf4", *(["train.max_steps=12"] if "style" in request.param else [])]), outputs)
+    return outputs / request.param
+
+
+def test_an_adapter_trained_in_4_bits_is_merged_onto_the_dequantised_base(quantised, tmp_path):
+    """Onto the base that was never quantised, the usual way, is far off; both are measured and said."""
+    record = merge(quantised / "adapter", tmp_path / "merged")
+    assert record["quantize"] == "nf4" and record["greedy_equal"] == record["greedy_total"]
+    assert record["kl_mean"] < 1e-6 < 1e-5 < record["unquantised_base"]["kl_mean"]
+    assert "the usual way: KL" in merging.report(record, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config, "never into 4-bit weights"
+    assert provenance.read(tmp_path / "merged").quantize == "nf4"
+
+
+def test_training_in_4_bits_leaves_its_answers_and_learns(quantised):
+    record = json.loads((quantised / "run.json").read_text())
+    losses = [json.loads(line).get("loss") for line in (quantised / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < losses[0] and record["not_servable"] == []
+    assert provenance.read(quantised / "adapter").quantize == "nf4"
