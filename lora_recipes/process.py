@@ -35,7 +35,7 @@ def running(server: Server, options: Options, log: Path) -> Iterator[subprocess.
     """
     _port_is_free(options)
     log.parent.mkdir(parents=True, exist_ok=True)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGTERM, signal.SIGHUP)}
     with log.open("wb") as output:
         # From another folder and in a session of its own: Ctrl-C reaches this program, which then ends all of it.
         child = subprocess.Popen(
@@ -51,9 +51,11 @@ def running(server: Server, options: Options, log: Path) -> Iterator[subprocess.
         _wait(child, Endpoint(options.url), log)
         yield child
     finally:
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
         stop(child.pid)
         child.wait()
-        signal.signal(signal.SIGTERM, previous)
+        for sign, handler in previous.items():
+            signal.signal(sign, handler)
 
 
 def _interrupt(*_: object) -> None:

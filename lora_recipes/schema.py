@@ -68,6 +68,7 @@ OURS: dict[str, dict[str, Any]] = {
             "weights": {"enum": ["pretrained", "random"], "description": "random: built from the contract (default: pretrained)"},
             "dtype": {"enum": ["float32", "bfloat16", "float16"], "description": "dtype of the frozen base weights"},
             "quantize": {"enum": ["nf4"], "description": "nf4: the frozen base in 4 bits (NF4, double quantisation), computed in dtype"},
+            "adapter_dtype": {"enum": ["float32", "bfloat16"], "description": "dtype of the adapter's weights while it trains"},
             "attn_implementation": _TEXT,
             "tokenizer": _TEXT | {"description": "hub id, folder, or a contract that brings one (default: the base's own)"},
             "chat_template": _TEXT
