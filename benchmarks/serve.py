@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import platform
-import shlex
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from lora_recipes import cli, live, process, recipe, vllm_command
 from lora_recipes.endpoint import Endpoint
-from lora_recipes.messages import Problem, RecipeError
+from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.run import RunFolder, now, write
 from lora_recipes.vllm_command import Options
 
@@ -112,8 +111,7 @@ def served(chosen: dict[str, Path], base: Path, build: tuple[str, str], log: Pat
     print(f"starting a server with {', '.join(chosen)}", flush=True)
     with process.running(server, options, log):
         proofs = live.prove(Endpoint(options.url), server.base_name, {s.name: s.provenance for s in server.served})
-        if faults := [Problem(p.name, p.fault, f"the server's log: {log}") for p in proofs if p.fault]:
-            raise RecipeError(*faults)
+        raise_if([Problem(p.name, p.fault, f"the server's log: {log}") for p in proofs if p.fault])
         yield options.url, server.environment
 
 
@@ -133,6 +131,7 @@ def measured(given: argparse.Namespace, build: tuple[str, str], outputs: Path, l
         stack.callback(process.stop, client.child.pid)
         asked = [("base", ["base"])] * 2 + [("merged", ["merged"])] + [("adapters", n) for n in (["base"], [RECIPE], names)]
         arms, runs = list(zip(ARMS, asked, strict=True)), []
+        arms.insert(3, arms.pop(1))  # the control is as far from base in time as any arm
         for repeat in range(given.repeats + 1):  # the first one warms up
             for concurrency in given.concurrency:
                 for arm, (server, models) in arms[repeat % len(arms) :] + arms[: repeat % len(arms)]:  # no arm is always the first
@@ -193,6 +192,12 @@ each step, not arithmetic, makes most of every figure. None of them says anythin
 """
 
 
+def _command(given: argparse.Namespace) -> str:
+    """What measures the same again; folders make no difference to it."""
+    at_once = " ".join(str(c) for c in given.concurrency)
+    return f"python benchmarks/serve.py --requests {given.requests} --repeats {given.repeats} --concurrency {at_once}"
+
+
 def bench(given: argparse.Namespace) -> None:
     """Measure, then write serve_cpu.json and serve_cpu.md."""
     build = vllm_command.vllm()
@@ -203,7 +208,7 @@ def bench(given: argparse.Namespace) -> None:
         versions, runs = measured(given, build, (given.outputs or Path(temporary)).absolute(), logs)
     models = [row.partition(":")[2].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
     result: dict[str, Any] = {"device": {"cpu": (models or [platform.machine()])[0], "cores": os.cpu_count()}, "versions": versions}
-    result |= {"command": shlex.join(["python", "benchmarks/serve.py", *sys.argv[1:]]), "date": now()}
+    result |= {"command": _command(given), "date": now()}
     result |= {"settings": {"requests": given.requests, "repeats": given.repeats, "prompt_tokens": TOKENS, "output_tokens": TOKENS}}
     result |= {"rows": summary(runs), "runs": runs}
     write(given.results / "serve_cpu.json", json.dumps(result, indent=2) + "\n")
@@ -214,7 +219,7 @@ def bench(given: argparse.Namespace) -> None:
 def main() -> int:
     """Parse, then measure."""
     parser = argparse.ArgumentParser(description="Throughput and latency of base, merged model and adapters on vLLM's CPU build.")
-    parser.add_argument("--requests", type=int, default=64, help="of each measurement (default: 64)")
+    parser.add_argument("--requests", type=int, default=48, help="of each measurement (default: 48)")
     parser.add_argument("--repeats", type=int, default=5, help="beside one that warms up (default: 5)")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16], help="requests at once (default: 1 4 16)")
     parser.add_argument("--outputs", type=Path, help="where models are, or are trained (default: trained in a temporary folder)")

@@ -64,7 +64,7 @@ def merge(folder: Path, output: Path, base: Path | None = None, dtype: str | Non
         do = "give its folder: BASE=path (a hub model: hf download it first)"
         raise RecipeError(Problem(shown(folder), f"its base {source or name} is not a folder here", do))
     known = provenance.read(folder)
-    raise_if(servable.fit(adapter, source) + servable.same_base(adapter, known, source))
+    raise_if(servable.fit(adapter, source, known))
     kind = dtype or _dtype(source)
     _enough_memory(source, kind)
     temporary = output.with_name(f".{output.name}.tmp")

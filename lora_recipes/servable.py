@@ -15,12 +15,12 @@ from lora_recipes.provenance import Provenance
 from lora_recipes.yamlfile import shown
 
 
-def check(adapter: Adapter, base: Path | None) -> list[Problem]:
+def check(adapter: Adapter, base: Path | None, known: Provenance | None = None) -> list[Problem]:
     """Everything that would make vLLM refuse the adapter, or serve something else than was trained. `base`: its folder, if at hand."""
     at = f"{shown(adapter.path)}/adapter_config.json"
     problems = [Problem(f"{at} {key}", found, do) for key, found, do in config_faults(adapter.config)]
     problems += _names(adapter) + _ranks(adapter) + _values(adapter)
-    return problems + (fit(adapter, base) if base else [])
+    return problems + (fit(adapter, base, known) if base else [])
 
 
 def _names(adapter: Adapter) -> list[Problem]:
@@ -103,9 +103,16 @@ def renamed(module: str, base: dict[str, tuple[int, ...]]) -> str | None:
     return None
 
 
-def fit(adapter: Adapter, folder: Path) -> list[Problem]:
-    """Every adapted module against the tensors of the base: does it exist there, in this shape?"""
-    base = weights.shapes(folder)
+def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list[Problem]:
+    """Is the model in `folder` the adapter's base? Its weights against those that training saw, then each module's name and shape."""
+    try:
+        base = weights.shapes(folder)
+        if known and known.fingerprint not in (None, weights.fingerprint(folder)):
+            do = "it is the weights that count, not the name: give the right folder by BASE=, or train on this one"
+            return [Problem(shown(adapter.path), f"was trained on other weights than those in {shown(folder)}", do)]
+    except (OSError, ValueError, KeyError) as error:
+        do = "a base is read from model.safetensors, or from the files that model.safetensors.index.json names"
+        return [Problem(shown(folder), f"its weights cannot be read: {error}", do)]
     at, missing = shown(adapter.file), []
     for module, pair in adapter.modules.items():
         name = renamed(module, base)
@@ -124,14 +131,6 @@ def fit(adapter: Adapter, folder: Path) -> list[Problem]:
         do = "vLLM would skip them and serve the base alone: another base, or one with fewer layers"
         return [Problem(at, f"{len(missing)} of {len(adapter.modules)} modules are not in {shown(folder)}: {listed(missing, 3)}", do)]
     return []
-
-
-def same_base(adapter: Adapter, known: Provenance | None, base: Path) -> list[Problem]:
-    """Are the weights in the folder `base` those that the adapter was trained on? Names and shapes do not tell."""
-    if known is None or known.fingerprint in (None, weights.fingerprint(base)):
-        return []
-    do = "it is the weights that count, not the name: give the right folder by BASE=, or train on this one"
-    return [Problem(shown(adapter.path), f"was trained on other weights than those in {shown(base)}", do)]
 
 
 def export(adapter: Adapter, base: Path, target: Path) -> int:

@@ -161,7 +161,7 @@ def export(read: dict[str, Adapter], base: Path) -> list[Served]:
     """Hold each adapter against vLLM's rules and against the base it was trained on; then write it as vLLM will load it."""
     problems, known = [], {name: provenance.read(adapter.path) for name, adapter in read.items()}
     for name, adapter in read.items():
-        problems += servable.check(adapter, base) + servable.same_base(adapter, known[name], base)
+        problems += servable.check(adapter, base, known[name])
     raise_if(problems)
     served = []
     for name, adapter in read.items():

@@ -106,6 +106,9 @@ def test_a_base_that_is_not_at_hand_or_another_one_is_refused(trained, hybrid, t
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "Qwen/Qwen3-4B"}))
     with pytest.raises(RecipeError, match=r"its base Qwen/Qwen3-4B is not a folder here"):
         merge(folder, tmp_path / "merged")
+    with pytest.raises(RecipeError, match="was trained on other weights"):
+        merge(folder, tmp_path / "merged", base=hybrid)
+    (folder / "provenance.json").unlink()
     with pytest.raises(RecipeError, match="modules are not in"):
         merge(folder, tmp_path / "merged", base=hybrid)
 

@@ -97,6 +97,13 @@ def test_a_base_that_is_not_here_is_said_with_the_way_to_it(run):
         prepared(run, "tiny_facts", "copy")
 
 
+def test_a_base_without_weights_that_can_be_read_is_said(run, tmp_path):
+    folder = Path(shutil.copytree(run / "tiny_base" / "model", tmp_path / "broken"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match="its weights cannot be read"):
+        prepared(run, base=folder)
+
+
 def test_an_open_address_needs_a_key_when_adapters_may_come_and_go(run, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(RecipeError, match=r"0\.0\.0\.0 is reachable from other machines"):
