@@ -9,7 +9,7 @@ SERVE_OPTIONS = $(foreach o,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE,$(if $
 SERVE  := .venv-serve/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan train merge serve chat bench-serve test lint schema clean
+.PHONY: help setup setup-serve plan memory train merge serve chat bench-serve test lint schema clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -28,8 +28,11 @@ $(SERVE): scripts/setup_serve.sh
 setup-serve: $(SERVE)  ## make .venv-serve: vLLM, its CPU build where there is no NVIDIA GPU (3.5 GB)
 	@test ! -f .venv-serve/.unavailable || { cat .venv-serve/.unavailable; exit 1; }
 
-plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps; no weights, no GPU (JSON=1 for machines)
-	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(JSON),--json)
+plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, memory; no weights, no GPU (JSON=1, FIT=24 what fits 24 GB, COMPARE=1 full/LoRA/QLoRA)
+	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(COMPARE),--compare)
+
+memory: $(READY)  ## Llama-2 in full, by LoRA and by QLoRA: predicted memory beside the figures of the documents
+	@$(PY) scripts/memory.py
 
 train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere)
 	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(RESUME),--resume) $(if $(FORCE),--force)

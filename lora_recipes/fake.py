@@ -43,17 +43,16 @@ def base(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, qu
     return model
 
 
-def adapted(model: PreTrainedModel, lora: LoraConfig | None, trl: bool = True) -> Any:
-    """`model` with its adapter; where `trl`, in bfloat16 on a 4-bit base, as SFTTrainer makes it (trl/trainer/sft_trainer.py)."""
+def adapted(model: PreTrainedModel, lora: LoraConfig | None, dtype: torch.dtype | None) -> Any:
+    """`model` with its adapter, whose parameters train in `dtype`; None leaves them as PEFT makes them."""
     if lora is None:
         return model
     # DoRA measures each weight at the start, on a copy; a 4-bit weight on the meta device is not packed yet, and cannot be copied.
     with replaced(Params4bit, "__deepcopy__", lambda weight, memo: weight), replaced(dora, "dequantize_module_weight", _whole):
         peft_model: Any = get_peft_model(model, copy.deepcopy(lora), low_cpu_mem_usage=True)
-    if trl and getattr(model, "is_loaded_in_4bit", False):
-        for name, parameter in peft_model.named_parameters():
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
+    for parameter in peft_model.parameters():
+        if dtype and parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return peft_model
 
 
@@ -71,6 +70,7 @@ def materialise(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> l
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the original too: an id is only unique among the living
     statistics: list[torch.Tensor] = []
     name2qmap.setdefault("dynamic", create_dynamic_map())  # bitsandbytes computes it when it first needs it, from real numbers
+    module: Any
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in list(tensors.items()):
@@ -81,7 +81,8 @@ def materialise(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> l
                         made[id(tensor)] = _fake(tensor, dtype, statistics), tensor
                 tensors[name] = made[id(tensor)][0]
         if isinstance(module, Linear4bit):
-            module.quant_state = module.weight.quant_state
+            weight: Any = module.weight
+            module.quant_state = weight.quant_state
             module.support_avx512bf16_for_cpu = False
     return statistics
 

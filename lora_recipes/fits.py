@@ -1,4 +1,4 @@
-"""Does it fit: predicted peak memory by part, what a card has to hold beside it, and the settings that fit. Arithmetic; imports no torch."""
+"""Does it fit: predicted peak memory by part, what a card must hold beside it, and the settings that fit. Arithmetic; imports no torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class Memory:
         return int(self.peak_bytes * ratio) + CONTEXT
 
     def verdict(self, card_gb: float) -> str:
-        """`fits` (with the worst reserve that was seen), `likely` (with the median one) or `does not`, on a card of `card_gb` x 10^9 bytes."""
+        """`fits` (with the worst reserve that was seen), `likely` (with the median one) or `does not`; `card_gb`: in 10^9 bytes."""
         room = card_gb * 10**9
         if self.process_bytes(RESERVED_WORST) <= room:
             return FITS
@@ -83,7 +83,8 @@ def verdicts(memory: Memory) -> str:
     """The verdict for each common card, and what it counts with."""
     low, high = gib(memory.process_bytes()), gib(memory.process_bytes(RESERVED_WORST))
     cards = ", ".join(f"{card} GB {memory.verdict(card)}" for card in CARDS)
-    return f"{cards}\na process of {low} to {high} GiB: reserved / allocated {RESERVED_MEDIAN} (median) to {RESERVED_WORST} (worst), context 141 MiB"
+    reserve = f"reserved / allocated {RESERVED_MEDIAN} (median) to {RESERVED_WORST} (worst)"
+    return f"{cards}\na process of {low} to {high} GiB: {reserve}, context 141 MiB, as on a T4"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Option:
 
     @property
     def cost(self) -> tuple[float, int]:
-        """For ordering, lowest first: checkpointing costs 20-30 % more time, 4 bits about 30 % (S3's figures); larger batches are faster."""
+        """For ordering, lowest first: checkpointing takes 20-30 % more time, 4 bits about 30 %, large batches less (not measured)."""
         return (1.25 if self.checkpointing else 1.0) * (1.3 if self.quantised else 1.0), -self.batch
 
 
@@ -121,13 +122,10 @@ def table(options: Iterable[Option], card_gb: float) -> list[str]:
     return lines
 
 
-def comparison(memories: dict[str, Memory | str]) -> list[str]:
-    """The same recipe by several methods, a line each: every part in GiB. A text stands for a method that cannot be."""
+def comparison(memories: dict[str, Memory]) -> list[str]:
+    """The same recipe by several methods, a line each: every part in GiB."""
     lines = [f"{'GiB':<8}" + "".join(f"{name:>12}" for name in (*PARTS, "peak")) + "  smallest card"]
     for name, memory in memories.items():
-        if isinstance(memory, str):
-            lines.append(f"{name:<8}{memory}")
-            continue
         sizes = [*(memory.parts.get(part, 0) for part in PARTS), memory.peak_bytes]
         card = next((f"{c} GB {memory.verdict(c)}" for c in CARDS if memory.verdict(c) != NOT), f"none up to {CARDS[-1]} GB")
         lines.append(f"{name:<8}" + "".join(f"{gib(size):>12}" for size in sizes) + f"  {card}" + " *" * bool(memory.why_closed))
@@ -136,7 +134,7 @@ def comparison(memories: dict[str, Memory | str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the closed form needs to know of a model: parameters that are quantised, others, trained ones; layers, width, MLP, vocabulary."""
+    """What the closed form needs to know of a model: parameters (quantised, others, trained), layers, width, MLP, vocabulary."""
 
     linear: int
     other: int
@@ -147,20 +145,23 @@ class Sizes:
     vocabulary: int
 
 
-def closed(sizes: Sizes, tokens: int, width: int, full: bool, quantised: bool, checkpointing: bool, state: float) -> dict[str, int]:
-    """Parts by the usual arithmetic, for when the step cannot be run. `width`: bytes a weight; `state`: optimiser bytes a trained weight.
+def closed(
+    sizes: Sizes, tokens: int, widths: tuple[int, int], full: bool, quantised: bool, checkpointing: bool, state: float
+) -> dict[str, int]:
+    """Parts by the usual arithmetic, for when the step cannot be run.
 
-    Activations of a layer and token: 34 values of the hidden size where the MLP has 4 times its width (Korthikanti et al. 2022, table 2,
-    without attention's scores), kept for every layer, or for one with checkpointing, which keeps each layer's input besides. The head
-    works in tiles of 4,096 tokens by 32,768 words.
+    `widths`: bytes of a weight and of a trained one; `state`: optimiser bytes for each trained one. Activations of a layer and token:
+    34 values of the hidden size where the MLP has 4 times its width (Korthikanti et al. 2022, table 2, without attention's scores),
+    kept for every layer, or for one with checkpointing, which keeps each layer's input besides. The head works in tiles of 4,096 tokens
+    by 32,768 words. NF4 with double quantisation takes 4.127 bits.
     """
-    base = sizes.linear * (0.516 if quantised else width) + sizes.other * width  # 4.127 bits: NF4 with double quantisation
-    adapter = 0 if full else sizes.trainable * (2 if quantised else 4)
-    gradients = sizes.trainable * (width if full else 2 if quantised else 4)
+    width, trained = widths
+    base = sizes.linear * (4.127 / 8 if quantised else width) + sizes.other * width
     layer = tokens * (18 * sizes.hidden + 4 * sizes.intermediate) * width / 2
     kept = layer + tokens * sizes.hidden * width * sizes.layers if checkpointing else layer * sizes.layers
     head = min(tokens, 4096) * min(sizes.vocabulary, 32768) * width
-    numbers = (base, adapter, gradients, sizes.trainable * state, kept + head, WORKSPACE)
+    adapter = 0 if full else sizes.trainable * trained
+    numbers = (base, adapter, sizes.trainable * trained, sizes.trainable * state, kept + head, WORKSPACE)
     return {name: int(number) for name, number in zip(PARTS, numbers, strict=True)}
 
 

@@ -121,7 +121,7 @@ def softmax_backward(result: torch.Tensor, *_: Any, **__: Any) -> int:
 
 
 def flash_backward(result: Any, gradient: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """FlashAttention 2's backward pass on (B, heads, T, D): the queries' gradient in float32, and one head of keys and values a query head."""
+    """FlashAttention 2's backward pass on (B, heads, T, D): queries' gradient in float32, and a head of keys and values a query head."""
     batch, heads, tokens, width = query.shape
     summed = batch * heads * (-(-tokens // 128) * 128) * (width + 1) * 4
     expanded = 2 * batch * heads * key.shape[2] * width * key.element_size() if key.shape[1] != heads else 0

@@ -2,10 +2,13 @@
 
 import contextlib
 import importlib.util
+import math
 import multiprocessing
+import resource
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from lora_recipes.rehearsal import Batch, Setup
 from lora_recipes.render import Example
 from lora_recipes.run import RunFolder
 
-SECONDS = 60.0  # for one recipe; a 4B takes a few
+SECONDS = 60.0  # of processor time, for one recipe; a 4B takes a few
+PATIENCE = 10  # times as long by the clock, for a busy machine
 PLACES = {
     "embedding": "the embedding",
     "forward": "the forward pass of a layer",
@@ -40,7 +44,7 @@ def plan(recipe: Recipe, outputs: Path, gate: Gate | None = None, seconds: float
     """The predicted peak of training `recipe` on one GPU.
 
     `gate`: the data as it will be trained, for the lengths of its rows; without it, or where its tokens are not counted, each row is
-    taken to be train.max_length long. `seconds`: the time limit, after which a closed form stands in, and says so.
+    taken to be train.max_length long. `seconds`: the limit in processor time, after which a closed form stands in, and says so.
     """
     setup = of_recipe(recipe, outputs, gate)
     with Rehearsals([setup], seconds) as rehearsals:
@@ -69,6 +73,7 @@ def of_recipe(recipe: Recipe, outputs: Path, gate: Gate | None = None, cuda: boo
         arguments,
         batch,
         build.lora_config(recipe),
+        getattr(torch, build.adapter_dtype(recipe)),
         build.nf4(recipe.model["dtype"]) if recipe.model.get("quantize") == "nf4" else None,
         attention if masked else "sdpa",
         frozenset(p for p in kernels.used(fake.modeling_of(config)) if importlib.util.find_spec(p)),
@@ -120,13 +125,12 @@ class Rehearsals:
         began, found = time.monotonic(), f"no answer within {self.seconds:g} s"
         try:
             self.pipe.send(index)
-            if self.pipe.poll(self.seconds):
+            if self.pipe.poll(self.seconds * PATIENCE):
                 found = self.pipe.recv()
             else:
                 self.__exit__()
-        except (EOFError, OSError):
+        except (EOFError, OSError):  # killed: at its limit, or by the system
             self.__exit__()
-            found = "the process that ran it was killed"
         memory = closed(self.setups[index], found) if isinstance(found, str) else found
         return replace(memory, seconds=time.monotonic() - began)
 
@@ -135,16 +139,19 @@ class Rehearsals:
         fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
         context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, self.setups), daemon=True)
+        self.process = context.Process(target=_work, args=(other, self.setups, self.seconds), daemon=True)
         self.process.start()
         other.close()
 
 
-def _work(pipe: Any, setups: list[Setup]) -> None:
+def _work(pipe: Any, setups: list[Setup], seconds: float) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             index = pipe.recv()
+            used, limit = time.process_time(), resource.getrlimit(resource.RLIMIT_CPU)[1]
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), limit))
             try:
                 pipe.send(rehearsed(setups[index]))
             except Exception as error:  # whatever a library raises on fake tensors; the closed form says it
@@ -156,12 +163,13 @@ def rehearsed(setup: Setup) -> Memory:
     low, high, layers = rehearsal.depths(setup.config)
     first = rehearsal.run(setup, low)
     peaks = {stretch: peak.parts for stretch, peak in first.peaks.items()}
-    counts = first.parameters, first.trainable, first.paged
+    counts = (first.parameters, first.trainable, first.paged)
     if low < layers:
         second = rehearsal.run(setup, high)
         peaks = fits.extended(first.peaks, second.peaks, low, high, layers)
         steps, more = (layers - low) // (high - low), (second.parameters, second.trainable, second.paged)
-        counts = tuple(a + steps * (b - a) for a, b in zip(counts, more, strict=True))
+        parameters, trainable, paged = (a + steps * (b - a) for a, b in zip(counts, more, strict=True))
+        counts = (parameters, trainable, paged)
     stretch = max(peaks, key=lambda s: sum(peaks[s].values()))
     parts = {name: peaks[stretch].get(name, 0) for name in fits.PARTS}
     parts["workspace"] = fits.WORKSPACE if setup.cuda else 0
@@ -176,16 +184,16 @@ def closed(setup: Setup, why: str) -> Memory:
     whole = sum(p.numel() for p in base.parameters())
     trainable = whole
     if setup.lora:
-        trainable = sum(p.numel() for p in fake.adapted(base, setup.lora).parameters() if p.requires_grad)
+        trainable = sum(p.numel() for p in fake.adapted(base, setup.lora, setup.adapter).parameters() if p.requires_grad)
     config = setup.config
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     sizes = fits.Sizes(linear, whole - linear, trainable, config.num_hidden_layers, config.hidden_size, intermediate, config.vocab_size)
     optim, width = str(getattr(setup.arguments.optim, "value", setup.arguments.optim)), setup.dtype.itemsize
-    number = (width if setup.lora is None else 2 if setup.quantize else 4) * 2
-    state = 0.0 if "paged" in optim else 2.0 if "8bit" in optim else float(number)
+    trained = width if setup.lora is None else (setup.adapter or torch.float32).itemsize
+    state = 0.0 if "paged" in optim else 2.0 if "8bit" in optim else 2.0 * trained
     tokens = setup.batch.rows * setup.batch.width
     checkpointing = bool(setup.arguments.gradient_checkpointing)
-    parts = fits.closed(sizes, tokens, width, setup.lora is None, setup.quantize is not None, checkpointing, state)
+    parts = fits.closed(sizes, tokens, (width, trained), setup.lora is None, setup.quantize is not None, checkpointing, state)
     total = whole + (trainable if setup.lora else 0)
     return Memory(parts, "", total, trainable, tuple(assumptions(setup)), why_closed=why)
 
@@ -202,7 +210,7 @@ def assumptions(setup: Setup) -> Iterator[str]:
         name = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}[package]
         yield f"linear attention: {name}" + (" (by its source)" if package in setup.fast else " is not installed: the torch fallback")
     if setup.lora:
-        yield f"adapter: {'bfloat16, as TRL keeps it on a 4-bit base' if setup.quantize else 'float32, as PEFT keeps it'}"
+        yield f"adapter: {str(setup.adapter).removeprefix('torch.')}" + (", base: NF4, double quantisation" if setup.quantize else "")
     yield f"checkpointing: {'on' if arguments.gradient_checkpointing else 'off'}"
     yield f"optimiser: {getattr(arguments.optim, 'value', arguments.optim)}; one process, gradients accumulated in place"
     for field in ("activation_offloading", "use_liger_kernel", "torch_compile", "deepspeed", "fsdp"):

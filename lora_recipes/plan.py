@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
-from lora_recipes import adapter, bases, build, evaluate, gate, targets, variants
+from lora_recipes import adapter, bases, build, evaluate, gate, memory, targets, variants
 from lora_recipes.gate import Gate
 from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe
@@ -61,6 +61,18 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
     plan.say("example", gate.example(plan.gate, recipe))
     plan.warnings += plan.gate.warnings
     return plan
+
+
+def add_memory(plan: Plan, recipe: Recipe, outputs: Path, seconds: float = memory.SECONDS) -> memory.Memory:
+    """Add the predicted peak memory to the plan. It takes seconds for a model of billions of parameters, so it is asked for apart."""
+    found = memory.plan(recipe, outputs, plan.gate, seconds)
+    plan.facts["memory"] = found.facts()
+    for label, text in found.lines():
+        plan.say(label, text)
+    counts, here = (plan.facts["model"]["total"], plan.facts["model"]["trainable"]), (found.parameters, found.trainable)
+    if counts != here:
+        plan.warnings.append(f"memory was planned for {here[0]:,} parameters, {here[1]:,} trained, not {counts[0]:,} and {counts[1]:,}")
+    return found
 
 
 def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: LoraConfig | None) -> None:

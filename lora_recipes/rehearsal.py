@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,11 +39,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Setup:
-    """All that decides how much memory a step takes; everything in the libraries' own words.
+    """All that decides how much memory a step takes.
 
-    `fast`: the packages whose kernels are planned for (fla, causal_conv1d). `cuda`: plan for a GPU, else for the CPU as it runs here.
-    `evaluation`: the largest batch of an evaluation pass. `trl`: as SFTTrainer trains; else transformers' own loss, whole logits held through
-    the backward pass, and adapters as PEFT makes them. `prepared`: after peft.prepare_model_for_kbit_training.
+    `dtype`: of the base; `adapter`: the dtype in which the adapter trains, None for PEFT's own choice. `fast`: the packages whose kernels
+    are planned for (fla, causal_conv1d). `cuda`: plan for a GPU, else for the CPU as it runs here.
+    `evaluation`: the largest batch of an evaluation pass. `trl`: TRL's loss; else transformers' own, whole logits held through
+    the backward pass. `prepared`: after peft.prepare_model_for_kbit_training.
     """
 
     config: PreTrainedConfig
@@ -51,6 +52,7 @@ class Setup:
     arguments: TrainingArguments
     batch: Batch
     lora: LoraConfig | None = None
+    adapter: torch.dtype | None = None
     quantize: BitsAndBytesConfig | None = None
     attention: str | None = None
     fast: frozenset[str] = frozenset()
@@ -62,7 +64,7 @@ class Setup:
 
 @dataclass
 class Run:
-    """What was seen: the peak of each stretch, and how many parameters there are, all and trained; `paged`: optimiser bytes in paged memory."""
+    """What was seen: the peak of each stretch; how many parameters, all and trained; `paged`: optimiser bytes in paged memory."""
 
     peaks: dict[Stretch, Peak]
     parameters: int
@@ -108,9 +110,10 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
         for parameter in base.parameters():
             if type(parameter) is nn.Parameter and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-    model = fake.adapted(base, setup.lora, setup.trl)
+    model = fake.adapted(base, setup.lora, setup.adapter)
     if setup.arguments.gradient_checkpointing:
-        options = dict(setup.arguments.gradient_checkpointing_kwargs or {})
+        given: Any = setup.arguments.gradient_checkpointing_kwargs
+        options = dict(given or {})
         if options.pop("selective", False):
             enable_selective_activation_checkpointing(model)
         more = {k: options.pop(k) for k in ("every_n_layers",) if k in options}
@@ -140,7 +143,7 @@ def _storages(setup: Setup, batch: Batch) -> Storages:
             return tensor
         return func(tensor, indices, *args, **kwargs)
 
-    handlers = {aten._local_scalar_dense.default: value, aten.index.Tensor: chosen, aten._index_put_impl_.default: put}
+    handlers: dict[Any, Any] = {aten._local_scalar_dense.default: value, aten.index.Tensor: chosen, aten._index_put_impl_.default: put}
     return Storages(kernels.EXTRA if setup.cuda else {}, handlers | {aten.index_put_.default: put})
 
 
@@ -162,7 +165,7 @@ def _optimizer(model: Any, trained: list[nn.Parameter], setup: Setup) -> tuple[A
 
 
 def _bitsandbytes(optimizer: Any, model: Any, setup: Setup) -> list[torch.Tensor]:
-    """Its kernels cannot run on fake tensors and work in place; its own init_state makes the state. Embeddings stay at 32 bits (Trainer)."""
+    """Its kernels cannot run on fake tensors and work in place; its own init_state makes the state. Embeddings stay at 32 bits."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     config, paged = optimizer.get_config, []
     for group_index, group in enumerate(optimizer.param_groups):

@@ -87,7 +87,7 @@ class Storages(TorchDispatchMode):
 
 
 def mark(storages: Storages, layers: list[torch.nn.Module]) -> None:
-    """From now on each layer's forward pass (or evaluation) and, by the gradient of its output, each layer's backward pass is a stretch of its own.
+    """From now on each layer's forward pass (or evaluation) and, by its output's gradient, its backward pass is a stretch of its own.
 
     A backward stretch ends where the gradient of the layer's input is there: the layers before it come next. The forward pass that
     checkpointing runs again inside the backward pass belongs to the backward stretch.

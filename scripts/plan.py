@@ -1,4 +1,4 @@
-"""Show what a recipe would train: `python scripts/plan.py RECIPE [section.key=value ...] [--json]`."""
+"""Show what a recipe would train: `python scripts/plan.py RECIPE [section.key=value ...] [--json] [--fit GB] [--compare]`."""
 
 import json
 import sys
@@ -13,13 +13,22 @@ def main() -> int:
         "--devices", type=int, choices=range(1, 4097), metavar="N", default=1, help="number of processes to plan for (default: 1)"
     )
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--fit", type=float, metavar="GB", help="which settings fit a card of GB x 10^9 bytes, fastest first, instead")
+    parser.add_argument("--compare", action="store_true", help="the memory of full fine-tuning, LoRA and QLoRA, instead")
     given = parser.parse_args()
 
     def action() -> None:
         checked = recipe.load(given.recipe, given.overrides)
-        from lora_recipes import plan
+        from lora_recipes import choices, fits, plan
 
         made = plan.make(checked, given.outputs, given.devices)
+        if given.compare:
+            print("\n".join(fits.comparison(choices.compare(checked, given.outputs, made.gate))))
+        if given.fit:
+            print("\n".join(fits.table(choices.fit(checked, given.outputs, given.fit, made.gate), given.fit)))
+        if given.compare or given.fit:
+            return
+        plan.add_memory(made, checked, given.outputs)
         print(json.dumps(made.facts | {"warnings": made.warnings}, indent=2, ensure_ascii=False) if given.json else made.text())
 
     return cli.run(action, given.traceback)
