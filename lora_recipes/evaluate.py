@@ -1,5 +1,6 @@
-"""Ask a model: next-token probes, before and after training; and did every adapted module learn?"""
+"""Ask a model: next-token probes, before and after training; does the trainer hold what was planned, and did every adapted module learn?"""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
-from lora_recipes.messages import Problem
+from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.recipe import Recipe
 
 
@@ -60,6 +61,22 @@ def _ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, 
     best = shares.topk(3)
     top = [(str(tokenizer.decode([i])).strip(), round(p, 4)) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
     return Answer(kind, probe["prompt"], probe["answer"], round(shares[wanted].item(), 4), top)
+
+
+def as_planned(trainer: Any, recipe: Recipe, planned: dict[str, Any]) -> None:
+    """RecipeError unless the trainer holds what the plan (`planned`: its facts) said: trainable parameters, and steps an epoch."""
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    if recipe.method == "lora" and trainable in (0, total):
+        found = f"{trainable:,} of {total:,} parameters are trainable: {'everything' if trainable else 'nothing'} would be trained"
+        raise RecipeError(Problem(recipe.at("lora"), found, "an adapter trains a small share; look at target_modules and modules_to_save"))
+    if trainable != planned["model"]["trainable"]:
+        found = f"{trainable:,} trainable parameters, {planned['model']['trainable']:,} planned"
+        raise RecipeError(Problem(recipe.at(recipe.method), found, "please report this"))
+    steps = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    if steps != planned["steps"]["per_epoch"]:
+        found = f"{len(trainer.train_dataset):,} rows give {steps} steps an epoch, {planned['steps']['per_epoch']} planned"
+        raise RecipeError(Problem(recipe.at("train"), found, "please report this"))
 
 
 def untrained(model: torch.nn.Module) -> list[str]:

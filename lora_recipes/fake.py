@@ -32,6 +32,19 @@ def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
+def depths(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Two depths whose peaks tell that of the whole model, a period of its kinds of layers apart, and its own depth.
+
+    A model that is no deeper than the second is run as it is: then all three are its own.
+    """
+    layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
+    period = 1
+    if kinds:
+        period = next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i + p] for i in range(layers - p)))
+    low = max(period, 2) + layers % period
+    return (low, low + period, layers) if low + period < layers else (layers, layers, layers)
+
+
 def base(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, quantize: BitsAndBytesConfig | None) -> PreTrainedModel:
     """The base model on the meta device, as `from_pretrained` would leave it: its linear modules 4-bit ones where `quantize` says so."""
     options = {"attn_implementation": attention} if attention else {}

@@ -40,13 +40,13 @@ PLACES = {
 }
 
 
-def plan(recipe: Recipe, outputs: Path, gate: Gate | None = None, seconds: float = SECONDS) -> Memory:
-    """The predicted peak of training `recipe` on one GPU.
+def plan(recipe: Recipe, outputs: Path, gate: Gate | None = None, seconds: float = SECONDS, cuda: bool = True) -> Memory:
+    """The predicted peak of training `recipe` on one GPU, or (`cuda` false) as it runs on the CPU.
 
     `gate`: the data as it will be trained, for the lengths of its rows; without it, or where its tokens are not counted, each row is
     taken to be train.max_length long. `seconds`: the limit in processor time, after which a closed form stands in, and says so.
     """
-    setup = of_recipe(recipe, outputs, gate)
+    setup = of_recipe(recipe, outputs, gate, cuda)
     with Rehearsals([setup], seconds) as rehearsals:
         return rehearsals[0]
 
@@ -160,7 +160,7 @@ def _work(pipe: Any, setups: list[Setup], seconds: float) -> None:
 
 def rehearsed(setup: Setup) -> Memory:
     """The memory of `setup`, in this process."""
-    low, high, layers = rehearsal.depths(setup.config)
+    low, high, layers = fake.depths(setup.config)
     first = rehearsal.run(setup, low)
     peaks = {stretch: peak.parts for stretch, peak in first.peaks.items()}
     counts = (first.parameters, first.trainable, first.paged)

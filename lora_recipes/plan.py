@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
 from lora_recipes import adapter, bases, build, evaluate, gate, memory, targets, variants
+from lora_recipes.fits import Memory
 from lora_recipes.gate import Gate
 from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe
@@ -63,12 +64,16 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
     return plan
 
 
-def add_memory(plan: Plan, recipe: Recipe, outputs: Path, seconds: float = memory.SECONDS) -> memory.Memory:
-    """Add the predicted peak memory to the plan. It takes seconds for a model of billions of parameters, so it is asked for apart."""
-    found = memory.plan(recipe, outputs, plan.gate, seconds)
+def add_memory(plan: Plan, recipe: Recipe, outputs: Path, accelerator: bool = True) -> Memory:
+    """Add the predicted peak memory to the plan: on a GPU, or as it runs on this CPU.
+
+    It takes seconds for a model of billions of parameters, so it is asked for apart.
+    """
+    found = memory.plan(recipe, outputs, plan.gate, cuda=accelerator)
     plan.facts["memory"] = found.facts()
     for label, text in found.lines():
-        plan.say(label, text)
+        if accelerator or label != "cards":
+            plan.say(label, text)
     counts, here = (plan.facts["model"]["total"], plan.facts["model"]["trainable"]), (found.parameters, found.trainable)
     if counts != here:
         plan.warnings.append(f"memory was planned for {here[0]:,} parameters, {here[1]:,} trained, not {counts[0]:,} and {counts[1]:,}")

@@ -253,16 +253,3 @@ def _evaluate(model: Any, setup: Setup, counted: Storages, inputs: dict[str, Any
         model.eval()
         _loss(model(**inputs, use_cache=False, fused_lm_head=True))
     counted.handlers = handlers
-
-
-def depths(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Two depths whose peaks tell that of the whole model, a period of its kinds of layers apart, and its own depth.
-
-    A model that is no deeper than the second is run as it is: then all three are its own.
-    """
-    layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
-    period = 1
-    if kinds:
-        period = next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i + p] for i in range(layers - p)))
-    low = max(period, 2) + layers % period
-    return (low, low + period, layers) if low + period < layers else (layers, layers, layers)

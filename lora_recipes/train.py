@@ -1,8 +1,6 @@
 """Train a recipe: plan, check, one SFTTrainer, verify, and leave a run folder. `make train RECIPE=x`."""
 
 import contextlib
-import math
-import resource
 import shutil
 import time
 from dataclasses import dataclass
@@ -13,8 +11,9 @@ import torch
 from accelerate import PartialState
 from transformers import ProgressCallback
 
-from lora_recipes import adapter, bases, build, card, data, evaluate, reference, servable, watch
+from lora_recipes import adapter, bases, build, card, data, evaluate, reference, servable, usage, watch
 from lora_recipes import plan as plans
+from lora_recipes.fits import Memory
 from lora_recipes.messages import Problem, RecipeError, listed
 from lora_recipes.plan import Plan
 from lora_recipes.provenance import Provenance, local
@@ -32,6 +31,7 @@ class Session:
     outputs: Path
     folder: RunFolder
     plan: Plan
+    expected: Memory
     trainer: Any  # trl.SFTTrainer, whose `model` is typed as optional
     facts: dict[str, Any]
 
@@ -52,6 +52,7 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     may_start(folder, resume, force)
     _base(recipe, outputs)
     plan = plans.make(recipe, outputs, PartialState().num_processes, network=True)
+    expected = plans.add_memory(plan, recipe, outputs, accelerator=torch.cuda.is_available())
     say(plan.text())
     if wrong := bases.contract_differences(recipe, outputs):
         do = "the plan describes another model: correct the contract, or name_or_path"
@@ -64,8 +65,8 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, plan.gate.train, plan.gate.evaluation, callbacks)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
-    session = Session(recipe, outputs, folder, plan, trainer, facts)
-    _as_planned(session)
+    session = Session(recipe, outputs, folder, plan, expected, trainer, facts)
+    evaluate.as_planned(trainer, recipe, plan.facts)
     record = _continue(session, checkpoint) if checkpoint else _begin(session)
     say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
     try:
@@ -149,23 +150,6 @@ def _checkpoint(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> Pat
     return checkpoint
 
 
-def _as_planned(session: Session) -> None:
-    """What the trainer holds is what the plan said: trainable parameters, and steps an epoch."""
-    recipe, trainer, planned = session.recipe, session.trainer, session.plan.facts
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
-    if recipe.method == "lora" and trainable in (0, total):
-        found = f"{trainable:,} of {total:,} parameters are trainable: {'everything' if trainable else 'nothing'} would be trained"
-        raise RecipeError(Problem(recipe.at("lora"), found, "an adapter trains a small share; look at target_modules and modules_to_save"))
-    if trainable != planned["model"]["trainable"]:
-        found = f"{trainable:,} trainable parameters, {planned['model']['trainable']:,} planned"
-        raise RecipeError(Problem(recipe.at(recipe.method), found, "please report this"))
-    steps = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-    if steps != planned["steps"]["per_epoch"]:
-        found = f"{len(trainer.train_dataset):,} rows give {steps} steps an epoch, {planned['steps']['per_epoch']} planned"
-        raise RecipeError(Problem(recipe.at("train"), found, "please report this"))
-
-
 def _begin(session: Session) -> dict[str, Any]:
     """Clear the folder (what was there was asked to go), and write recipe.yaml and the first run.json."""
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
@@ -193,11 +177,13 @@ def _continue(session: Session, checkpoint: Path) -> dict[str, Any]:
 
 
 def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
-    began, trainer = time.monotonic(), session.trainer
+    began, trainer, before = time.monotonic(), session.trainer, usage.now()
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        if problem := watch.explained(error, session.recipe, session.folder, trainer.state.global_step):
+        recipe, step = session.recipe, trainer.state.global_step
+        problem = usage.out_of_memory(error, recipe, session.outputs, session.plan.gate, session.expected, step)
+        if problem := problem or watch.explained(error, recipe, session.folder, step):
             raise RecipeError(problem) from error
         raise
     seconds = time.monotonic() - began
@@ -206,9 +192,10 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
         last: dict[str, Any] = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
         fresh = last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end
         metrics |= last if fresh else trainer.evaluate()
-    memory = {"max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | watch.accelerator_memory()
+    peak = usage.measured(before)
+    say(f"\n{peak.line(session.expected)}")
     steps, epochs = trainer.state.global_step, trainer.state.epoch
-    return {"steps": steps, "epochs": epochs, "seconds": round(seconds, 2), "metrics": metrics, "memory": memory}
+    return {"steps": steps, "epochs": epochs, "seconds": round(seconds, 2), "metrics": metrics, "memory": peak.facts(session.expected)}
 
 
 def _finish(session: Session, record: dict[str, Any]) -> None:

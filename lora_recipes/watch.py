@@ -133,13 +133,6 @@ def accelerator() -> dict[str, Any]:
     return {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
 
 
-def accelerator_memory() -> dict[str, int]:
-    """Peak bytes that the process had allocated and reserved on the GPU, empty without one."""
-    if not torch.cuda.is_available():
-        return {}
-    return {"max_allocated_bytes": torch.cuda.max_memory_allocated(), "max_reserved_bytes": torch.cuda.max_memory_reserved()}
-
-
 def draw(folder: RunFolder) -> None:
     """loss.png: training and evaluation loss, and the learning rate, over the steps of metrics.jsonl."""
     import matplotlib

@@ -39,7 +39,9 @@ def test_the_seed_recipe_shows_its_known_figures(tmp_path):
 
 def test_the_readme_shows_the_plan_and_the_recipe_as_they_are(tmp_path):
     readme = (recipes.ROOT / "README.md").read_text()
-    lines = [line for line in made("qwen35_4b_style", tmp_path).lines if not line.startswith("base ")]  # names the machine
+    shown = made("qwen35_4b_style", tmp_path)
+    plan.add_memory(shown, recipes.load("qwen35_4b_style"), tmp_path)
+    lines = [line for line in shown.lines if not line.startswith("base ")]  # names the machine
     assert [line for line in lines if line not in readme] == []
     recipe = (recipes.RECIPES / "qwen35_4b_style.yaml").read_text().split("\n", 1)[1]
     assert recipe.strip() in readme
@@ -49,7 +51,7 @@ def test_all_shipped_chat_recipes_train_what_a_server_renders(tmp_path):
     for name in recipes.names():
         train = made(name, tmp_path).facts["data"]["train"]
         assert train["faithful"] == train["turns"], name
-        assert train["turns"] == (train["rows"] if "style" in name else 0), name
+        assert train["turns"] == (0 if train["format"] == "text" else train["rows"]), name
 
 
 def test_the_all_layers_recipe_adapts_a_token_mixer_in_every_layer(tmp_path):

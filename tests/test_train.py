@@ -212,7 +212,7 @@ def test_a_trainable_share_of_0_or_100_percent_stops(trained, trainable, said):
     )
     trainer.model.requires_grad_(trainable)
     with pytest.raises(RecipeError, match=f"{said} would be trained"):
-        training._as_planned(training.Session(recipe, trained, folder, plan, trainer, {}))
+        evaluate.as_planned(trainer, recipe, plan.facts)
 
 
 def test_early_stopping_ends_the_run_when_the_eval_loss_rises(trained, write_recipe):
