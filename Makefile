@@ -5,7 +5,11 @@ SET    ?=
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-SERVE_OPTIONS = $(foreach o,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE,$(if $($(o)),--$(shell echo $(o) | tr A-Z a-z) $($(o)))) $(if $(MAX_LORA_RANK),--max-lora-rank $(MAX_LORA_RANK)) $(if $(DYNAMIC),--dynamic) $(if $(DRY),--dry-run)
+# A switch is on unless it is 0, no or false. HOST, PORT and the like count only when given to make: shells export some of them.
+on = $(filter-out 0 no false,$($(1)))
+given = $(if $(filter command,$(origin $(1))),$($(1)))
+quoted = '$(subst ','\'',$(1))'
+SERVE_OPTIONS = $(foreach o,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE,$(if $(call given,$(o)),--$(shell echo $(o) | tr A-Z a-z) $(call quoted,$($(o))))) $(if $(MAX_LORA_RANK),--max-lora-rank $(MAX_LORA_RANK)) $(if $(call on,DYNAMIC),--dynamic) $(if $(call on,DRY),--dry-run)
 SERVE  := .venv-serve/.ready
 
 .DEFAULT_GOAL := help
@@ -29,22 +33,22 @@ setup-serve: $(SERVE)  ## make .venv-serve: vLLM, its CPU build where there is n
 	@test ! -f .venv-serve/.unavailable || { cat .venv-serve/.unavailable; exit 1; }
 
 plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, memory; no weights, no GPU (JSON=1, FIT=24 what fits 24 GB, COMPARE=1 full/LoRA/QLoRA)
-	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(COMPARE),--compare)
+	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(call on,COMPARE),--compare)
 
 memory: $(READY)  ## Llama-2 in full, by LoRA and by QLoRA: predicted memory beside the figures of the documents
 	@$(PY) scripts/memory.py
 
 train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere)
-	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(RESUME),--resume) $(if $(FORCE),--force)
+	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,RESUME),--resume) $(if $(call on,FORCE),--force)
 
 merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1)
-	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(OUTPUTS)) $(if $(BASE),--base $(BASE)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(FORCE),--force)
+	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force)
 
 serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")
-	@$(PY) scripts/serve.py $(if $(CHECK),$(ADAPTERS),$(or $(ADAPTERS),$(RECIPE))) $(SERVE_OPTIONS) $(if $(VLLM),-- $(VLLM))
+	@$(PY) scripts/serve.py $(if $(CHECK)$(REMOVE),$(ADAPTERS),$(or $(ADAPTERS),$(RECIPE))) $(SERVE_OPTIONS) $(if $(VLLM),-- $(VLLM))
 
 chat: $(READY)  ## ask base and MODEL on a running server side by side (Q="a question", URL=)
-	@$(PY) scripts/chat.py $(or $(MODEL),$(RECIPE)) $(if $(URL),--url $(URL)) $(if $(Q),--ask "$(Q)")
+	@$(PY) scripts/chat.py $(or $(MODEL),$(RECIPE)) $(if $(URL),--url $(URL)) $(if $(Q),--ask $(call quoted,$(Q)))
 
 bench-serve: $(READY) $(SERVE)  ## base, merged, one adapter, four adapters on vLLM: throughput and latency into benchmarks/results/
 	@$(PY) benchmarks/serve.py

@@ -139,4 +139,11 @@ def _config(path: Path) -> dict[str, Any]:
         raise RecipeError(Problem(shown(file), f"has no {', '.join(missing)}", "it is not one that PEFT wrote"))
     if not (isinstance(config["r"], int) and config["r"] > 0):
         raise RecipeError(Problem(shown(file), f"r is {config['r']!r}", "a whole number above 0"))
+    ranks = config.get("rank_pattern") or {}
+    if not (isinstance(ranks, dict) and all(isinstance(r, int) for r in ranks.values())):
+        raise RecipeError(Problem(shown(file), f"rank_pattern is {ranks!r}", "module names with whole numbers"))
+    if not isinstance(config["lora_alpha"], int | float):
+        raise RecipeError(Problem(shown(file), f"lora_alpha is {config['lora_alpha']!r}", "a number"))
+    if not isinstance(config.get("base_model_name_or_path", ""), str | None):
+        raise RecipeError(Problem(shown(file), "base_model_name_or_path is no text", "the base's folder or hub id"))
     return config

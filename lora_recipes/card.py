@@ -60,4 +60,6 @@ def text(recipe: Recipe, record: dict[str, Any]) -> str:
     ]
     if rank := plan.get("adapter", {}).get("max_lora_rank"):
         lines.append(f"- vLLM: `--enable-lora --max-lora-rank {rank}`")
+    if recipe.method == "lora":
+        lines.append("- provenance.json: which base it was trained on, and PEFT's answers to a few rows of the data, which it quotes")
     return "\n".join([*lines, "", "The recipe, as resolved:", "", "```yaml", recipe.to_yaml().strip(), "```", ""])

@@ -27,7 +27,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def run(action: Callable[[], int | None], traceback: bool) -> int:
     """Call `action` and return its exit code (None: 0).
 
-    A RecipeError is printed and answered with 2, Ctrl-C with 130; all other errors are bugs and keep their traceback.
+    A RecipeError (or an OSError) is printed and answered with 2, Ctrl-C with 130; all other errors are bugs and keep their traceback.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -48,4 +48,9 @@ def run(action: Callable[[], int | None], traceback: bool) -> int:
         return 130
     except BrokenPipeError:  # `make plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # the machine's own: no permission, no space, a file where a folder is wanted
+        if traceback:
+            raise
+        print(f"error: {error}\n    -> --traceback shows where", file=sys.stderr)
+        return 2
     return 0

@@ -1,5 +1,6 @@
 """A running vLLM server, as its clients see it: the OpenAI routes, /tokenize, and adding and removing adapters. Imports no torch."""
 
+import http.client
 import json
 import os
 import urllib.error
@@ -7,6 +8,16 @@ import urllib.request
 from typing import Any
 
 from lora_recipes.messages import Problem, RecipeError
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The API key goes to the server that was named, to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Refuse: the answer is then an error."""
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)  # nor through a proxy
 
 
 class Endpoint:
@@ -17,7 +28,11 @@ class Endpoint:
 
     def models(self) -> dict[str, str]:
         """The names that a request may choose -> the folder or hub id behind each; the base comes first."""
-        return {model["id"]: model.get("root") or model["id"] for model in self._ask("/v1/models")["data"]}
+        answer = self._ask("/v1/models")
+        try:
+            return {model["id"]: model.get("root") or model["id"] for model in answer["data"]}
+        except (TypeError, KeyError, AttributeError):
+            raise RecipeError(Problem(self.url, "what answers there is no vLLM server", "check host and port")) from None
 
     def healthy(self) -> bool:
         """Does it answer /health?"""
@@ -26,10 +41,6 @@ class Endpoint:
         except RecipeError:
             return False
         return True
-
-    def version(self) -> str:
-        """The version of vLLM."""
-        return str(self._ask("/version")["version"])
 
     def logprobs(self, model: str, ids: list[int]) -> list[float]:
         """The log-probability (nats) that `model` gives each token of `ids` but the first."""
@@ -64,11 +75,11 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {key}"
         try:
             request = urllib.request.Request(self.url + route, None if body is None else json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=timeout or self.timeout) as answer:
+            with _OPENER.open(request, timeout=timeout or self.timeout) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
             raise RecipeError(Problem(self.url + route, *_refusal(error, route))) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise RecipeError(Problem(self.url, f"no server answers: {reason}", "make serve starts one; check host and port")) from None
         try:
@@ -87,6 +98,6 @@ def _refusal(error: urllib.error.HTTPError, route: str) -> tuple[str, str]:
         message = text[:300]
     if error.code == 401:
         return "the server wants another API key", "set VLLM_API_KEY"
-    if error.code == 404 and "lora_adapter" in route and "No adapter" not in message:
+    if error.code == 404 and "lora_adapter" in route and message == "Not Found":
         return "the server does not let adapters be added or removed", "start it with DYNAMIC=1"
     return f"the server answers {error.code}: {message}", ""

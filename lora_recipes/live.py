@@ -18,7 +18,7 @@ class Proof:
     `moved`: server with adapter against server's base. `repeat`: the server's base against itself, asked again. `effect`: adapter against
     base by PEFT, at the end of training. `apart`: server with adapter against PEFT with adapter. `noise`: the server's base against
     PEFT's base (other kernels, other dtype). These three are None without provenance. `rendered`: does the server make the same tokens of
-    the probes' prompts?
+    the probes' prompts? `by_default`: also for a request that sends no chat_template_kwargs?
     """
 
     name: str
@@ -28,6 +28,7 @@ class Proof:
     apart: float | None = None
     noise: float | None = None
     rendered: bool = True
+    by_default: bool = True
 
     @property
     def limit(self) -> float:
@@ -68,6 +69,8 @@ def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -
     served = _answers(endpoint, name, ids)
     alone, again = [_answers(endpoint, base, ids) for _ in range(2)] if base != name else [untrained, untrained]
     rendered = all(endpoint.tokens(name, p.prompt, p.options) == p.input_ids[: p.prompt_tokens] for p in probes)
+    plain = [{k: v for k, v in p.options.items() if k != "chat_template_kwargs"} for p in probes]
+    by_default = all(endpoint.tokens(name, p.prompt, o) == p.input_ids[: p.prompt_tokens] for p, o in zip(probes, plain, strict=True))
     return Proof(
         name,
         moved=apart(served, alone),
@@ -76,6 +79,7 @@ def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -
         apart=apart(served, trained),
         noise=apart(alone, untrained),
         rendered=rendered,
+        by_default=by_default,
     )
 
 
@@ -103,5 +107,6 @@ def table(proofs: list[Proof]) -> str:
         numbers = [(p.moved, 9), (p.effect, 9), (p.apart, 9), (p.limit if p.effect is not None else None, 8), (p.noise, 7)]
         cells = "  ".join(f"{'-' if n is None else f'{n:.4f}':>{w}}" for n, w in numbers)
         good = "live" if p.effect is not None else "live; not compared with PEFT (no provenance.json)"
+        good += "" if p.by_default else "; requests must send the chat_template_kwargs of training"
         lines.append(f"{p.name:<{width}}  {cells}  {p.fault or good}")
     return "\n".join(lines)

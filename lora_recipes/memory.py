@@ -210,7 +210,8 @@ def assumptions(setup: Setup) -> Iterator[str]:
         name = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}[package]
         yield f"linear attention: {name}" + (" (by its source)" if package in setup.fast else " is not installed: the torch fallback")
     if setup.lora:
-        yield f"adapter: {str(setup.adapter).removeprefix('torch.')}" + (", base: NF4, double quantisation" if setup.quantize else "")
+        quantised = " (TRL's bfloat16 would lose small updates), base: NF4, double quantisation" if setup.quantize else ""
+        yield f"adapter: {str(setup.adapter).removeprefix('torch.')}{quantised if setup.adapter == torch.float32 else ''}"
     yield f"checkpointing: {'on' if arguments.gradient_checkpointing else 'off'}"
     yield f"optimiser: {getattr(arguments.optim, 'value', arguments.optim)}; one process, gradients accumulated in place"
     for field in ("activation_offloading", "use_liger_kernel", "torch_compile", "deepspeed", "fsdp"):

@@ -5,6 +5,7 @@ never into the 4-bit ones, and not into those that were never quantised (facts a
 """
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -27,8 +28,8 @@ from lora_recipes.run import RunFolder, now, replace_folder, write
 from lora_recipes.yamlfile import shown
 
 # Mean KL and largest logit difference that a merge may show, by dtype. Measured on trained tiny adapters: float32 3e-8 / 6e-6,
-# bfloat16 2e-5 / 6e-2 (weights are rounded once more); ten times that is a fault.
-TOLERANCE = {"float32": (1e-6, 1e-3), "bfloat16": (2e-4, 6e-1)}
+# bfloat16 2e-5 / 6e-2 (weights are rounded once more); ten times that is a fault. float16 rounds finer; not measured.
+TOLERANCE = {"float32": (1e-6, 1e-3), "bfloat16": (2e-4, 6e-1), "float16": (2e-4, 6e-1)}
 PROBES = ("The", "Once upon a time", "Question: what is two and two? Answer:", "Guten Morgen, wie")
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")  # vLLM wants them of two-part models
 GREEDY = 16  # tokens generated from each probe
@@ -55,19 +56,22 @@ def merge(folder: Path, output: Path, base: Path | None = None, dtype: str | Non
     merged model answers otherwise than base + adapter; then nothing is left behind.
     """
     began = time.monotonic()
-    if output.exists() and not force:
-        raise RecipeError(Problem(shown(output), "is already there", "FORCE=1 replaces it"))
+    if output.exists() or output.is_symlink():
+        if not (output / "merge.json").is_file():
+            raise RecipeError(Problem(shown(output), "is there, and is no merged model (no merge.json in it)", "move it away"))
+        if not force:
+            raise RecipeError(Problem(shown(output), "is already there", "FORCE=1 replaces it"))
     adapter = adapters.read(folder)
-    name = adapter.config["base_model_name_or_path"]
-    source = base or provenance.local(name, adapter.config.get("revision"))
+    name = adapter.config.get("base_model_name_or_path") or "(none named)"
+    source = base.absolute() if base else provenance.local(name, adapter.config.get("revision"))
     if source is None or not (source / "config.json").is_file():
         do = "give its folder: BASE=path (a hub model: hf download it first)"
         raise RecipeError(Problem(shown(folder), f"its base {source or name} is not a folder here", do))
     known = provenance.read(folder)
     raise_if(servable.fit(adapter, source, known))
     kind = dtype or _dtype(source)
-    _enough_memory(source, kind)
-    temporary = output.with_name(f".{output.name}.tmp")
+    _enough_memory(source, kind, 2.5 if known and known.quantize else 1.25)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         record = _merge(adapter, known, source, temporary, kind)
@@ -84,10 +88,13 @@ def _dtype(source: Path) -> str:
     return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
-def _enough_memory(source: Path, dtype: str) -> None:
-    """The base once in `dtype`, and a quarter more for the adapter, the probes and the copy that is being written."""
+def _enough_memory(source: Path, dtype: str, times: float = 1.25) -> None:
+    """The base once in `dtype`, and a quarter more for the adapter, the probes and the copy that is being written.
+
+    For one that was trained in 4 bits: twice, as the dequantised weights stand beside it.
+    """
     numbers = sum(_count(shape) for shape in weights.shapes(source).values())
-    needed = int(1.25 * numbers * getattr(torch, dtype).itemsize)
+    needed = int(times * numbers * getattr(torch, dtype).itemsize)
     free = psutil.virtual_memory().available
     if needed > free:
         found = f"merging in {dtype} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
@@ -109,7 +116,11 @@ def _merge(adapter: adapters.Adapter, known: Provenance | None, source: Path, ta
     servable.export(adapter, source, target / "adapter")
     model = getattr(transformers, architecture).from_pretrained(source, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(adapter.path if (adapter.path / "tokenizer_config.json").is_file() else source)
-    attached = PeftModel.from_pretrained(model, target / "adapter").eval()
+    try:
+        attached = PeftModel.from_pretrained(model, target / "adapter").eval()
+    except (KeyError, ValueError, RuntimeError) as error:
+        found = f"PEFT cannot put it on {architecture}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        raise RecipeError(Problem(shown(adapter.path), found, "merge it with the class that it was trained on")) from error
     layers = sum(isinstance(m, LoraLayer) for m in attached.modules())
     if layers != len(adapter.modules):
         found = f"PEFT attached {layers} modules, the adapter holds {len(adapter.modules)}"
@@ -161,7 +172,8 @@ def _put(dequantised: dict[str, torch.Tensor], attached: PeftModel, source: Path
 @torch.no_grad()
 def _ask(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """Logits of every position of the probe (float32, [tokens, vocabulary]), and the greedy continuation."""
-    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    ids = ids.to(next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits[0].float().cpu()
     written = ids
     for _ in range(GREEDY):
         written = torch.cat([written, model(input_ids=written, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
@@ -187,6 +199,8 @@ def _within(difference: Difference, dtype: str, path: Path) -> None:
 def run_folder(recipe: str, outputs: Path) -> RunFolder:
     """The run folder of a recipe, which must hold a finished adapter."""
     folder = RunFolder(outputs / recipe)
+    if folder.result("full").is_dir():
+        raise RecipeError(Problem(shown(folder.path), "is a whole model: there is nothing to merge", "name a recipe with lora:"))
     if not folder.finished:
         raise RecipeError(Problem(shown(folder.path), "holds no finished run", f"make train RECIPE={recipe}"))
     return folder

@@ -18,6 +18,7 @@ from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.vllm_command import Options, Server
 from lora_recipes.yamlfile import shown
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START = 900.0  # seconds that a server may take to come up
 _ERROR = re.compile(r"(?:^|\s)((?:[\w.]+(?:Error|Exception)|error): .+)")
 _ECHO = (
@@ -35,25 +36,28 @@ def running(server: Server, options: Options, log: Path) -> Iterator[subprocess.
     """
     _port_is_free(options)
     log.parent.mkdir(parents=True, exist_ok=True)
-    previous = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGTERM, signal.SIGHUP)}
-    with log.open("wb") as output:
-        # From another folder and in a session of its own: Ctrl-C reaches this program, which then ends all of it.
-        child = subprocess.Popen(
-            server.command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=log.parent,
-            env=os.environ | server.environment,
-            start_new_session=True,
-        )
+    previous = {sign: signal.signal(sign, _interrupt) for sign in ENDING}
+    child = None
     try:
+        with log.open("wb") as output:
+            # From another folder and in a session of its own: Ctrl-C reaches this program, which then ends all of it.
+            child = subprocess.Popen(
+                server.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=log.parent,
+                env=os.environ | server.environment,
+                start_new_session=True,
+            )
         _wait(child, Endpoint(options.url), log)
         yield child
     finally:
-        previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
-        stop(child.pid)
-        child.wait()
+        for sign in ENDING:  # a second signal must not leave half of it running
+            signal.signal(sign, signal.SIG_IGN)
+        if child:
+            stop(child.pid)
+            child.wait()
         for sign, handler in previous.items():
             signal.signal(sign, handler)
 
@@ -97,7 +101,7 @@ def last_error(log: Path) -> str:
 
 
 def stop(pid: int) -> None:
-    """End the process and everything it has started: asked first, killed after ten seconds."""
+    """End the process and everything it has started: asked first, killed after ten seconds. Those it left behind share its session."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         family = [*parent.children(recursive=True), parent]
@@ -107,3 +111,5 @@ def stop(pid: int) -> None:
         for process in psutil.wait_procs(family, timeout=10)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)

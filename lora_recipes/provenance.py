@@ -59,7 +59,10 @@ def read(folder: Path) -> Provenance | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Provenance(**found | {"probes": [Probe(**probe) for probe in found["probes"]]})
+        known = Provenance(**found | {"probes": [Probe(**probe) for probe in found["probes"]]})
+        if any(not len(p.base) == len(p.adapter) == len(p.input_ids) - 1 for p in known.probes):
+            raise KeyError("probes of unequal lengths")
+        return known
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
         found = f"is not as training wrote it: {type(error).__name__}: {error}"
         raise RecipeError(

@@ -3,7 +3,9 @@
 vLLM 0.32 looks at little of this (vllm/lora/lora_model.py, utils.py): it answers 200 and serves the base, or noise. Imports no torch.
 """
 
+import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +15,8 @@ from lora_recipes.adapter import Adapter, config_faults, z_without_qkv
 from lora_recipes.messages import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.provenance import Provenance
 from lora_recipes.yamlfile import shown
+
+MARK = "serving.json"  # stands in every folder that `export` made, and only those are replaced
 
 
 def check(adapter: Adapter, base: Path | None, known: Provenance | None = None) -> list[Problem]:
@@ -119,6 +123,8 @@ def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list
         if name is None:
             missing.append(module)
             continue
+        if len(base[f"{name}.weight"]) != 2:
+            return [Problem(at, f"{module} of {shown(folder)} is no matrix", "vLLM serves adapters of linear layers and embeddings")]
         rows, columns = base[f"{name}.weight"]
         got = {kind: adapter.tensors[tensor].shape for kind, tensor in pair.items()}
         embedding = "lora_embedding" in pair.get("A", "")
@@ -133,13 +139,25 @@ def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list
     return []
 
 
+def _whole_modules(adapter: Adapter, done: dict[str, str], base: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """New names for tensors that are no LoRA (modules_to_save, trained tokens): no server takes them, a merge does."""
+    names = {}
+    for tensor in adapter.tensors:
+        parts = tensor.removeprefix("base_model.model.").split(".")
+        for end in range(len(parts) - 1, 0, -1) if tensor not in done else ():
+            if new := renamed(".".join(parts[:end]), base):
+                names[tensor] = ".".join(["base_model.model", new, *parts[end:]])
+                break
+    return names
+
+
 def export(adapter: Adapter, base: Path, target: Path) -> int:
     """Write `target`: the adapter under the names of the class that vLLM loads for `base`. Returns how many modules were renamed.
 
     The tensors are copied byte for byte. An adapter that stands in `target` is replaced; anything else is not touched.
     """
-    if target.exists() and not (target / "adapter_config.json").is_file():
-        raise RecipeError(Problem(shown(target), "is there, and is no adapter made for serving", "move it away"))
+    if (target.exists() or target.is_symlink()) and not (target / MARK).is_file():
+        raise RecipeError(Problem(shown(target), f"is there, and was not made for serving (no {MARK} in it)", "move it away"))
     raise_if(fit(adapter, base))
     shapes, changed = weights.shapes(base), 0
     names: dict[str, str] = {}
@@ -148,9 +166,11 @@ def export(adapter: Adapter, base: Path, target: Path) -> int:
         changed += new != module
         prefix = f"base_model.model.{module}."
         names |= {t: t.replace(prefix, f"base_model.model.{new}.") for t in adapter.tensors if t.startswith(prefix)}
-    temporary = target.with_name(f".{target.name}.tmp")
+    names |= _whole_modules(adapter, names, shapes)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    (temporary / MARK).write_text(json.dumps({"adapter": str(adapter.path), "base": str(base), "renamed": changed}) + "\n")
     for name in ("adapter_config.json", provenance.FILE):
         if (adapter.path / name).is_file():
             shutil.copyfile(adapter.path / name, temporary / name)

@@ -1,5 +1,6 @@
 """Serve adapters in vLLM and prove that what answers is what was trained: `make serve RECIPE=x`. Imports no torch."""
 
+import os
 import time
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from lora_recipes import live, process, provenance, vllm_command
 from lora_recipes.endpoint import Endpoint
 from lora_recipes.live import Proof
 from lora_recipes.messages import Problem, RecipeError
-from lora_recipes.provenance import Provenance
 from lora_recipes.vllm_command import Options, Server
 from lora_recipes.yamlfile import shown
 
@@ -45,12 +45,12 @@ def _report(proofs: list[Proof]) -> int:
 
 
 def _ready(server: Server, options: Options) -> str:
-    name = server.served[0].name
+    name, key = server.served[0].name, ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
     ask = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     route = "chat/completions"
     if not any((folder / "chat_template.jinja").is_file() for folder in (server.base, server.served[0].folder)):
         ask, route = f'{{"model": "{name}", "prompt": "Hello"}}', "completions"
-    return f"serving on {options.url}\n  curl {options.url}/v1/{route} -H 'Content-Type: application/json' -d '{ask}'"
+    return f"serving on {options.url}\n  curl {options.url}/v1/{route} -H 'Content-Type: application/json'{key} -d '{ask}'"
 
 
 def check(url: str, words: list[str], outputs: Path) -> int:
@@ -88,28 +88,29 @@ def add(url: str, words: list[str], outputs: Path) -> int:
         if name in models:
             raise RecipeError(Problem(url, f"already serves a model named {name}", f"make serve REMOVE={url} ADAPTERS={name} first"))
     folder = vllm_command.base_of(read, provenance.local(root))
-    proofs = []
-    for served in vllm_command.export(read, folder):
-        endpoint.load(served.name, str(served.path))
-        proofs += _proven(endpoint, base, served.name, served.provenance)
-    return _report(proofs)
-
-
-def _proven(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -> list[Proof]:
+    proofs: list[Proof] = []
+    loaded: list[str] = []
     try:
-        proofs = live.prove(endpoint, base, {name: known})
-    except RecipeError:
-        endpoint.unload(name)
+        for served in vllm_command.export(read, folder, outputs):
+            endpoint.load(served.name, str(served.path))
+            loaded.append(served.name)
+            proofs += live.prove(endpoint, base, {served.name: served.provenance})
+    except BaseException:  # all or none; what was not proven does not stay
+        for name in loaded:
+            endpoint.unload(name)
         raise
-    if proofs[0].fault:
-        endpoint.unload(name)
-    return proofs
+    for proof in proofs:
+        if proof.fault:
+            endpoint.unload(proof.name)
+    return _report(proofs)
 
 
 def remove(url: str, names: list[str]) -> int:
     """Take adapters off the server at `url`."""
     endpoint = Endpoint(url)
     models = endpoint.models()
+    if not names:
+        raise RecipeError(Problem(url, "no adapter is named", f"ADAPTERS=one of {', '.join(models)}"))
     for name in names:
         if name not in models:
             raise RecipeError(Problem(url, f"serves no {name}", f"it has {', '.join(models)}"))

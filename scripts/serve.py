@@ -48,7 +48,7 @@ def main() -> int:
             return serve.add(given.add, given.what or [cli.DEFAULT], given.outputs)
         if given.remove:
             return serve.remove(given.remove, given.what)
-        options = Options(given.host, given.port, given.max_lora_rank, given.dtype, given.dynamic, extra)
+        options = Options(given.host, given.port, given.max_lora_rank, given.dtype, given.dynamic, extra, given.outputs)
         return serve.serve(given.what or [cli.DEFAULT], given.outputs, given.base, options, given.dry_run)
 
     return cli.run(action, given.traceback)

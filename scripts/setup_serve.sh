@@ -12,7 +12,8 @@ log="$environment/install.log"
 echo "installing $packages into $environment (some minutes)"
 # shellcheck disable=SC2086
 if ! $pip install $packages >"$log" 2>&1; then
-  if grep -q "No matching distribution found for vllm" "$log"; then
+  # pip says the same of a package that is not there and of an index that it cannot reach.
+  if grep -q "No matching distribution found for vllm" "$log" && $pip download --no-deps --no-binary :none: -d "$(mktemp -d)" six >/dev/null 2>&1; then
     echo "no build of vLLM for this platform: $(tail -n 1 "$log")" | tee "$environment/.unavailable"
     touch "$environment/.ready"
     exit 0

@@ -93,11 +93,16 @@ def test_an_existing_model_is_replaced_only_when_asked(trained, tmp_path):
     output = tmp_path / "merged"
     output.mkdir()
     (output / "mine.txt").write_text("keep")
+    for force in (False, True):
+        with pytest.raises(RecipeError, match="is no merged model"):
+            merge(trained / "tiny_facts" / "adapter", output, force=force)
+    assert (output / "mine.txt").read_text() == "keep"
+    shutil.rmtree(output)
+    merge(trained / "tiny_facts" / "adapter", output)
     with pytest.raises(RecipeError, match="already there"):
         merge(trained / "tiny_facts" / "adapter", output)
-    assert (output / "mine.txt").read_text() == "keep"
     merge(trained / "tiny_facts" / "adapter", output, force=True)
-    assert not (output / "mine.txt").exists() and (output / "merge.json").is_file()
+    assert (output / "merge.json").is_file()
 
 
 def test_a_base_that_is_not_at_hand_or_another_one_is_refused(trained, hybrid, tmp_path):

@@ -1,15 +1,22 @@
 """NF4: the base in 4 bits, trained through and merged."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from lora_recipes import build, plan, provenance
+from lora_recipes import build, gate, plan, provenance
 from lora_recipes import merge as merging
 from lora_recipes import recipe as recipes
 from lora_recipes.merge import merge
 from lora_recipes.messages import RecipeError
+from lora_recipes.run import RunFolder
 from lora_recipes.train import train
 
 
@@ -40,6 +47,15 @@ def test_a_question_asked_in_eval_mode_does_not_end_the_gradients(loaded):
         loaded(input_ids=ids)
     loaded.train()
     assert before.abs().sum() > 0 and torch.equal(gradient(), before)
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [([], torch.float32), (["model.adapter_dtype=bfloat16"], torch.bfloat16)])
+def test_the_adapter_trains_in_float32_unless_asked_otherwise(trained, tmp_path, asked, dtype):
+    recipe = recipes.load("tiny_facts", ["model.quantize=nf4", *asked])
+    rows = gate.pass_through(recipe, trained, False)
+    arguments, base = build.sft_config(recipe, RunFolder(tmp_path)), build.model(recipe, trained)
+    made = build.trainer(recipe, arguments, base, rows.tokenizer, rows.train, [], [])
+    assert {p.dtype for p in made.model.parameters() if p.requires_grad} == {dtype}
 
 
 def test_full_fine_tuning_of_4_bit_weights_is_refused(tmp_path):
@@ -73,3 +89,24 @@ def test_training_in_4_bits_leaves_its_answers_and_learns(quantised):
     losses = [loss for loss in losses if loss is not None]
     assert losses[-1] < losses[0] and record["not_servable"] == []
     assert provenance.read(quantised / "adapter").quantize == "nf4"
+
+
+def test_a_4_bit_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(trained, tmp_path):
+    words = ["model.quantize=nf4", "train.max_steps=200", "train.save_strategy=steps", "train.save_steps=20", "train.logging_steps=1"]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(trained / "tiny_base", tmp_path / name / "tiny_base")
+    script = str(recipes.ROOT / "scripts" / "train.py")
+    command = [sys.executable, script, "tiny_facts", *words, "--outputs", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "tiny_facts" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 70):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(recipes.load("tiny_facts", words), tmp_path / "killed", resume=True)
+    train(recipes.load("tiny_facts", words), tmp_path / "whole")
+    file = Path("tiny_facts") / "adapter" / "adapter_model.safetensors"
+    assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

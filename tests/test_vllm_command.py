@@ -26,7 +26,7 @@ def run(trained, tmp_path) -> Path:
 
 
 def prepared(run: Path, *words: str, base: Path | None = None, build_: tuple[str, str] = GPU, **options) -> vllm_command.Server:
-    return vllm_command.prepare(vllm_command.named(list(words) or ["tiny_facts"], run), base, Options(**options), build_)
+    return vllm_command.prepare(vllm_command.named(list(words) or ["tiny_facts"], run), base, Options(**options, outputs=run), build_)
 
 
 def after(server: vllm_command.Server, option: str) -> str:
@@ -54,7 +54,7 @@ def test_several_adapters_have_names_of_their_own_and_the_largest_rank_counts(ru
     for words, said in [
         (["tiny_facts", "tiny_facts"], "a second adapter named 'tiny_facts'"),
         (["base=tiny_facts"], "'base' is no name for an adapter"),
-        (["a/b=tiny_facts"], "'a/b' is no name"),
+        (["a b=tiny_facts"], "'a b' is no name"),
         (["nowhere"], r"nowhere/adapter is not there"),
     ]:
         with pytest.raises(RecipeError, match=said):
@@ -157,9 +157,35 @@ def test_a_whole_model_is_served_alone_under_the_name_of_its_run(run):
 def test_what_is_somebody_s_own_is_not_replaced_by_the_export(run):
     (run / "tiny_facts" / "serving").mkdir()
     (run / "tiny_facts" / "serving" / "mine.txt").write_text("keep")
-    with pytest.raises(RecipeError, match="is no adapter made for serving"):
+    with pytest.raises(RecipeError, match="was not made for serving"):
         prepared(run)
     assert (run / "tiny_facts" / "serving" / "mine.txt").read_text() == "keep"
+
+
+def test_relative_paths_reach_the_server_whole(run, monkeypatch):
+    """It is started from another folder."""
+    monkeypatch.chdir(run)
+    server = prepared(Path(), "tiny_facts/adapter", base=Path("tiny_base/model"))
+    assert Path(after(server, "--model")).is_absolute() and after(server, "--lora-modules") == f"tiny_facts={run}/tiny_facts/serving"
+    assert Path(after(prepared(Path(), "tiny_base"), "--model")).is_absolute()
+
+
+def test_an_adapter_that_lies_in_no_run_folder_is_exported_to_the_outputs(run, tmp_path):
+    elsewhere = Path(shutil.copytree(run / "tiny_facts" / "adapter", tmp_path / "lr=2" / "serving"))
+    server = prepared(run, f"mine={elsewhere}")
+    assert after(server, "--lora-modules") == f"mine={run / '_serve' / 'mine'}"
+    assert sorted(p.name for p in elsewhere.parent.iterdir()) == ["serving"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("extra", [["--host", "0.0.0.0"], ["--api-key=secret"], ["--max_lora_rank", "64"]])
+def test_what_was_checked_cannot_be_set_a_second_time(run, extra):
+    with pytest.raises(RecipeError, match="would get past the checks"):
+        prepared(run, extra=extra)
+    assert prepared(run, extra=["--max-model-len", "64"]).command[-2:] == ["--max-model-len", "64"]
+
+
+def test_adapters_come_and_go_only_when_asked(run):
+    assert prepared(run).environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
 
 
 def test_a_linear_attention_model_is_served_in_bfloat16_on_the_cpu(tmp_path):
