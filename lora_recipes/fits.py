@@ -119,7 +119,7 @@ def table(options: Iterable[Option], card_gb: float) -> list[str]:
         peak = gib(option.memory.peak_bytes) + ("*" if option.memory.why_closed else "")
         verdict = option.memory.verdict(card_gb)
         lines.append(f"{size:<22}{words[0]:<15}{words[1]:<8}{peak:>9}  {verdict:<8}{' '.join(option.overrides)}")
-    return lines
+    return lines if len(lines) > 1 else [f"nothing fits {card_gb:g} GB: a shorter train.max_length, a smaller base or a larger card"]
 
 
 def comparison(memories: dict[str, Memory]) -> list[str]:

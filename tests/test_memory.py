@@ -167,6 +167,10 @@ def test_what_fits_is_said_fastest_first_with_the_same_examples_a_step(tmp_path)
     assert again.peak_bytes == found[0].memory.peak_bytes, "what is printed is what would be planned"
 
 
+def test_a_card_on_which_nothing_fits_is_told():
+    assert fits.table([], 2) == ["nothing fits 2 GB: a shorter train.max_length, a smaller base or a larger card"]
+
+
 def test_full_lora_and_qlora_are_compared_on_the_same_recipe(tmp_path):
     found = choices.compare(recipes.load("llama2_7b_lora"), tmp_path)
     assert list(found) == ["full", "LoRA", "QLoRA"]
