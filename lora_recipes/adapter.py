@@ -58,6 +58,9 @@ def rank_to_serve(ranks: list[int], given: int | None = None) -> int:
 
 def config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(key, found, what to do) for each setting that vLLM refuses or misreads; of an adapter_config.json or a recipe's `lora:`."""
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        yield "peft_type", f"vLLM {VLLM} serves only LoRA, not {kind}", "merge it, where it merges, or use it by PEFT"
+        return
     for key, (name, do) in UNSUPPORTED.items():
         if config.get(key):
             yield key, f"vLLM {VLLM} serves no {name}", do
@@ -109,9 +112,12 @@ class Adapter:
         return found
 
 
-def read(path: Path) -> Adapter:
-    """The adapter in the folder `path`. RecipeError when it is none, or when a file is missing, cut or broken."""
-    config, file = _config(path), path / "adapter_model.safetensors"
+def read(path: Path, anything: bool = False) -> Adapter:
+    """The adapter in the folder `path`. RecipeError when it is none, or when a file is missing, cut or broken.
+
+    `anything`: take PEFT's other types too, which no server here does.
+    """
+    config, file = _config(path, anything), path / "adapter_model.safetensors"
     if not file.is_file():
         patterns = ("*.distcp", "global_step*", "pytorch_model_fsdp*", "zero_*", "*.bin", "*.pt")
         left = [p.name for pattern in patterns for p in path.glob(pattern)]
@@ -123,7 +129,7 @@ def read(path: Path) -> Adapter:
         raise RecipeError(Problem(shown(file), str(error), "copy the adapter again, or take an earlier checkpoint")) from None
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path, anything: bool) -> dict[str, Any]:
     file = path / "adapter_config.json"
     if not file.is_file():
         do = "give the folder that holds adapter_config.json" if path.is_dir() else "train it first, or check the path"
@@ -133,6 +139,8 @@ def _config(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RecipeError(Problem(shown(file), f"broken JSON: {error}", "copy the adapter again")) from None
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != "LORA" and anything and isinstance(config, dict) and isinstance(kind, str):
+        return config
     if kind != "LORA":
         raise RecipeError(Problem(shown(file), f"peft_type is {kind}, not LORA", "vLLM does not look, and would serve it wrongly"))
     if missing := [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]:

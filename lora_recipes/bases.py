@@ -24,12 +24,14 @@ def contract_of(recipe: Recipe) -> Contract | None:
 
 
 def recipe_of(recipe: Recipe) -> Recipe:
-    """The recipe named by model.from_recipe. It must be a `full:` one: what it leaves is a whole model."""
+    """The recipe named by model.from_recipe. It must be a `full:` or `freeze:` one: what it leaves is a whole model."""
     where, chain, last = recipe.at("model", "from_recipe"), [recipe.name], recipe
     while name := last.model.get("from_recipe"):
         last = recipes.load(name)
-        if last.method != "full":
-            raise RecipeError(Problem(where, f"{name} trains an adapter, not a model", "name a full: recipe, or merge the adapter first"))
+        if not last.whole:
+            raise RecipeError(
+                Problem(where, f"{name} trains an adapter, not a model", "name a full: or freeze: recipe, or merge the adapter first")
+            )
         if name in chain:
             raise RecipeError(Problem(where, f"the recipes build on each other in a circle: {' -> '.join([*chain, name])}", "break it"))
         chain.append(name)

@@ -1,5 +1,6 @@
 """From a recipe to library objects: the only file that knows both a recipe and the classes of transformers, peft and trl."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig, PeftConfig, PromptTuningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import CordaConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +24,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from lora_recipes import bases, tokenizing
+from lora_recipes import bases, freeze, peft_training, rates, start, tokenizing, variants, vocabulary
 from lora_recipes.contract import Contract
 from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.recipe import Recipe, rooted
@@ -30,14 +33,37 @@ from lora_recipes.resume import sha256
 from lora_recipes.run import RunFolder, replace_folder
 
 
-def lora_config(recipe: Recipe) -> LoraConfig | None:
-    """`peft.LoraConfig` of the recipe's `lora:` section, its keys handed over as they are; None for `full:`."""
-    if recipe.method != "lora":
+def peft_config(recipe: Recipe, total_step: int | None = None, tokenizer: str = "none yet") -> PeftConfig | None:
+    """PEFT's config of the recipe's `lora:` or `peft:` section, its keys handed over as they are; None where no adapter is trained.
+
+    `total_step`: the run's optimizer steps, which AdaLoRA's schedule needs; any large number will do to count parameters.
+    `tokenizer`: where prompt tuning finds the one for its prompt_tuning_init_text.
+    """
+    if recipe.whole:
         return None
+    fields = {"task_type": "CAUSAL_LM", **recipe.settings}
+    kind = fields.pop("peft_type", "LORA")
+    fields |= {"total_step": total_step} if kind == "ADALORA" else {}
+    fields |= {"tokenizer_name_or_path": tokenizer} if kind == "PROMPT_TUNING" else {}
+    if variants.initialisation(recipe) == "loftq":
+        fields["init_lora_weights"] = True  # start.py then replaces A and B; PEFT itself would quantise a second time
+    for field, cls in (("eva_config", EvaConfig), ("corda_config", CordaConfig)):
+        if isinstance(fields.get(field), dict):
+            fields[field] = cls(**fields[field])
+    made: type[PeftConfig] = LoraConfig if kind == "LORA" else PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora})
+        return made(**fields)
     except (TypeError, ValueError, ImportError) as error:
-        raise RecipeError(Problem(recipe.at("lora"), f"PEFT refuses it: {error}")) from None
+        raise RecipeError(Problem(recipe.at(recipe.method), f"PEFT refuses it: {error}")) from None
+
+
+def shapes(config: PeftConfig) -> PeftConfig:
+    """`config` for a model without weights: an initialisation that reads weights or words changes values, not shapes."""
+    if isinstance(config, PromptTuningConfig):
+        return dataclasses.replace(config, prompt_tuning_init="RANDOM")
+    if isinstance(config, LoraConfig):
+        return dataclasses.replace(config, init_lora_weights=True)
+    return config
 
 
 def precision(recipe: Recipe) -> tuple[dict[str, bool], str]:
@@ -152,29 +178,51 @@ def trainer(
     train: list[Example],
     evaluation: list[Example],
     callbacks: list[TrainerCallback],
+    total_step: int | None = None,
+    outputs: Path | None = None,
 ) -> SFTTrainer:
-    """The one SFTTrainer. It receives the LoraConfig and makes the adapter itself; nothing has touched `base` before."""
+    """The one SFTTrainer. It receives the PeftConfig and makes the adapter itself; nothing has put one on `base` before.
+
+    `total_step` is for AdaLoRA's schedule, `outputs` for what a LoftQ or warm start reads; both fail without it.
+    """
     # The labels already leave out what train.assistant_only_loss leaves out; TRL accepts the flag only with raw conversations.
     arguments.assistant_only_loss = False
     stopping = [EarlyStoppingCallback(**recipe.early_stopping)] if recipe.early_stopping else []
+    config = peft_config(recipe, total_step, str(recipe.model.get("tokenizer", base.name_or_path)))
     try:
+        _prepare(recipe, base, config, vocabulary.ids(processing_class, recipe, 0), train, arguments.seed)
         made = SFTTrainer(
             model=base,
             args=arguments,
             train_dataset=dataset(train),
             eval_dataset=dataset(evaluation) if evaluation else None,
             processing_class=processing_class,
-            peft_config=lora_config(recipe),
-            callbacks=[*callbacks, *stopping],
+            peft_config=config,
+            optimizer_cls_and_kwargs=rates.factory(recipe, arguments),
+            callbacks=[*callbacks, *stopping, *peft_training.callbacks(recipe)],
         )
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
         raise RecipeError(
             Problem(recipe.at("train"), f"TRL refuses it: {str(error).splitlines()[0]}", "scripts/train.py --traceback shows where")
         ) from error
-    for parameter in made.model.parameters() if recipe.method == "lora" else ():  # type: ignore[union-attr]
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, adapter_dtype(recipe)))
+    if not recipe.whole:
+        vocabulary.readable_head(made.model)
+        start.begin(made.model, recipe, train, outputs)
+        for parameter in made.model.parameters():  # type: ignore[union-attr]
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, adapter_dtype(recipe)))
+        start.keep(made.model, recipe)
     return made
+
+
+def _prepare(recipe: Recipe, base: PreTrainedModel, config: Any, new: list[int], rows: list[Example], seed: int) -> None:
+    """What is done to the base and its PeftConfig before the trainer has them: freezing, the `new` tokens' rows, CorDA's look at data."""
+    if new:
+        vocabulary.grow(base, new, config)
+        vocabulary.begin(base, new, seed)
+    if recipe.method == "freeze":
+        freeze.apply(base, recipe.freeze)
+    start.before(base, config, recipe, rows)
 
 
 def adapter_dtype(recipe: Recipe) -> str:

@@ -29,7 +29,7 @@ def metadata(recipe: Recipe, record: dict[str, Any]) -> ModelCardData:
     if eval_loss is not None:
         name = f"{recipe.name} eval"
         results = [EvalResult("text-generation", "held-out", name, metric_type="loss", metric_value=round(eval_loss, 4))]
-    lora = ["lora"] if recipe.method == "lora" else []
+    lora = [] if recipe.whole else [recipe.settings.get("peft_type", "lora").lower()]
     return ModelCardData(
         base_model=base if HUB_ID.fullmatch(base) and recipe.model.get("weights") != "random" else None,
         library_name="peft" if lora else "transformers",
@@ -45,7 +45,7 @@ def metadata(recipe: Recipe, record: dict[str, Any]) -> ModelCardData:
 def text(recipe: Recipe, record: dict[str, Any]) -> str:
     """What was trained, on what, with which figures and versions; and the recipe itself."""
     plan, metrics = record["plan"], record["metrics"]
-    kind = "LoRA adapter" if recipe.method == "lora" else "Model"
+    kind = "Model" if recipe.whole else f"{recipe.settings.get('peft_type', 'LoRA')} adapter"
     base = recipe.model.get("name_or_path") or recipe.model.get("from_recipe") or "random weights"
     losses = [f"{label} loss {metrics[key]:.4f}" for label, key in (("train", "train_loss"), ("eval", "eval_loss")) if key in metrics]
     lines = [

@@ -8,7 +8,7 @@ from typing import Any
 from lora_recipes import fits, memory
 from lora_recipes.fits import FITS, NOT, Memory, Option
 from lora_recipes.gate import Gate
-from lora_recipes.recipe import Recipe
+from lora_recipes.recipe import METHODS, Recipe
 
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}  # for a recipe that has none
 
@@ -66,12 +66,21 @@ def _options(recipe: Recipe) -> list[tuple[Recipe, Option]]:
 
 
 def varied(recipe: Recipe, method: str, quantised: bool, train: dict[str, Any] | None = None) -> Recipe:
-    """`recipe` trained by another method: `lora` or `full`, on a base in NF4 or not, with other values in its train section."""
-    sections = {name: section for name, section in recipe.sections.items() if name not in ("lora", "full")}
-    sections[method] = {} if method == "full" else recipe.lora or ADAPTER
+    """`recipe` trained by its own method, `lora` or `full`, on a base in NF4 or not, with other values in its train section."""
+    sections = {name: section for name, section in recipe.sections.items() if name not in METHODS}
+    sections[method] = recipe.sections.get(method) or ({} if method == "full" else ADAPTER)
     sections["model"] = {k: v for k, v in recipe.model.items() if k != "quantize"} | ({"quantize": "nf4"} if quantised else {})
     sections["train"] = recipe.train | (train or {})
     return replace(recipe, sections=sections)
+
+
+def plain(recipe: Recipe) -> Recipe | None:
+    """`recipe` as LoRA without a variant; None where it is that."""
+    if recipe.method != "lora":
+        return varied(recipe, "lora", "quantize" in recipe.model)
+    variants = ("use_dora", "use_rslora", "init_lora_weights")
+    kept = {key: value for key, value in recipe.lora.items() if key not in variants}
+    return replace(recipe, sections=recipe.sections | {"lora": kept}) if kept != recipe.lora else None
 
 
 def compare(recipe: Recipe, outputs: Path, gate: Gate | None = None, seconds: float = memory.SECONDS) -> dict[str, Memory]:

@@ -67,9 +67,10 @@ def as_planned(trainer: Any, recipe: Recipe, planned: dict[str, Any]) -> None:
     """RecipeError unless the trainer holds what the plan (`planned`: its facts) said: trainable parameters, and steps an epoch."""
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
-    if recipe.method == "lora" and trainable in (0, total):
+    if not recipe.whole and trainable in (0, total):
         found = f"{trainable:,} of {total:,} parameters are trainable: {'everything' if trainable else 'nothing'} would be trained"
-        raise RecipeError(Problem(recipe.at("lora"), found, "an adapter trains a small share; look at target_modules and modules_to_save"))
+        do = "an adapter trains a small share; look at target_modules and modules_to_save"
+        raise RecipeError(Problem(recipe.at(recipe.method), found, do))
     if trainable != planned["model"]["trainable"]:
         found = f"{trainable:,} trainable parameters, {planned['model']['trainable']:,} planned"
         raise RecipeError(Problem(recipe.at(recipe.method), found, "please report this"))

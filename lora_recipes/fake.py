@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, name2qmap, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft import LoraConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from peft.tuners.lora import dora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments, masking_utils
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 from trl.kernels import chunked_logprob
@@ -32,9 +32,10 @@ def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
-def depths(config: PreTrainedConfig) -> tuple[int, int, int]:
+def depths(config: PreTrainedConfig, last: int = 0) -> tuple[int, int, int]:
     """Two depths whose peaks tell that of the whole model, a period of its kinds of layers apart, and its own depth.
 
+    `last`: how many blocks at the end differ from the others, being trained; they are in the second half of the first depth.
     A model that is no deeper than the second is run as it is: then all three are its own.
     """
     layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
@@ -42,6 +43,7 @@ def depths(config: PreTrainedConfig) -> tuple[int, int, int]:
     if kinds:
         period = next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i + p] for i in range(layers - p)))
     low = max(period, 2) + layers % period
+    low += max(0, -(-(2 * last - low) // period)) * period
     return (low, low + period, layers) if low + period < layers else (layers, layers, layers)
 
 
@@ -56,13 +58,13 @@ def base(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, qu
     return model
 
 
-def adapted(model: PreTrainedModel, lora: LoraConfig | None, dtype: torch.dtype | None) -> Any:
+def adapted(model: PreTrainedModel, config: PeftConfig | None, dtype: torch.dtype | None) -> Any:
     """`model` with its adapter, whose parameters train in `dtype`; None leaves them as PEFT makes them."""
-    if lora is None:
+    if config is None:
         return model
     # DoRA measures each weight at the start, on a copy; a 4-bit weight on the meta device is not packed yet, and cannot be copied.
     with replaced(Params4bit, "__deepcopy__", lambda weight, memo: weight), replaced(dora, "dequantize_module_weight", _whole):
-        peft_model: Any = get_peft_model(model, copy.deepcopy(lora), low_cpu_mem_usage=True)
+        peft_model: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
     for parameter in peft_model.parameters():
         if dtype and parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -131,6 +133,14 @@ def untraced(config: PreTrainedConfig, fast: frozenset[str], cuda: bool) -> Iter
     with contextlib.ExitStack() as stack:
         for owner, name, value in swaps:
             stack.enter_context(replaced(owner, name, value))
+        yield
+
+
+@contextlib.contextmanager
+def autocast(arguments: TrainingArguments) -> Iterator[None]:
+    """The autocast of a training step with `arguments`."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    with torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext():
         yield
 
 

@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import PreTrainedConfig
 from trl import pack_dataset
 
-from lora_recipes import bases, build, fake, fits, kernels, rehearsal
+from lora_recipes import bases, build, fake, fits, freeze, kernels, peft_training, rehearsal, start, vocabulary
 from lora_recipes.fits import Memory
 from lora_recipes.gate import Gate
 from lora_recipes.recipe import Recipe
@@ -54,6 +54,7 @@ def plan(recipe: Recipe, outputs: Path, gate: Gate | None = None, seconds: float
 def of_recipe(recipe: Recipe, outputs: Path, gate: Gate | None = None, cuda: bool = True) -> Setup:
     """What decides the memory of `recipe`, through the same functions that training builds with."""
     config, arguments = bases.text_config(recipe, outputs), build.sft_config(recipe, RunFolder(outputs / recipe.name))
+    adapter = build.peft_config(recipe, 10**9)  # AdaLoRA: any number of steps has the same shapes
     attention = recipe.model.get("attn_implementation", "sdpa")
     masked = attention in ("sdpa", "eager")  # FlashAttention takes lengths instead of a mask
     counted = gate is not None and gate.counts.tokens is not None
@@ -72,13 +73,16 @@ def of_recipe(recipe: Recipe, outputs: Path, gate: Gate | None = None, cuda: boo
         getattr(torch, recipe.model["dtype"]),
         arguments,
         batch,
-        build.lora_config(recipe),
+        adapter and build.shapes(adapter),
         getattr(torch, build.adapter_dtype(recipe)),
         build.nf4(recipe.model["dtype"]) if recipe.model.get("quantize") == "nf4" else None,
         attention if masked else "sdpa",
         frozenset(p for p in kernels.used(fake.modeling_of(config)) if importlib.util.find_spec(p)),
         cuda,
         evaluation,
+        freeze=recipe.freeze if recipe.method == "freeze" else None,
+        new_tokens=tuple(vocabulary.ids(gate.tokenizer if gate else None, recipe, config.vocab_size)),
+        copies=start.copies(recipe) + peft_training.copies(recipe),
     )
 
 
@@ -160,7 +164,7 @@ def _work(pipe: Any, setups: list[Setup], seconds: float) -> None:
 
 def rehearsed(setup: Setup) -> Memory:
     """The memory of `setup`, in this process."""
-    low, high, layers = fake.depths(setup.config)
+    low, high, layers = fake.depths(setup.config, (setup.freeze or {}).get("last_blocks", 0))
     first = rehearsal.run(setup, low)
     peaks = {stretch: peak.parts for stretch, peak in first.peaks.items()}
     counts = (first.parameters, first.trainable, first.paged)
@@ -182,19 +186,19 @@ def closed(setup: Setup, why: str) -> Memory:
     base = fake.base(setup.config, setup.dtype, setup.attention, setup.quantize)
     linear = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit))
     whole = sum(p.numel() for p in base.parameters())
-    trainable = whole
-    if setup.lora:
-        trainable = sum(p.numel() for p in fake.adapted(base, setup.lora, setup.adapter).parameters() if p.requires_grad)
+    trainable = whole if setup.freeze is None else freeze.apply(base, setup.freeze)
+    if setup.peft_config:
+        trainable = sum(p.numel() for p in fake.adapted(base, setup.peft_config, setup.adapter).parameters() if p.requires_grad)
     config = setup.config
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     sizes = fits.Sizes(linear, whole - linear, trainable, config.num_hidden_layers, config.hidden_size, intermediate, config.vocab_size)
     optim, width = str(getattr(setup.arguments.optim, "value", setup.arguments.optim)), setup.dtype.itemsize
-    trained = width if setup.lora is None else (setup.adapter or torch.float32).itemsize
+    trained = width if setup.peft_config is None else (setup.adapter or torch.float32).itemsize
     state = 0.0 if "paged" in optim else 2.0 if "8bit" in optim else 2.0 * trained
     tokens = setup.batch.rows * setup.batch.width
     checkpointing = bool(setup.arguments.gradient_checkpointing)
-    parts = fits.closed(sizes, tokens, (width, trained), setup.lora is None, setup.quantize is not None, checkpointing, state)
-    total = whole + (trainable if setup.lora else 0)
+    parts = fits.closed(sizes, tokens, (width, trained), setup.peft_config is None, setup.quantize is not None, checkpointing, state)
+    total = whole + (trainable if setup.peft_config else 0)
     return Memory(parts, "", total, trainable, tuple(assumptions(setup)), why_closed=why)
 
 
@@ -209,7 +213,7 @@ def assumptions(setup: Setup) -> Iterator[str]:
     for package in kernels.used(fake.modeling_of(setup.config)):
         name = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}[package]
         yield f"linear attention: {name}" + (" (by its source)" if package in setup.fast else " is not installed: the torch fallback")
-    if setup.lora:
+    if setup.peft_config:
         quantised = " (TRL's bfloat16 would lose small updates), base: NF4, double quantisation" if setup.quantize else ""
         yield f"adapter: {str(setup.adapter).removeprefix('torch.')}{quantised if setup.adapter == torch.float32 else ''}"
     yield f"checkpointing: {'on' if arguments.gradient_checkpointing else 'off'}"

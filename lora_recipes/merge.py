@@ -16,15 +16,17 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lora_recipes import adapter as adapters
-from lora_recipes import build, provenance, servable, weights
-from lora_recipes.messages import Problem, RecipeError, raise_if
+from lora_recipes import build, provenance, servable, vocabulary, weights
+from lora_recipes.messages import Problem, RecipeError, listed, raise_if
 from lora_recipes.provenance import Provenance
 from lora_recipes.run import RunFolder, now, replace_folder, write
+from lora_recipes.variants import PROMPTS
 from lora_recipes.yamlfile import shown
 
 # Mean KL and largest logit difference that a merge may show, by dtype. Measured on trained tiny adapters: float32 3e-8 / 6e-6,
@@ -61,7 +63,10 @@ def merge(folder: Path, output: Path, base: Path | None = None, dtype: str | Non
             raise RecipeError(Problem(shown(output), "is there, and is no merged model (no merge.json in it)", "move it away"))
         if not force:
             raise RecipeError(Problem(shown(output), "is already there", "FORCE=1 replaces it"))
-    adapter = adapters.read(folder)
+    adapter = adapters.read(folder, anything=True)
+    if (kind := adapter.config["peft_type"]) in PROMPTS:
+        do = "its virtual tokens stand before each text: use it by PEFT"
+        raise RecipeError(Problem(shown(folder), f"{kind} has no weights to merge", do))
     name = adapter.config.get("base_model_name_or_path") or "(none named)"
     source = base.absolute() if base else provenance.local(name, adapter.config.get("revision"))
     if source is None or not (source / "config.json").is_file():
@@ -116,15 +121,14 @@ def _merge(adapter: adapters.Adapter, known: Provenance | None, source: Path, ta
     servable.export(adapter, source, target / "adapter")
     model = getattr(transformers, architecture).from_pretrained(source, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(adapter.path if (adapter.path / "tokenizer_config.json").is_file() else source)
+    tokens = adapter.config.get("trainable_token_indices") or []
+    vocabulary.grow(model, tokens if isinstance(tokens, list) else [i for each in tokens.values() for i in each])
     try:
         attached = PeftModel.from_pretrained(model, target / "adapter").eval()
     except (KeyError, ValueError, RuntimeError) as error:
         found = f"PEFT cannot put it on {architecture}: {type(error).__name__}: {str(error).splitlines()[0]}"
         raise RecipeError(Problem(shown(adapter.path), found, "merge it with the class that it was trained on")) from error
-    layers = sum(isinstance(m, LoraLayer) for m in attached.modules())
-    if layers != len(adapter.modules):
-        found = f"PEFT attached {layers} modules, the adapter holds {len(adapter.modules)}"
-        raise RecipeError(Problem(shown(adapter.path), found, "the adapter does not fit this base"))
+    layers = _attached(attached, adapters.read(target / "adapter", anything=True))
     chance = torch.randint(0, len(tokenizer), (1, 16), generator=torch.Generator().manual_seed(0))
     probes = [chance, *(tokenizer(text, return_tensors="pt")["input_ids"] for text in PROBES)]
     before = [_ask(attached, ids) for ids in probes]
@@ -144,6 +148,20 @@ def _merge(adapter: adapters.Adapter, known: Provenance | None, source: Path, ta
             shutil.copyfile(folder / name, target / name)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return facts | asdict(difference) | {"max_rss_bytes": peak}
+
+
+def _attached(attached: PeftModel, adapter: adapters.Adapter) -> int:
+    """How many modules carry the adapter. RecipeError when it is not all there: PEFT leaves what it does not find as it began."""
+    lora = adapter.config["peft_type"] == "LORA"
+    layers = sum(isinstance(m, LoraLayer if lora else BaseTunerLayer) for m in attached.modules())
+    holds = len(adapter.modules) if lora else layers
+    if layers == 0 or layers != holds:
+        found = f"PEFT attached {layers} modules, the adapter holds {holds}"
+        raise RecipeError(Problem(shown(adapter.path), found, "the adapter does not fit this base"))
+    if lost := set(adapter.tensors) - set(get_peft_model_state_dict(attached, save_embedding_layers=False)):
+        found = f"PEFT did not attach {listed(sorted(lost), 3)}"
+        raise RecipeError(Problem(shown(adapter.path), found, "the adapter does not fit this base"))
+    return layers
 
 
 def _as_trained(known: Provenance, folder: Path, source: Path, probes: list[torch.Tensor]) -> tuple[Answers, dict[str, torch.Tensor]]:

@@ -4,15 +4,15 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
-from lora_recipes import adapter, bases, build, evaluate, gate, memory, targets, variants
-from lora_recipes.fits import Memory
+from lora_recipes import bases, build, choices, evaluate, freeze, gate, memory, methods, rates, start, targets, variants, vocabulary
+from lora_recipes.fits import Memory, gib
 from lora_recipes.gate import Gate
 from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe
@@ -45,8 +45,12 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
     `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache.
     """
     arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
-    model, config = bases.meta_model(recipe, outputs), build.lora_config(recipe)
-    raise_if((_adaptable(model, config, recipe) if config else _whole(recipe)) + _packing(model, recipe, arguments))
+    model, config = bases.meta_model(recipe, outputs), build.peft_config(recipe, 10**9)  # AdaLoRA: any number, to count parameters
+    raise_if(
+        (_adaptable(model, config, recipe, arguments) if config else _whole(model, recipe))
+        + _packing(model, recipe, arguments)
+        + [*vocabulary.problems(recipe), *rates.problems(recipe, arguments), *start.warm_problems(recipe, outputs)]
+    )
     plan = Plan(gate.pass_through(recipe, outputs, network))
     if plan.gate.counts.tokens is not None:
         raise_if(evaluate.problems(plan.gate.tokenizer, recipe))
@@ -55,10 +59,13 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
     plan.facts["resolved"] = recipe.sections
     plan.say("recipe", f"{recipe.name}{changed}\n{recipe.to_yaml().strip()}")
     _model(plan, recipe, model, config)
+    if different := rates.said(model, recipe, arguments.learning_rate):
+        plan.say("rates", different)
     plan.facts["data"] = plan.gate.facts
     for label, text in gate.lines(plan.gate, recipe):
         plan.say(label, text)
     _steps(plan, recipe, arguments, devices)
+    build.peft_config(recipe, plan.facts.get("steps", {}).get("total", 10**9))  # does AdaLoRA's schedule fit into the steps?
     plan.say("example", gate.example(plan.gate, recipe))
     plan.warnings += plan.gate.warnings
     return plan
@@ -80,8 +87,21 @@ def add_memory(plan: Plan, recipe: Recipe, outputs: Path, accelerator: bool = Tr
     return found
 
 
-def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: LoraConfig | None) -> None:
+def beside_lora(plan: Plan, recipe: Recipe, outputs: Path, here: Memory) -> None:
+    """Add the peak memory of the same recipe as plain LoRA; nothing where it is that already. `here`: the recipe's own."""
+    if (plain := choices.plain(recipe)) is None:
+        return
+    peak = memory.plan(plain, outputs, plan.gate).peak_bytes
+    plan.facts["memory"]["lora_peak_bytes"] = peak
+    kind = "the same without its variant" if recipe.method == "lora" else "r 16 on all linear modules"
+    plan.say("with LoRA", f"peak {gib(peak)} GiB ({kind}): here {100 * (here.peak_bytes / peak - 1):+.1f} %")
+
+
+def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: PeftConfig | None) -> None:
     base, kind, contract = model.num_parameters(), type(model).__name__, bases.contract_of(recipe)
+    indices = vocabulary.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
+    vocabulary.grow(model, indices, config)
+    plan.warnings += vocabulary.unseen(plan.gate.train, indices, recipe) if plan.gate.counts.tokens is not None else []
     source = recipe.model.get("name_or_path") or recipe.model.get("from_recipe")
     source = "random weights" if recipe.model.get("weights") == "random" else source
     words, why = build.precision(recipe)
@@ -89,60 +109,52 @@ def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: LoraConfi
     known = f", contract {contract.name}" if contract else ""
     weights = recipe.model.get("quantize", recipe.model["dtype"])
     plan.say("base", f"{source}{known}: {kind}, weights in {weights}, compute in {compute} ({why})")
-    trainable, total, size, found, adapted = base, base, 0, [], []
+    total = trainable = model.num_parameters()
+    size, found, adapted = 0, [], []
+    if recipe.method == "freeze":
+        trainable = freeze.apply(model, recipe.freeze)
     if config:
-        adapted = targets.matched(model, config)
-        found = targets.coverage(model, adapted)
-        trainable, total, size = _counts(model, config, recipe)
+        adapted = [] if config.is_prompt_learning else targets.matched(model, config)
+        found = targets.coverage(model, adapted) if adapted else []
+        trainable, total, size = methods.counts(model, config, recipe)
     share = 100 * trainable / total
     facts = {"name_or_path": source, "class": kind, "dtype": recipe.model["dtype"], "base": base}
     plan.facts["model"] = facts | {"trainable": trainable, "total": total, "share_percent": share}
     if config is None:
-        plan.say("parameters", f"{base:,}, all trained (full fine-tuning)")
+        parts = freeze.parts(model, recipe.freeze) if recipe.method == "freeze" else []
+        base = model.num_parameters()  # new tokens included
+        said = f"trainable {trainable:,} ({share:.4f} %): {', '.join(parts)}" if parts else "all trained (full fine-tuning)"
+        said += "; a whole model, served as it is"
+        plan.say("parameters", f"{base:,}, {said}")
         return
     plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
-    _adapter(plan, recipe, config, size, adapted)
+    if recipe.method == "lora":
+        facts, said, faults = methods.lora(recipe, cast(LoraConfig, config), size, adapted)
+    else:
+        facts, said, faults = methods.other(recipe, config, size)
+    plan.facts["adapter"] = facts
+    plan.say("adapter", said)
+    plan.warnings += faults
     plan.facts["coverage"] = [vars(c) for c in found]
-    plan.say("coverage", "\n".join(map(str, found)))
+    plan.say("coverage", "\n".join(map(str, found)) or "no module: virtual tokens before each text")
 
 
-def _counts(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> tuple[int, int, int]:
-    """Trainable and total parameters as PEFT counts them, and the bytes of the adapter's tensors. `model` (meta) gets the adapter."""
-    try:
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise RecipeError(Problem(recipe.at("lora"), f"PEFT refuses it on this model: {error}")) from None
-    trainable, total = peft_model.get_nb_trainable_parameters()
-    state = get_peft_model_state_dict(peft_model)
-    return trainable, total, sum(t.numel() * t.element_size() for t in state.values())
-
-
-def _adapter(plan: Plan, recipe: Recipe, config: LoraConfig, size: int, adapted: list[str]) -> None:
-    rank = adapter.rank(recipe.lora)
-    served = adapter.max_lora_rank(rank)
-    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    faults = list(adapter.config_faults(recipe.lora))
-    if alone := adapter.z_without_qkv(set(adapted)):
-        faults.append(("target_modules", *alone))
-    served = None if faults else served
-    plan.facts["adapter"] = {"r": config.r, "scaling": scaling, "bytes": size, "rank": rank, "max_lora_rank": served}
-    serving = "vLLM cannot serve it as an adapter" if faults else f"vLLM needs --max-lora-rank {served}"
-    patterns = " (others by rank_pattern, alpha_pattern)" if config.rank_pattern or config.alpha_pattern else ""
-    plan.say("adapter", f"r {config.r}, alpha {config.lora_alpha}, scaling {scaling:g}{patterns}; {size:,} bytes of tensors; {serving}")
-    plan.warnings += [f"lora.{key}: {found}: {do}" for key, found, do in faults]
-
-
-def _adaptable(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> list[Problem]:
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+def _adaptable(model: PreTrainedModel, config: PeftConfig, recipe: Recipe, arguments: SFTConfig) -> list[Problem]:
+    linear = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if recipe.method == "peft":
+        found = [] if config.is_prompt_learning else targets.problems(model, config, recipe)
+        return [*variants.peft_problems(recipe, arguments, linear), *found]
     has_bias = any(name.endswith(".bias") for name, _ in model.named_parameters())
-    return [*variants.problems(recipe, tied, has_bias), *targets.problems(model, config, recipe)]
+    return [*variants.problems(recipe, has_bias), *targets.problems(model, config, recipe)]
 
 
-def _whole(recipe: Recipe) -> list[Problem]:
-    """Full fine-tuning changes every weight; 4-bit weights cannot be trained."""
+def _whole(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
+    """Where the base itself is trained: 4-bit weights cannot be; and what `freeze:` names must be there."""
+    found = freeze.problems(model, recipe) if recipe.method == "freeze" else []
     if "quantize" not in recipe.model:
-        return []
-    return [Problem(recipe.at("model", "quantize"), "4-bit weights are frozen, full: trains them all", "remove it, or write lora:")]
+        return found
+    frozen = f"4-bit weights are frozen, {recipe.method}: trains them"
+    return [*found, Problem(recipe.at("model", "quantize"), frozen, "remove it, or write lora:")]
 
 
 def _packing(model: PreTrainedModel, recipe: Recipe, arguments: SFTConfig) -> list[Problem]:

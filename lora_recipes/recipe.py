@@ -11,7 +11,8 @@ from lora_recipes.messages import Problem, RecipeError, listed, nearest, raise_i
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "configs" / "recipes"
-METHODS = ("lora", "full")
+METHODS = ("lora", "peft", "freeze", "full")
+WHOLE = ("full", "freeze")  # train the model itself; the others train an adapter beside it
 
 
 def rooted(path: str | Path) -> Path:
@@ -37,8 +38,18 @@ class Recipe:
 
     @property
     def method(self) -> str:
-        """`lora` or `full`: the one method section that stands in the recipe."""
+        """`lora`, `peft`, `freeze` or `full`: the one method section that stands in the recipe."""
         return next(m for m in METHODS if m in self.sections)
+
+    @property
+    def whole(self) -> bool:
+        """Does the run leave a whole model (`full:`, `freeze:`), not an adapter?"""
+        return self.method in WHOLE
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own section."""
+        return self.sections[self.method]
 
     def at(self, *key: str | int) -> str:
         """Where `key` was written: `configs/recipes/x.yaml:12 lora.r`, or the override that set it."""
@@ -168,7 +179,11 @@ def _method(recipe: Recipe, misspelled: bool) -> list[Problem]:
     if len(methods) == 1 or (misspelled and not methods):
         return []
     found = f"both {' and '.join(f'{m}:' for m in methods)} are given" if methods else "no method section"
-    return [Problem(recipe.at(*methods[-1:]), found, "exactly one of lora: (an adapter) or full: (every weight)")]
+    return [
+        Problem(
+            recipe.at(*methods[-1:]), found, "exactly one of lora:, peft: (other adapters), freeze: (the last blocks), full: (every weight)"
+        )
+    ]
 
 
 def _base(recipe: Recipe) -> list[Problem]:

@@ -12,6 +12,7 @@ from lora_recipes import bases, weights
 from lora_recipes.provenance import Probe, Provenance, local
 from lora_recipes.recipe import Recipe
 from lora_recipes.rows import Row
+from lora_recipes.start import base_of
 
 MOST, LONGEST = 4, 256  # probes, and tokens of each
 
@@ -48,7 +49,7 @@ def probes(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
         if len(found) < MOST and (said := served(row, tokenizer, recipe)):
             prompt, options, prompt_ids, ids = said
             ids = ids[:LONGEST]
-            with model.disable_adapter():
+            with base_of(model):
                 base = logprobs(model, ids)
             found.append(Probe(prompt, len(prompt_ids), ids, base, logprobs(model, ids), options))
     model.train(was_training)
@@ -60,7 +61,7 @@ def logprobs(model: torch.nn.Module, ids: list[int]) -> list[float]:
     """Log-probability (nats) of each token but the first."""
     device = next(model.parameters()).device
     tensor = torch.tensor([ids], device=device)
-    logits = model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
+    logits = model(input_ids=tensor, use_cache=False).logits[0, -len(ids) : -1].float()  # prompt tuning puts virtual tokens before them
     return [round(x, 6) for x in logits.log_softmax(-1).gather(-1, tensor[0, 1:, None])[:, 0].tolist()]
 
 

@@ -1,13 +1,12 @@
 """One training step without bytes: the model, the optimiser and the batch of a run as fake tensors, its storages counted."""
 
-import contextlib
-from collections.abc import Iterator
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer2State
-from peft import LoraConfig
+from peft import PeftConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
@@ -16,7 +15,7 @@ from trl.models.selective_activation_checkpointing import enable_selective_activ
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from lora_recipes import fake, kernels, storages
+from lora_recipes import fake, freeze, kernels, storages, vocabulary
 from lora_recipes.storages import Peak, Storages, Stretch
 
 aten = torch.ops.aten
@@ -44,14 +43,15 @@ class Setup:
     `dtype`: of the base; `adapter`: the dtype in which the adapter trains, None for PEFT's own choice. `fast`: the packages whose kernels
     are planned for (fla, causal_conv1d). `cuda`: plan for a GPU, else for the CPU as it runs here.
     `evaluation`: the largest batch of an evaluation pass. `trl`: TRL's loss; else transformers' own, whole logits held through
-    the backward pass. `prepared`: after peft.prepare_model_for_kbit_training.
+    the backward pass. `prepared`: after peft.prepare_model_for_kbit_training. `freeze`: that section of the recipe. `new_tokens`: their
+    ids. `copies` of what is trained are kept beside it, besides the optimiser's.
     """
 
     config: PreTrainedConfig
     dtype: torch.dtype
     arguments: TrainingArguments
     batch: Batch
-    lora: LoraConfig | None = None
+    peft_config: PeftConfig | None = None
     adapter: torch.dtype | None = None
     quantize: BitsAndBytesConfig | None = None
     attention: str | None = None
@@ -60,6 +60,9 @@ class Setup:
     evaluation: Batch | None = None
     trl: bool = True
     prepared: bool = False
+    freeze: dict[str, Any] | None = None
+    new_tokens: tuple[int, ...] = ()
+    copies: int = 0
 
 
 @dataclass
@@ -85,10 +88,12 @@ def run(setup: Setup, layers: int) -> Run:
         optimizer, paged = _optimizer(model, trained, setup)
         counted = _storages(setup, setup.batch)
         ids = {id(p) for p in trained}
-        owned = "base" if setup.lora is None else "adapter"
+        owned = "base" if setup.peft_config is None else "adapter"
         counted.add((p for p in model.parameters() if id(p) not in ids), "base")
         counted.add((*model.buffers(), *statistics), "base")
         counted.add(trained, owned)
+        copies = [torch.empty_like(p) for p in trained for _ in range(setup.copies)]
+        counted.add(copies, owned)
         counted.add(_tensors(optimizer, paged), "optimiser")
         _hooks(counted, base, trained, layers)
         _train(model, optimizer, trained, setup, counted, inputs)
@@ -110,7 +115,11 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
         for parameter in base.parameters():
             if type(parameter) is nn.Parameter and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-    model = fake.adapted(base, setup.lora, setup.adapter)
+    adapter = copy.deepcopy(setup.peft_config)
+    vocabulary.grow(base, list(setup.new_tokens), adapter)
+    if setup.freeze is not None:
+        freeze.apply(base, setup.freeze)
+    model = fake.adapted(base, adapter, setup.adapter)
     if setup.arguments.gradient_checkpointing:
         given: Any = setup.arguments.gradient_checkpointing_kwargs
         options = dict(given or {})
@@ -119,7 +128,7 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
         more = {k: options.pop(k) for k in ("every_n_layers",) if k in options}
         options.pop("offload", None)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None, **more)
-        if setup.lora:
+        if setup.peft_config:
             model.enable_input_require_grads()
     if setup.trl:
         add_fused_lm_head(base, outputs=HEAD_OUTPUTS)
@@ -205,13 +214,6 @@ def _inputs(batch: Batch, mode: FakeTensorMode) -> dict[str, Any]:
     return {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
 
 
-@contextlib.contextmanager
-def _autocast(arguments: TrainingArguments) -> Iterator[None]:
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    with torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext():
-        yield
-
-
 def _train(model: Any, optimizer: Any, trained: list[nn.Parameter], setup: Setup, counted: Storages, inputs: Any) -> None:
     """Forward, backward, clip, step: what Trainer.training_step and SFTTrainer.compute_loss do, of one micro-batch."""
     if setup.arguments.gradient_accumulation_steps > 1:  # the gradients of the micro-batches before
@@ -221,7 +223,7 @@ def _train(model: Any, optimizer: Any, trained: list[nn.Parameter], setup: Setup
     counted.add((v for v in inputs.values() if isinstance(v, torch.Tensor)), "activations")
     counted.stretch = "embedding", 0
     with counted:
-        with _autocast(setup.arguments):
+        with fake.autocast(setup.arguments):
             outputs = model(**inputs, use_cache=False, **({"fused_lm_head": True} if setup.trl else {}))
             loss = _loss(outputs) if setup.trl else outputs.loss
         if setup.trl:
@@ -249,7 +251,7 @@ def _evaluate(model: Any, setup: Setup, counted: Storages, inputs: dict[str, Any
     counted.handlers = _storages(setup, setup.evaluation).handlers
     counted.stretch = "evaluation", 0
     counted.add((v for v in inputs.values() if isinstance(v, torch.Tensor)), "activations")
-    with counted, torch.no_grad(), _autocast(setup.arguments):
+    with counted, torch.no_grad(), fake.autocast(setup.arguments):
         model.eval()
         _loss(model(**inputs, use_cache=False, fused_lm_head=True))
     counted.handlers = handlers

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.messages import Problem, RecipeError
-from lora_recipes.recipe import ROOT
+from lora_recipes.recipe import ROOT, WHOLE
 from lora_recipes.yamlfile import shown
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "safetensors", "tokenizers")
@@ -38,8 +38,8 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def result(self, method: str) -> Path:
-        """What the run leaves: `adapter/`, or `model/` of a full fine-tuning."""
-        return self.path / ("model" if method == "full" else "adapter")
+        """What the run leaves: `adapter/`, or `model/` where the model itself was trained."""
+        return self.path / ("model" if method in WHOLE else "adapter")
 
     @property
     def record(self) -> dict[str, Any]:
@@ -86,6 +86,14 @@ class RunFolder:
     def write_record(self, record: dict[str, Any]) -> None:
         """Write run.json in one move."""
         write(self.path / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_folder(outputs: Path) -> None:
+    """Make the folder of all runs, if it is not there."""
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(Problem(shown(outputs), f"cannot be made: {error.strerror}", "give another OUTPUTS=dir")) from None
 
 
 def write(path: Path, text: str) -> None:

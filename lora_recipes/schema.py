@@ -7,7 +7,8 @@ import types
 import typing
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import TypeAdapter
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig
@@ -24,6 +25,9 @@ ALSO: dict[str, list[dict[str, Any]]] = {
 # Limits that no library checks: PEFT takes r = -3, the trainer a batch of 0 until it divides by it.
 LIMITS: dict[str, dict[str, float]] = {
     "r": {"minimum": 1},
+    "init_r": {"minimum": 1},
+    "target_r": {"minimum": 1},
+    "num_virtual_tokens": {"minimum": 1},
     "lora_alpha": {"exclusiveMinimum": 0},
     "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
     "learning_rate": {"exclusiveMinimum": 0},
@@ -36,7 +40,20 @@ LIMITS: dict[str, dict[str, float]] = {
     "early_stopping_patience": {"minimum": 1},
 }
 
+# The types of peft.PeftType that tests/test_methods.py trains, reloads and merges; and the keys that must be said.
+PEFT_TYPES = {
+    **{kind: ["target_modules"] for kind in ("HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "VERA")},
+    "ADALORA": ["init_r", "target_r", "lora_alpha", "target_modules"],
+    **{kind: ["num_virtual_tokens"] for kind in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")},
+}
+# AdaLoraConfig inherits every field of LoraConfig; its layers (peft/tuners/adalora/layer.py) read its own and these.
+ADALORA_READS = {"lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"}
+# Filled in by PEFT or the launcher; and `bias`, which trains biases that these models do not have.
+_NOT_ASKED = {"peft_type", "auto_mapping", "peft_version", "revision", "rank_pattern", "token_dim", "num_layers", "bias"}
+_NOT_ASKED |= {"num_attention_heads", "num_transformer_submodules", "tokenizer_name_or_path"}
+
 _TEXT = {"type": "string", "minLength": 1}
+_RATE = {"type": "number", "exclusiveMinimum": 0}
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 
 
@@ -71,6 +88,7 @@ OURS: dict[str, dict[str, Any]] = {
             "adapter_dtype": {"enum": ["float32", "bfloat16"], "description": "dtype of the adapter's weights while it trains"},
             "attn_implementation": _TEXT,
             "tokenizer": _TEXT | {"description": "hub id, folder, or a contract that brings one (default: the base's own)"},
+            "new_tokens": {"type": "array", "items": _TEXT, "minItems": 1, "description": "added to the vocabulary and trained"},
             "chat_template": _TEXT
             | {"description": "a template of TRL by name (qwen3_5_think) or a .jinja file (default: the tokenizer's)"},
         },
@@ -100,6 +118,30 @@ OURS: dict[str, dict[str, Any]] = {
         ["train"],
     ),
     "full": _object({}, description="full fine-tuning: every parameter of the base is trained"),
+    "freeze": _object(
+        {
+            "last_blocks": {"type": "integer", "minimum": 0, "description": "train the last n transformer blocks; the others are frozen"},
+            "embeddings": {"type": "boolean", "description": "train the input embeddings and lm_head too (default: false)"},
+        },
+        ["last_blocks"],
+        "layer freezing: part of the base itself is trained",
+    ),
+    "warm_start": _object(
+        {"from_recipe": _TEXT | {"description": "a full: or freeze: recipe on the same base, trained already"}},
+        ["from_recipe"],
+        "lora: A and B begin as the best rank-r part of that recipe's update of the base (by SVD)",
+    ),
+    "learning_rates": _object(
+        {
+            "loraplus_lr_ratio": {"type": "number", "minimum": 1, "description": "LoRA+: B learns this many times faster than A"},
+            "loraplus_lr_embedding": _RATE | {"description": "LoRA+: rate of LoRA on embeddings (PEFT's default: 1e-6)"},
+            "embeddings": _RATE,
+            "early": _RATE | {"description": "the first third of the blocks"},
+            "middle": _RATE,
+            "last": _RATE | {"description": "the last third, the final norm, an lm_head of its own; the same as train.learning_rate"},
+        },
+        description="learning rates that differ between parameters: LoRA+, or by depth for full: and freeze:",
+    ),
     "probes": _object({"change": _PROBES, "keep": _PROBES}, description="next-token questions asked before and after training"),
 }
 
@@ -175,6 +217,19 @@ def _class_section(section: str, cls: type, required: list[str]) -> dict[str, An
     return _object(fields, required, f"any field of {cls.__module__.split('.')[0]}.{cls.__name__}")
 
 
+def _peft() -> dict[str, Any]:
+    """A `peft:` section: each peft_type has the fields of its own class, and is closed to others."""
+    kinds = []
+    for kind, required in PEFT_TYPES.items():
+        cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+        own = set(cls.__annotations__) | ADALORA_READS if kind == "ADALORA" else {f.name for f in dataclasses.fields(cls)}
+        fields = {f.name: _field(f, hint) for f, hint in _fields(cls) if f.name in own - _NOT_ASKED and f"peft.{f.name}" not in OWNED}
+        closed = _object({"peft_type": {"const": kind}, **fields}, required, f"any field of peft.{cls.__name__}")
+        kinds.append({"if": {"properties": {"peft_type": {"const": kind}}, "required": ["peft_type"]}, "then": closed})
+    named = {"peft_type": {"enum": sorted(PEFT_TYPES), "description": "peft.PeftType"}}
+    return {"type": "object", "properties": named, "required": ["peft_type"], "allOf": kinds}
+
+
 def _stopping() -> dict[str, Any]:
     """The arguments of EarlyStoppingCallback; the patience is stated, so that an empty section is no section that does nothing."""
     hints = typing.get_type_hints(EarlyStoppingCallback.__init__)
@@ -189,7 +244,11 @@ def recipe_schema() -> dict[str, Any]:
         "data": OURS["data"],
         "lora": _class_section("lora", LoraConfig, ["r", "lora_alpha", "target_modules"]),
         "full": OURS["full"],
+        "peft": _peft(),
+        "freeze": OURS["freeze"],
         "train": _class_section("train", SFTConfig, ["learning_rate"]),
+        "warm_start": OURS["warm_start"],
+        "learning_rates": OURS["learning_rates"],
         "early_stopping": _stopping(),
         "probes": OURS["probes"],
     }

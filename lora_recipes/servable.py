@@ -23,6 +23,8 @@ def check(adapter: Adapter, base: Path | None, known: Provenance | None = None) 
     """Everything that would make vLLM refuse the adapter, or serve something else than was trained. `base`: its folder, if at hand."""
     at = f"{shown(adapter.path)}/adapter_config.json"
     problems = [Problem(f"{at} {key}", found, do) for key, found, do in config_faults(adapter.config)]
+    if adapter.config["peft_type"] != "LORA":
+        return problems
     problems += _names(adapter) + _ranks(adapter) + _values(adapter)
     return problems + (fit(adapter, base, known) if base else [])
 

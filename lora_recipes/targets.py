@@ -1,4 +1,4 @@
-"""Which module gets an adapter: every entry of a LoraConfig resolved on a model without weights, before anything is loaded.
+"""Which module gets an adapter: every entry of a PeftConfig resolved on a model without weights, before anything is loaded.
 
 PEFT skips an entry that matches nothing when another entry matches; here each must match. Matching itself is PEFT's own
 (peft/tuners/tuners_utils.py, peft/utils/other.py).
@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -23,6 +22,7 @@ from lora_recipes.recipe import Recipe
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.(.+)")  # PEFT takes the first number in a module's name for its layer
+_LORA_ONLY = ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices")
 _EVERYWHERE: dict[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None}
 
 
@@ -51,7 +51,7 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name}
 
 
-def matched(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+def matched(model: PreTrainedModel, config: Any) -> list[str]:
     """The names of the modules that PEFT would adapt, `all-linear` included."""
     if config.target_modules is None:
         return []  # PEFT would choose by model type; `problems` asks for names
@@ -62,8 +62,9 @@ def matched(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     return [n for n in names if check_target_module_exists(config, n)]
 
 
-def problems(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> list[Problem]:
+def problems(model: PreTrainedModel, config: Any, recipe: Recipe) -> list[Problem]:
     """Every entry of `config` that matches nothing on `model`, and every target that would be refused or go wrong later."""
+    config = _with(config, **{key: getattr(config, key, None) for key in (*_EVERYWHERE, *_LORA_ONLY)})
     if found := list(_not_regular(config, recipe)):
         return found
     found = list(_targets(model, config, recipe))
@@ -71,7 +72,7 @@ def problems(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> list
         # Only with right targets can the others be judged: they choose among the modules that the targets match.
         found = [*_excludes(model, config, recipe), *_layers(model, config, recipe)] or list(_emptied(model, config, recipe))
         found += _patterns(model, config, recipe) if not found else []
-    return [*found, *_refused(model, matched(model, config), recipe), *_elsewhere(model, config, recipe)]
+    return [*found, *_refused(model, config, recipe), *_elsewhere(model, config, recipe)]
 
 
 def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]:
@@ -102,10 +103,15 @@ def _all_linear(entries: Any) -> bool:
     return isinstance(entries, str) and entries.lower() == "all-linear"
 
 
-def _with(config: LoraConfig, **changes: Any) -> LoraConfig:
+def _with(config: Any, **changes: Any) -> Any:
     other = copy.copy(config)
     vars(other).update(changes)
     return other
+
+
+def _norms(config: Any) -> bool:
+    """LN_TUNING trains the norms themselves; all others stand beside linear modules."""
+    return bool(config.peft_type == "LN_TUNING")
 
 
 def _ends(name: str, entry: str) -> bool:
@@ -114,11 +120,11 @@ def _ends(name: str, entry: str) -> bool:
 
 def _entries(recipe: Recipe, key: str) -> Iterable[tuple[str, Any, Any]]:
     """For each entry of a key that takes a value or a list: where it stands, the entry, and the key's value if it stood alone."""
-    value = recipe.lora.get(key)
+    value = recipe.settings.get(key)
     if isinstance(value, list):
-        yield from ((recipe.at("lora", key, i), entry, {entry}) for i, entry in enumerate(value))
+        yield from ((recipe.at(recipe.method, key, i), entry, {entry}) for i, entry in enumerate(value))
     elif value is not None:
-        yield recipe.at("lora", key), value, value
+        yield recipe.at(recipe.method, key), value, value
 
 
 def _nothing(where: str, entry: str, names: Iterable[str], what: str = "matches no module of this model") -> Problem:
@@ -128,7 +134,7 @@ def _nothing(where: str, entry: str, names: Iterable[str], what: str = "matches 
     return Problem(where, f"{entry!r} {what}", f"did you mean {close}?")
 
 
-def _not_regular(config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+def _not_regular(config: Any, recipe: Recipe) -> Iterable[Problem]:
     """PEFT's own message for a pattern that does not compile names neither the key nor the pattern."""
     for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         value = getattr(config, key)
@@ -136,21 +142,21 @@ def _not_regular(config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                where = recipe.at("lora", key, *([pattern] if isinstance(value, dict) else []))
+                where = recipe.at(recipe.method, key, *([pattern] if isinstance(value, dict) else []))
                 yield Problem(where, f"{pattern!r} is not a regular expression: {error}", "escape or correct it, or write names")
 
 
-def _targets(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+def _targets(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
     """Entries of target_modules that match no module at all."""
-    entries, at = recipe.lora.get("target_modules"), recipe.at("lora", "target_modules")
-    names = [n for n, m in modules(model).items() if isinstance(m, ADAPTABLE)]
+    entries, at = recipe.settings.get("target_modules"), recipe.at(recipe.method, "target_modules")
+    names = [n for n, m in modules(model).items() if isinstance(m, ADAPTABLE) or (_norms(config) and _leaf(n).endswith("norm"))]
     leaves = list(dict.fromkeys(_leaf(n) for n in names if _LAYER.match(n)))
     if entries is None or (entries == [] and not config.target_parameters):
         found = "is null: PEFT would choose by model type, without a word" if entries is None else "names no module"
         yield Problem(at, found, f"e.g. {listed(leaves, 7)}, or all-linear")
     for where, entry, alone in _entries(recipe, "target_modules"):
         if matched(model, _with(config, target_modules=alone, **_EVERYWHERE)):
-            if isinstance(entries, list) and recipe.at("lora", "target_modules", entries.index(entry)) != where:
+            if isinstance(entries, list) and recipe.at(recipe.method, "target_modules", entries.index(entry)) != where:
                 yield Problem(where, f"{entry!r} is listed twice", "keep one")
         elif isinstance(entries, str):
             do = "a string is a regular expression for the whole module name; for modules by name write a list"
@@ -163,7 +169,7 @@ def _targets(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iter
             yield _nothing(where, entry, names)
 
 
-def _excludes(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+def _excludes(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
     everywhere = _with(config, **_EVERYWHERE)
     wanted = matched(model, everywhere)
     for where, entry, alone in _entries(recipe, "exclude_modules"):
@@ -171,10 +177,10 @@ def _excludes(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Ite
             yield _nothing(where, entry, wanted, "excludes none of the targeted modules")
 
 
-def _layers(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+def _layers(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
     """Numbers in layers_to_transform, and a layers_pattern, that choose no layer."""
     if config.layers_to_transform == []:
-        yield Problem(recipe.at("lora", "layers_to_transform"), "an empty list means every layer to PEFT", "remove the key")
+        yield Problem(recipe.at(recipe.method, "layers_to_transform"), "an empty list means every layer to PEFT", "remove the key")
     have = {int(m.group(1)) for n in modules(model) if (m := _LAYER.match(n))}
     meant = {int(m.group(1)) for n in matched(model, _with(config, **_EVERYWHERE)) if (m := _LAYER.match(n))}
     for where, layer, _ in _entries(recipe, "layers_to_transform"):
@@ -187,7 +193,7 @@ def _layers(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Itera
             yield _nothing(where, entry, {n.split(".")[-2] for n in modules(model) if _leaf(n).isdigit()}, "is no list of layers")
 
 
-def _emptied(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+def _emptied(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
     """Targets that match modules of the model, but none that exclude_modules, layers_to_transform and modules_to_save leave."""
     by = listed(key for key in _EVERYWHERE if getattr(config, key) is not None)
     for where, entry, alone in _entries(recipe, "target_modules"):
@@ -195,7 +201,7 @@ def _emptied(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iter
             yield Problem(where, f"{entry!r} adapts nothing: {by} leaves none of its modules", "remove one of the two")
 
 
-def _patterns(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+def _patterns(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
     parameters = [n for n, _ in model.named_parameters() if any(_ends(n, entry) for entry in config.target_parameters or [])]
     names = [*matched(model, config), *parameters]
     for key in ("rank_pattern", "alpha_pattern"):
@@ -204,13 +210,13 @@ def _patterns(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Ite
         for pattern in (p for p in patterns if p not in used):
             hidden = any(get_pattern_key([pattern], name) == pattern for name in names)
             what = "comes after a pattern that fits all its modules" if hidden else "matches no adapted module"
-            yield _nothing(recipe.at("lora", key, pattern), pattern, names, what)
+            yield _nothing(recipe.at(recipe.method, key, pattern), pattern, names, what)
 
 
-def _refused(model: PreTrainedModel, adapted: list[str], recipe: Recipe) -> Iterable[Problem]:
+def _refused(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
     """Targets that TRL or PEFT refuse after the model is loaded, or get wrong without a word; each name once."""
-    named, at = modules(model), recipe.at("lora", "target_modules")
-    for leaf, name in {_leaf(n): n for n in adapted}.items():
+    named, at = modules(model), recipe.at(recipe.method, "target_modules")
+    for leaf, name in {_leaf(n): n for n in matched(model, config)}.items():
         module = named[name]
         if module is model.get_output_embeddings():
             do = "TRL computes the loss from lm_head.weight directly: an adapter there would never be trained. Remove it"
@@ -223,13 +229,13 @@ def _refused(model: PreTrainedModel, adapted: list[str], recipe: Recipe) -> Iter
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             do = f"a convolution of {module.groups} groups needs r divisible by it; adapt the projections around it instead"
             yield Problem(at, f"{leaf!r} is a convolution", do)
-        elif not isinstance(module, ADAPTABLE):
+        elif not isinstance(module, ADAPTABLE) and not _norms(config):
             children = dict.fromkeys(_leaf(n) for n, m in module.named_modules() if n and isinstance(m, ADAPTABLE))
             do = f"name its projections: {listed(children)}" if children else "adapt the linear projections instead"
             yield Problem(at, f"{leaf!r} is a {type(module).__name__}, which cannot carry a LoRA", do)
 
 
-def _elsewhere(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> Iterable[Problem]:
+def _elsewhere(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
     """What is trained beside the targets: modules_to_save, target_parameters, trainable_token_indices."""
     named, parameters = modules(model), [n for n, _ in model.named_parameters()]
     for where, entry, _ in _entries(recipe, "modules_to_save"):
@@ -243,7 +249,7 @@ def _elsewhere(model: PreTrainedModel, config: LoraConfig, recipe: Recipe) -> It
     for where, entry, _ in _entries(recipe, "target_parameters"):
         if not any(_ends(n, entry) for n in parameters):
             yield _nothing(where, entry, parameters, "matches no parameter")
-    tokens, where = config.trainable_token_indices or [], recipe.at("lora", "trainable_token_indices")
+    tokens, where = config.trainable_token_indices or [], recipe.at(recipe.method, "trainable_token_indices")
     vocab: Any = model.get_input_embeddings().num_embeddings
     for name, indices in {"": tokens}.items() if isinstance(tokens, list) else tokens.items():
         if name and not any(_ends(n, name) for n in named):

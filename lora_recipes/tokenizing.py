@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
-from lora_recipes import bases
+from lora_recipes import bases, vocabulary
 from lora_recipes import contract as contracts
 from lora_recipes.characters import Characters
 from lora_recipes.contract import Contract
@@ -37,6 +37,7 @@ def load(recipe: Recipe, outputs: Path, local_files_only: bool = False) -> PreTr
             do = f"the tokenizer's own is {result.eos_token!r}"
             raise RecipeError(Problem(recipe.at("train", "eos_token"), f"{eos!r} is not in the vocabulary", do))
         result.eos_token = eos
+    vocabulary.add(result, recipe)
     return result
 
 

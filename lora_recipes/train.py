@@ -11,15 +11,15 @@ import torch
 from accelerate import PartialState
 from transformers import ProgressCallback
 
-from lora_recipes import adapter, bases, build, card, data, evaluate, reference, servable, usage, watch
+from lora_recipes import adapter, bases, build, card, data, evaluate, reference, servable, start, usage, watch
 from lora_recipes import plan as plans
 from lora_recipes.fits import Memory
-from lora_recipes.messages import Problem, RecipeError, listed
+from lora_recipes.messages import Problem, RecipeError, listed, raise_if
 from lora_recipes.plan import Plan
 from lora_recipes.provenance import Provenance, local
 from lora_recipes.recipe import Recipe
 from lora_recipes.resume import differences, may_start, newest_whole
-from lora_recipes.run import RunFolder, environment, now, replace_folder, write
+from lora_recipes.run import RunFolder, environment, make_folder, now, replace_folder, write
 from lora_recipes.yamlfile import shown
 
 
@@ -47,11 +47,12 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is assumed.
     """
     outputs = outputs.absolute()  # adapter_config.json names its base by it
-    _writable(outputs)
+    make_folder(outputs)
     PartialState(cpu=recipe.train.get("use_cpu", not torch.cuda.is_available()))  # joins the other processes, on the CPU too
     folder = RunFolder(outputs / recipe.name)
     may_start(folder, resume, force)
     _base(recipe, outputs)
+    raise_if(start.warm_ready(recipe, outputs))
     plan = plans.make(recipe, outputs, PartialState().num_processes, network=True)
     expected = plans.add_memory(plan, recipe, outputs, accelerator=torch.cuda.is_available())
     say(plan.text())
@@ -63,7 +64,8 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
 
     arguments, base = build.sft_config(recipe, folder), build.model(recipe, outputs)
     callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe)]
-    trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, plan.gate.train, plan.gate.evaluation, callbacks)
+    rows, steps = (plan.gate.train, plan.gate.evaluation), plan.facts["steps"]["total"]
+    trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps, outputs)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
     session = Session(recipe, outputs, folder, plan, expected, trainer, facts)
@@ -84,13 +86,6 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     if PartialState().is_main_process:
         _report(session, record)
     return record
-
-
-def _writable(outputs: Path) -> None:
-    try:
-        outputs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(Problem(shown(outputs), f"cannot be made: {error.strerror}", "give another OUTPUTS=dir")) from None
 
 
 def say(text: str = "") -> None:
@@ -206,7 +201,7 @@ def _finish(session: Session, record: dict[str, Any]) -> None:
         do = "the adapter is not saved; look at the learning rate, the number of steps and whether these modules are used at all"
         raise RecipeError(Problem(recipe.at("lora", "target_modules"), f"not learned: {listed(wrong)}", do))
     record["probes"]["after"] = evaluate.probes(trainer.model, session.tokenizer, recipe)
-    provenance = _provenance(session) if recipe.method == "lora" else None
+    provenance = None if recipe.whole else _provenance(session)
     final = folder.result(recipe.method)
     temporary = final.with_name(f".{final.name}.tmp")
     if PartialState().is_main_process:
@@ -214,13 +209,14 @@ def _finish(session: Session, record: dict[str, Any]) -> None:
     PartialState().wait_for_everyone()
     trainer.save_model(str(temporary))
     if PartialState().is_main_process:
+        start.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths; recipe.yaml says the same
         record |= {"status": "finished", "ended": now()}
         record["result_bytes"] = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
         card.write(temporary, recipe, record)
         if provenance:
             provenance.save(temporary)
-            faults = servable.check(adapter.read(temporary), local(provenance.name_or_path, provenance.revision))
+            faults = servable.check(adapter.read(temporary, anything=True), local(provenance.name_or_path, provenance.revision))
             record["not_servable"] = [f"{fault.found}: {fault.do}" for fault in faults]
         replace_folder(temporary, final)
         watch.draw(folder)
@@ -238,8 +234,8 @@ def _report(session: Session, record: dict[str, Any]) -> None:
     metrics = record["metrics"]
     losses = [f"{name} {metrics[key]:.4f}" for name, key in (("train loss", "train_loss"), ("eval loss", "eval_loss")) if key in metrics]
     say(f"\n{record['steps']} steps in {record['seconds']:.1f} s; {', '.join(losses)}")
-    if session.recipe.method == "lora":
-        say("every adapted module has finite, non-zero A and B")
+    if not session.recipe.whole:
+        say(f"every {'adapted module has finite, non-zero A and B' if session.recipe.method == 'lora' else 'trained tensor has changed'}")
         faults = [f"WARNING     vLLM cannot serve it as it is: {fault}" for fault in record["not_servable"]]
         say("\n".join(faults or ["the saved files pass vLLM's rules for adapters"]))
     if lines := evaluate.table(record["probes"]["before"], record["probes"]["after"]):

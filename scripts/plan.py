@@ -28,7 +28,7 @@ def main() -> int:
             print("\n".join(fits.table(choices.fit(checked, given.outputs, given.fit, made.gate), given.fit)))
         if given.compare or given.fit:
             return
-        plan.add_memory(made, checked, given.outputs)
+        plan.beside_lora(made, checked, given.outputs, plan.add_memory(made, checked, given.outputs))
         print(json.dumps(made.facts | {"warnings": made.warnings}, indent=2, ensure_ascii=False) if given.json else made.text())
 
     return cli.run(action, given.traceback)

@@ -99,7 +99,7 @@ def published(row: dict[str, str]) -> Memory:
     arguments = TrainingArguments(**checkpointing, use_cpu=True, bf16=False)
     lora = LoraConfig(r=number["r"], target_modules=row["target_modules"].split(), task_type="CAUSAL_LM")
     batch = Batch(number["batch"], number["seq"], number["batch"] * (number["seq"] - 1))
-    done = {"lora": lora, "adapter": torch.float32, "quantize": quantize, "prepared": True, "trl": False}
+    done = {"peft_config": lora, "adapter": torch.float32, "quantize": quantize, "prepared": True, "trl": False}
     return memory.rehearsed(Setup(config, torch.float16, arguments, batch, **done))
 
 

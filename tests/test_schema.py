@@ -98,7 +98,9 @@ def test_every_mapping_with_keys_of_its_own_is_closed_to_others(made):
     """PEFT drops unknown keys of loftq_config, eva_config and the like without a word."""
     found = dict(objects(made))
     assert len(found) > 15
-    assert [path for path, limits in found.items() if limits["additionalProperties"] is not False] == []
+    # `peft:` is closed by the part that belongs to its peft_type.
+    assert [path for path, limits in found.items() if limits.get("additionalProperties") is not False] == ["/properties/peft"]
+    assert {then["then"]["properties"]["peft_type"]["const"] for then in made["properties"]["peft"]["allOf"]} == set(schema.PEFT_TYPES)
     for name in ("loftq_config", "velora_config", "eva_config"):
         assert {"type": "object", "additionalProperties": True} not in check.alternatives(made["properties"]["lora"]["properties"][name])
 
@@ -122,5 +124,6 @@ def test_words_that_the_classes_name_are_enumerated(made):
 
 def test_every_limit_is_that_of_a_real_field(made):
     real = {name for section in ("lora", "train", "early_stopping") for name in made["properties"][section]["properties"]}
+    real |= {name for kind in made["properties"]["peft"]["allOf"] for name in kind["then"]["properties"]}
     assert set(schema.LIMITS) <= real
     assert set(schema.ALSO) <= real
