@@ -9,11 +9,13 @@ READY  := $(VENV)/.ready
 on = $(filter-out 0 no false,$($(1)))
 given = $(if $(filter command,$(origin $(1))),$($(1)))
 quoted = '$(subst ','\'',$(1))'
-SERVE_OPTIONS = $(foreach o,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE,$(if $(call given,$(o)),--$(shell echo $(o) | tr A-Z a-z) $(call quoted,$($(o))))) $(if $(MAX_LORA_RANK),--max-lora-rank $(MAX_LORA_RANK)) $(if $(call on,DYNAMIC),--dynamic) $(if $(call on,DRY),--dry-run)
+named = $(foreach o,$(1),$(if $(call given,$(o)),--$(shell echo $(o) | tr A-Z_ a-z-) $(call quoted,$($(o)))))
+SERVE_OPTIONS = $(call named,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE MAX_LORA_RANK) $(if $(call on,DYNAMIC),--dynamic) $(if $(call on,DRY),--dry-run)
+COMBINE_OPTIONS = $(call named,NAME METHOD DENSITY SEED OUTPUTS BASE SVD_RANK) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(call on,FORCE),--force)
 SERVE  := .venv-serve/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan memory train merge serve chat bench-serve test lint schema clean
+.PHONY: help setup setup-serve plan memory train merge eval combine serve chat bench-serve compare test lint schema clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -44,6 +46,12 @@ train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE
 merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1)
 	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force)
 
+eval: $(READY)  ## base against adapter of RECIPE: held-out loss, probes, what was forgotten (SET=data.kept=FILE, ADAPTER=folder, BASE=)
+	@$(PY) scripts/evaluate.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(ADAPTER),--adapter $(call quoted,$(ADAPTER))) $(if $(BASE),--base $(call quoted,$(BASE)))
+
+combine: $(READY)  ## several adapters as one: outputs/NAME/adapter (ADAPTERS="a=folder b=folder" WEIGHTS="0.7 0.3" METHOD=cat, DENSITY=, SVD_RANK=, SEED=, FORCE=1)
+	@$(PY) scripts/combine.py $(ADAPTERS) $(COMBINE_OPTIONS)
+
 serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")
 	@$(PY) scripts/serve.py $(if $(CHECK)$(REMOVE),$(ADAPTERS),$(or $(ADAPTERS),$(RECIPE))) $(SERVE_OPTIONS) $(if $(VLLM),-- $(VLLM))
 
@@ -52,6 +60,9 @@ chat: $(READY)  ## ask base and MODEL on a running server side by side (Q="a que
 
 bench-serve: $(READY) $(SERVE)  ## base, merged, one adapter, four adapters on vLLM: throughput and latency into benchmarks/results/
 	@$(PY) benchmarks/serve.py
+
+compare: $(READY)  ## full, frozen or LoRA? on the tiny base, 5 seeds: docs/compare.md and .png, in minutes
+	@$(PY) benchmarks/compare.py
 
 test: $(READY) $(SERVE)  ## every test, on the CPU, without network; vLLM's where a build for this platform exists
 	@$(PY) -m pytest

@@ -126,7 +126,7 @@ def differences(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> lis
     for section in sorted((set(before) | set(recipe.sections)) - {"probes"}):
         old, new = before.get(section) or {}, recipe.sections.get(section) or {}
         for key in sorted(set(old) | set(new)):
-            if old.get(key) != new.get(key) and not (section == "train" and key in HARMLESS):
+            if old.get(key) != new.get(key) and not (section == "train" and key in HARMLESS) and (section, key) != ("data", "kept"):
                 found.append(f"{section}.{key}: the run began with {old.get(key)!r}, now it is {new.get(key)!r}")
     for key, value in facts.items():
         if (old := folder.record.get("resume_facts", {}).get(key)) != value:

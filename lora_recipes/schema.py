@@ -98,6 +98,7 @@ OURS: dict[str, dict[str, Any]] = {
         {
             "train": _SOURCES,
             "eval": _SOURCES,
+            "kept": {**_SOURCES, "description": "rows that training never sees: make eval says what was forgotten of them"},
             "rows": {
                 "enum": ["conversation", "assistant_turn"],
                 "description": "assistant_turn: one row for each assistant turn, its history as the prompt (default: conversation)",

@@ -14,6 +14,7 @@ FACTS += ["fits", "resume", "rows", "data", "endpoint", "live", "vllm_command", 
 LIBRARY = ["variants", "bases", "freeze", "targets", "characters", "render", "vocabulary", "tokenizing", "peft_training", "rates"]
 LIBRARY += ["start", "build", "methods", "gate", "evaluate", "reference", "storages", "kernels", "fake", "rehearsal", "memory"]
 LIBRARY += ["choices", "plan", "watch", "card", "usage", "train", "merge"]
+LIBRARY += ["attach", "evaluation", "combine"]
 ORDER = FACTS + LIBRARY
 ALLOWED = {name: set(ORDER[:i]) for i, name in enumerate(ORDER)}
 ALLOWED |= {"__init__": set(), "cli": {"messages", "recipe"}, "schema": {"messages"}}
