@@ -19,6 +19,7 @@ SERVE  := .venv-serve/.ready
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
+	@echo "methods: $(notdir $(basename $(wildcard configs/recipes/methods/*.yaml)))"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 13
 
 $(READY): pyproject.toml constraints.txt

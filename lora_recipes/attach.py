@@ -35,7 +35,9 @@ def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
     for name, adapter in others:
         attached.load_adapter(adapter.path, adapter_name=name)
     for name, adapter in adapters.items():
-        got, wanted = get_peft_model_state_dict(attached, adapter_name=name), load_file(adapter.file)
+        got, wanted = get_peft_model_state_dict(attached, adapter_name=name, save_embedding_layers=False), load_file(adapter.file)
+        saved = {got[n].data_ptr() for n in got if n in wanted}  # tensors of tied modules are saved once
+        got = {n: t for n, t in got.items() if n in wanted or t.data_ptr() not in saved}
         # PEFT keeps 16-bit adapters as float32: the same numbers.
         lost = [n for n in {**got, **wanted} if n not in got or n not in wanted or not torch.equal(got[n].cpu().float(), wanted[n].float())]
         if lost:

@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from lora_recipes import adapter as adapters
-from lora_recipes import attach, bases, data, evaluate, provenance, recipe, reference, render, resume, servable, vllm_command
+from lora_recipes import attach, bases, data, evaluate, provenance, recipe, reference, render, resume, servable, vllm_command, vocabulary
 from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe
 from lora_recipes.render import IGNORED
@@ -120,12 +120,23 @@ def _pair(asked: Recipe, outputs: Path, result: Path, base: Path | None) -> Pair
             found = f"its base {source or bases.path(asked, outputs)} is not on this machine"
             raise RecipeError(Problem(shown(result), found, "give its folder: BASE=path"))
         tokenizer = attach.tokenizer(result, source)
-        return Pair(tokenizer, attach.base(result, None), attach.base(source, None), facts | {"base": str(source)})
-    adapter, known = adapters.read(result), provenance.read(result)
+        untrained = _grown(attach.base(source, None), tokenizer, asked)
+        return Pair(tokenizer, attach.base(result, None), untrained, facts | {"base": str(source)})
+    adapter, known = adapters.read(result, anything=True), provenance.read(result)
     source = vllm_command.base_of({asked.name: adapter}, base)
     raise_if(servable.fit(adapter, source, known))
     facts |= {"base": str(source), "adapter_sha256": resume.sha256(adapter.file), "quantize": known.quantize if known else None}
-    return Pair(attach.tokenizer(result, source), attach.attach(attach.base(source, known), {"default": adapter}), facts=facts)
+    tokenizer = attach.tokenizer(result, source)
+    untrained = _grown(attach.base(source, known), tokenizer, asked)
+    return Pair(tokenizer, attach.attach(untrained, {"default": adapter}), facts=facts)
+
+
+def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
+    """The base with its new tokens as training began with them; it has no others."""
+    if new := vocabulary.ids(tokenizer, asked, 0):
+        vocabulary.grow(base, new)
+        vocabulary.begin(base, new, asked.train.get("seed", 42))
+    return base
 
 
 def _losses(pair: Pair, examples: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
@@ -144,7 +155,7 @@ def _losses(pair: Pair, examples: list[tuple[list[int], list[int]]]) -> dict[str
 def _loss(model: Any, ids: list[int], labels: list[int]) -> float:
     """The summed loss of one row, in nats. Each token is predicted from those before it; the first has none."""
     device = model.device
-    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1]
+    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -len(ids) : -1]  # after virtual tokens
     wanted = torch.tensor(labels[1:], device=device)
     return float(torch.nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum"))
 

@@ -73,20 +73,21 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The names of the recipes in configs/recipes/."""
-    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    """The names of the recipes in configs/recipes/ and its folders."""
+    return sorted(p.stem for p in RECIPES.rglob("*.yaml"))
 
 
 def find(name: str) -> Path:
-    """The file of the recipe `name`: a name in configs/recipes/, or a path to a .yaml file."""
+    """The file of the recipe `name`: a name in configs/recipes/ or a folder there, or a path to a .yaml file."""
     is_path = name.endswith((".yaml", ".yml")) or "/" in name
     if is_path and Path(name).is_file():
         return Path(name)
     if name in names():
-        return RECIPES / f"{name}.yaml"
-    do = f"did you mean {nearest(Path(name).stem, names())}? The recipes are {listed(names())}"
+        return next(RECIPES.rglob(f"{name}.yaml"))
+    known = f"The recipes are {listed(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, and those in configs/recipes/methods/"
+    do = f"did you mean {nearest(Path(name).stem, names())}? {known}"
     if "=" in name:
-        do = f"the recipe's name comes first, then {name}. The recipes are {listed(names())}"
+        do = f"the recipe's name comes first, then {name}. {known}"
     raise RecipeError(Problem(f"RECIPE={name}", "no such file" if is_path else "no recipe of that name in configs/recipes/", do))
 
 

@@ -120,6 +120,8 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
     if setup.freeze is not None:
         freeze.apply(base, setup.freeze)
     model = fake.adapted(base, adapter, setup.adapter)
+    if adapter:
+        vocabulary.readable_head(model)
     if setup.arguments.gradient_checkpointing:
         given: Any = setup.arguments.gradient_checkpointing_kwargs
         options = dict(given or {})

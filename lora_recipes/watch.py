@@ -153,6 +153,7 @@ def draw(folder: RunFolder) -> None:
         other.plot(*zip(*rates, strict=True), color="0.7", linestyle="--", label="learning rate")
         other.set_ylabel("learning rate")
         other.set_ylim(0, None)
-    figure.legend(loc="outside lower center", ncols=3)
+    if any(drawn.get_legend_handles_labels()[0] for drawn in figure.axes):
+        figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(folder.path / "loss.png", dpi=120)
     pyplot.close(figure)

@@ -186,7 +186,7 @@ def test_a_base_that_is_gone_or_another_one_is_refused(outputs, style):
     model.save_pretrained(other)
     with pytest.raises(RecipeError, match="was trained on other weights than those in"):
         evaluation("tiny_facts", outputs, base=other)
-    with pytest.raises(RecipeError, match=r"lora_A has the shape|modules are not in"):
+    with pytest.raises(RecipeError, match="was trained on other weights than those in"):
         evaluation("tiny_facts", outputs, base=style / "_bases" / "tiny_qwen35-float32")
 
 

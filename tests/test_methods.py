@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from lora_recipes import build, plan, provenance, reference, schema, vocabulary
 from lora_recipes import recipe as recipes
+from lora_recipes.evaluation import evaluation
 from lora_recipes.merge import merge
 from lora_recipes.messages import RecipeError
 from lora_recipes.rates import DEPTHS
@@ -23,27 +23,22 @@ from lora_recipes.train import train
 PROMPT = "Die Katze schläft auf dem"
 
 
-# Each section, the trainable count by hand (d = 64, 2 layers, keys and values as wide as d), and the learning rate it needs here.
-QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
-NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
+# The trainable count of each recipe of a peft: section by hand (d = 64, 2 layers, keys and values as wide as d).
 OTHERS = {
-    "ADALORA": (
-        {"init_r": 6, "target_r": 4, "lora_alpha": 6, "tinit": 5, "tfinal": 10, "target_modules": QKVO},
-        8 * (2 * 64 * 6 + 6),
-        1e-2,
-    ),
-    "HRA": ({"r": 4, "target_modules": QKVO}, 8 * 4 * 64, 1e-2),
-    "IA3": ({"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, 2 * (64 + 64 + 128), 5e-2),
-    "LN_TUNING": ({"target_modules": NORMS}, 5 * 64, 3e-2),
-    "LOHA": ({"r": 4, "alpha": 4, "target_modules": QKVO}, 8 * 4 * 4 * 64, 1e-2),
-    "LOKR": ({"r": 4, "alpha": 4, "target_modules": QKVO}, 8 * (8 * 8 + 2 * 8 * 4), 1e-2),
-    "MISS": ({"r": 4, "target_modules": QKVO}, 8 * 4 * 64, 1e-2),
-    "OFT": ({"oft_block_size": 8, "target_modules": QKVO}, 8 * 8 * (8 * 7 // 2), 1e-2),
-    "PREFIX_TUNING": ({"num_virtual_tokens": 8}, 8 * 2 * 2 * 64, 3e-2),
-    "PROMPT_TUNING": ({"num_virtual_tokens": 8}, 8 * 64, 1e-1),
-    "P_TUNING": ({"num_virtual_tokens": 8, "encoder_hidden_size": 64}, 8 * 64 + 3 * (64 * 64 + 64), 1e-2),
-    "VERA": ({"r": 16, "target_modules": QKVO}, 8 * (16 + 64), 5e-2),
+    "ADALORA": 8 * (2 * 64 * 6 + 6),
+    "HRA": 8 * 4 * 64,
+    "IA3": 2 * (64 + 64 + 128),
+    "LN_TUNING": 5 * 64,
+    "LOHA": 8 * 4 * 4 * 64,
+    "LOKR": 8 * (8 * 8 + 2 * 8 * 4),
+    "MISS": 8 * 4 * 64,
+    "OFT": 8 * 8 * (8 * 7 // 2),
+    "PREFIX_TUNING": 8 * 2 * 2 * 64,
+    "PROMPT_TUNING": 8 * 64,
+    "P_TUNING": 8 * 64 + 3 * (64 * 64 + 64),
+    "VERA": 8 * (16 + 64),
 }
+ADALORA = recipes.load("tiny_adalora").peft
 
 
 def logits(model, tokenizer):
@@ -63,6 +58,17 @@ def run(trained, write_recipe):
         return record, trained / name
 
     return start
+
+
+@pytest.fixture(scope="module")
+def untouched(trained) -> float:
+    """The base's loss on the sentences that should stay, nats a token, as transformers itself computes it."""
+    model = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "tiny_base" / "model")
+    rows = [json.loads(line)["text"] for line in (recipes.ROOT / "data/facts/kept.jsonl").read_text(encoding="utf-8").splitlines()]
+    ids = [torch.tensor([tokenizer(f"{row}{tokenizer.eos_token}")["input_ids"]]) for row in rows]
+    with torch.no_grad():
+        return sum(model(i, labels=i).loss.item() * (i.shape[1] - 1) for i in ids) / sum(i.shape[1] - 1 for i in ids)
 
 
 # 24,784 a block: q, k, v, o of 64 x 64, three of 64 x 128, two norms of 64 and two of 32. The embeddings are 192 x 64, tied.
@@ -115,10 +121,10 @@ def test_freezing_that_cannot_be_is_refused(write_recipe, tmp_path, section, cha
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, {"train__packing": True}, "not before each text in it"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, {"train__gradient_checkpointing": True}, "see the prefix twice"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, {"model__quantize": "nf4"}, "on a 4-bit base"),
-        (dict(OTHERS["ADALORA"][0], peft_type="ADALORA"), {"train__save_strategy": "epoch"}, "no importance scores"),
-        (dict(OTHERS["ADALORA"][0], peft_type="ADALORA", tinit=35), {}, "don't allow for a budgeting phase"),
-        (dict(OTHERS["ADALORA"][0], peft_type="ADALORA", total_step=35), {}, "the plan counts the steps"),
-        (dict(OTHERS["ADALORA"][0], peft_type="ADALORA", use_dora=True), {}, "peft.use_dora"),
+        (ADALORA, {"train__save_strategy": "epoch"}, "no importance scores"),
+        (ADALORA | {"tinit": 35}, {}, "don't allow for a budgeting phase"),
+        (ADALORA | {"total_step": 35}, {}, "the plan counts the steps"),
+        (ADALORA | {"use_dora": True}, {}, "peft.use_dora"),
     ],
 )
 def test_a_peft_section_that_would_fail_later_or_do_something_else_is_refused(write_recipe, tmp_path, section, changes, said):
@@ -135,10 +141,9 @@ def test_prefix_tuning_on_linear_attention_is_refused(write_recipe, tmp_path):
 
 def test_adalora_cuts_its_ranks_to_the_budget_and_its_penalty_is_trained(run):
     """8 modules from rank 6 to 4 in the mean: 32 singular values stay. PEFT's own penalty goes into a loss that TRL does not use."""
-    section, _, rate = OTHERS["ADALORA"]
     errors = []
     for weight in (0.0, 0.5):
-        _, folder = run("peft", {"peft_type": "ADALORA", "orth_reg_weight": weight, **section}, train__learning_rate=rate, probes=...)
+        _, folder = run("peft", ADALORA | {"orth_reg_weight": weight}, train__learning_rate=1e-2, probes=...)
         tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
         values = {name: tensor for name, tensor in tensors.items() if name.endswith("lora_E")}
         assert sum(tensor.count_nonzero().item() for tensor in values.values()) == 32
@@ -157,10 +162,10 @@ def test_a_prompt_begins_as_the_words_that_it_is_given(run, trained):
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_another_peft_method_trains_as_planned_reloads_and_merges_or_says_why_not(run, trained, tmp_path, kind):
-    section, trainable, rate = OTHERS[kind]
-    record, folder = run("peft", {"peft_type": kind, **section}, train__learning_rate=rate, probes=...)
-    assert record["plan"]["model"]["trainable"] == trainable
+def test_another_peft_method_trains_as_planned_reloads_and_merges_or_says_why_not(run, trained, untouched, tmp_path, kind):
+    recipe = recipes.load(f"tiny_{kind.lower()}")
+    record, folder = run("peft", recipe.peft, train__learning_rate=recipe.train["learning_rate"], probes=...)
+    assert record["plan"]["model"]["trainable"] == OTHERS[kind] and recipe.peft["peft_type"] == kind
     size = record["plan"]["adapter"]["bytes"]  # the file has a header besides; AdaLoRA's is smaller: its budget was cut
     assert size <= record["result_bytes"] < size + 8192 or (kind == "ADALORA" and record["result_bytes"] < size + 4096)
     assert "serves only LoRA" in record["not_servable"][0]
@@ -172,6 +177,8 @@ def test_another_peft_method_trains_as_planned_reloads_and_merges_or_says_why_no
     known = provenance.read(folder / "adapter").probes[0]
     assert reference.logprobs(attached, known.input_ids) == pytest.approx(known.adapter, abs=1e-4)
     assert known.adapter != pytest.approx(known.base, abs=1e-1)
+    kept = evaluation("peft_run", trained)["sets"]["kept"]
+    assert kept["base"]["loss"] == pytest.approx(untouched, abs=1e-5) and abs(kept["trained"]["loss"] - untouched) > 1e-3
     if kind.endswith("_TUNING") and kind != "LN_TUNING":
         with pytest.raises(RecipeError, match="has no weights to merge"):
             merge(folder / "adapter", tmp_path / "merged")
@@ -448,6 +455,8 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(run, corr
     assert len(tokenizer) == 122 and model.config.vocab_size == (192 if "from_recipe" in growing else 122)
     for known in provenance.read(folder / "adapter").probes:
         assert reference.logprobs(model.eval(), known.input_ids) == pytest.approx(known.adapter, abs=1e-3)
+    asked = evaluation("grown", folder.parent, [f"data.eval={parrots['train']}"])["sets"]["eval"]
+    assert asked["base"]["loss"] > 2 and asked["trained"]["loss"] < 0.5, "the base as training began, with its new embeddings"
 
 
 def test_new_rows_begin_near_the_mean_of_the_old_and_differ(trained):
@@ -491,22 +500,22 @@ def test_new_tokens_that_would_not_be_trained_are_refused(trained, write_recipe,
 
 
 def rows_of_the_table():
-    """Method, section, trainable count, served, merges: the table of docs/methods.md."""
+    """Recipe, trainable count, served, merges: the table of docs/methods.md."""
     lines = (recipes.ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
-    first = lines.index(next(line for line in lines if line.startswith("| method | section |"))) + 2
-    rows = [line for line in lines[first:] if line.startswith("|") or not line][: lines[first:].index("")]
-    return [[cell.strip() for cell in row.split("|")[1:-2]] for row in rows]
+    first = lines.index(next(line for line in lines if line.startswith("| method | recipe |"))) + 2
+    return [[cell.strip() for cell in line.split("|")[2:6]] for line in lines[first : lines.index("", first)]]
 
 
 @pytest.mark.parametrize("row", rows_of_the_table(), ids=lambda row: row[0])
-def test_the_table_of_methods_is_what_the_plan_says(write_recipe, tmp_path, row):
-    _, section, trainable, served, merges = row
-    facts = plan.make(recipes.load(str(write_recipe("tiny_facts", **{"lora": ...} | yaml.safe_load(section.strip("`"))))), tmp_path).facts
+def test_the_table_of_methods_is_what_the_plan_says(tmp_path, row):
+    name, trainable, served, merges = row
+    facts = plan.make(recipes.load(name), tmp_path).facts
     adapter = facts.get("adapter")
     assert f"{facts['model']['trainable']:,}" == trainable
     assert served == ("whole model" if adapter is None else "yes" if adapter["max_lora_rank"] else "no")
     assert merges == ("-" if adapter is None else "yes" if adapter["merges"] else "no")
 
 
-def test_the_table_of_methods_has_every_peft_type():
-    assert {row[0] for row in rows_of_the_table()} >= set(schema.PEFT_TYPES) == set(OTHERS)
+def test_the_table_of_methods_has_every_recipe_of_methods_and_every_peft_type():
+    assert {row[0] for row in rows_of_the_table()} == {file.stem for file in (recipes.RECIPES / "methods").glob("*.yaml")}
+    assert {recipes.load(row[0]).peft.get("peft_type") for row in rows_of_the_table()} - {None} == set(schema.PEFT_TYPES) == set(OTHERS)
