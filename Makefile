@@ -12,6 +12,7 @@ quoted = '$(subst ','\'',$(1))'
 named = $(foreach o,$(1),$(if $(call given,$(o)),--$(shell echo $(o) | tr A-Z_ a-z-) $(call quoted,$($(o)))))
 SERVE_OPTIONS = $(call named,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE MAX_LORA_RANK) $(if $(call on,DYNAMIC),--dynamic) $(if $(call on,DRY),--dry-run)
 COMBINE_OPTIONS = $(call named,NAME METHOD DENSITY SEED OUTPUTS BASE SVD_RANK) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(call on,FORCE),--force)
+LAYOUT = $(if $(ACCELERATE),--accelerate $(call quoted,$(ACCELERATE)))
 SERVE  := .venv-serve/.ready
 
 .DEFAULT_GOAL := help
@@ -35,14 +36,14 @@ $(SERVE): scripts/setup_serve.sh
 setup-serve: $(SERVE)  ## make .venv-serve: vLLM, its CPU build where there is no NVIDIA GPU (3.5 GB)
 	@test ! -f .venv-serve/.unavailable || { cat .venv-serve/.unavailable; exit 1; }
 
-plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, memory; no weights, no GPU (JSON=1, FIT=24 what fits 24 GB, COMPARE=1 full/LoRA/QLoRA)
-	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(call on,COMPARE),--compare)
+plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, memory; no weights, no GPU (JSON=1, FIT=24 what fits 24 GB, COMPARE=1 full/LoRA/QLoRA; ACCELERATE=zero3 DEVICES=8 on several devices)
+	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(call on,COMPARE),--compare) $(LAYOUT) $(if $(DEVICES),--devices $(DEVICES))
 
 memory: $(READY)  ## Llama-2 in full, by LoRA and by QLoRA: predicted memory beside the figures of the documents
 	@$(PY) scripts/memory.py
 
-train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere)
-	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,RESUME),--resume) $(if $(call on,FORCE),--force)
+train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere; ACCELERATE=ddp|fsdp2|zero2|zero3|multi_node on several devices, PROCESSES=n, LAUNCH="options")
+	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,RESUME),--resume) $(if $(call on,FORCE),--force) $(LAYOUT) $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(LAUNCH),--launch=$(call quoted,$(LAUNCH)))
 
 merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1)
 	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force)

@@ -22,6 +22,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from lora_recipes import bases, freeze, peft_training, rates, start, tokenizing, variants, vocabulary
@@ -85,11 +86,16 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
     stopping = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     owned = {"output_dir": str(folder.checkpoints), **precision(recipe)[0]}
     fields: dict[str, Any] = {"report_to": "none", "use_cpu": not torch.cuda.is_available(), "logging_nan_inf_filter": False}
+    if recipe.method == "lora":  # every A and B has a gradient in every step; looking for those without costs a pass over the graph
+        fields["ddp_find_unused_parameters"] = False
     fields |= (stopping if recipe.early_stopping else {}) | recipe.train | owned
     try:
-        return SFTConfig(**fields)
+        made = SFTConfig(**fields)
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(Problem(recipe.at("train"), f"TRL refuses it: {str(error).splitlines()[0]}")) from None
+    # Under ZeRO-3 transformers would divide every model from here on while it is made, also those that only count.
+    unset_hf_deepspeed_config()
+    return made
 
 
 def random_base(recipe: Recipe, outputs: Path) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from lora_recipes.messages import RecipeError
 from lora_recipes.recipe import ROOT
 
 DEFAULT = "tiny_facts"
+PATIENCE = 15  # seconds; the first of several processes says an error that all of them have, and the launcher ends the others
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -31,6 +33,7 @@ def run(action: Callable[[], int | None], traceback: bool) -> int:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")  # DeepSpeed's calls, at every step
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every start that an optional CPU kernel is not installed
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)  # TRL's own name for it
     if not sys.stderr.isatty():
@@ -41,6 +44,8 @@ def run(action: Callable[[], int | None], traceback: bool) -> int:
     except RecipeError as error:
         if traceback:
             raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE)
         print(f"error: {len(error.problems)} problem{'s' * (len(error.problems) != 1)}\n{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes.messages import Problem, RecipeError
@@ -92,6 +94,18 @@ def untrained(model: torch.nn.Module) -> list[str]:
                 elif not weight.any():
                     found.append(f"{name}.{kind} is all zero")
     return found
+
+
+def incomplete(folder: Path, planned: int) -> list[str]:
+    """What is wrong with a saved LoRA adapter, in the file: all `planned` numbers there, A and B finite and not all zero?
+
+    Where weights are divided over processes the model in memory cannot be asked, and a save that did not gather them is cut short.
+    """
+    saved = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    wrong = [f"{name} is not finite" for name, tensor in saved.items() if not tensor.isfinite().all()]
+    wrong += [f"{name} is all zero" for name, tensor in saved.items() if not tensor.any()]
+    count = sum(tensor.numel() for tensor in saved.values())
+    return [*wrong, f"{count:,} of {planned:,} numbers were saved"] if count != planned else wrong
 
 
 def table(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:

@@ -217,7 +217,7 @@ def assumptions(setup: Setup) -> Iterator[str]:
         quantised = " (TRL's bfloat16 would lose small updates), base: NF4, double quantisation" if setup.quantize else ""
         yield f"adapter: {str(setup.adapter).removeprefix('torch.')}{quantised if setup.adapter == torch.float32 else ''}"
     yield f"checkpointing: {'on' if arguments.gradient_checkpointing else 'off'}"
-    yield f"optimiser: {getattr(arguments.optim, 'value', arguments.optim)}; one process, gradients accumulated in place"
+    yield f"optimiser: {getattr(arguments.optim, 'value', arguments.optim)}; gradients accumulated in place"
     for field in ("activation_offloading", "use_liger_kernel", "torch_compile", "deepspeed", "fsdp"):
         if getattr(arguments, field, None):
             yield f"not planned: train.{field}"

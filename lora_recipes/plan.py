@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
 from lora_recipes import bases, build, choices, evaluate, freeze, gate, memory, methods, rates, start, targets, variants, vocabulary
+from lora_recipes import layout as layouts
 from lora_recipes.fits import Memory, gib
 from lora_recipes.gate import Gate
+from lora_recipes.layout import SINGLE, Layout, Sizes
 from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.recipe import Recipe
 from lora_recipes.run import RunFolder
@@ -25,6 +27,8 @@ class Plan:
     """What was found: `facts` for machines, `lines` for people, `warnings`; and the `gate`, whose rows training takes over."""
 
     gate: Gate
+    layout: Layout = SINGLE
+    sizes: Sizes | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -39,11 +43,12 @@ class Plan:
         return "\n".join([*self.lines, *(f"WARNING     {w}" for w in self.warnings)])
 
 
-def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False) -> Plan:
-    """The plan of `recipe` on `devices` processes. RecipeError lists all that is wrong with its targets, its data and its numbers.
+def make(recipe: Recipe, outputs: Path, layout: Layout = SINGLE, network: bool = False) -> Plan:
+    """The plan of `recipe` on the processes of `layout`. RecipeError lists all that is wrong with its targets, its data and its numbers.
 
     `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache.
     """
+    raise_if(layouts.problems(layout, recipe))
     arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
     model, config = bases.meta_model(recipe, outputs), build.peft_config(recipe, 10**9)  # AdaLoRA: any number, to count parameters
     raise_if(
@@ -51,20 +56,24 @@ def make(recipe: Recipe, outputs: Path, devices: int = 1, network: bool = False)
         + _packing(model, recipe, arguments)
         + [*vocabulary.problems(recipe), *rates.problems(recipe, arguments), *start.warm_problems(recipe, outputs)]
     )
-    plan = Plan(gate.pass_through(recipe, outputs, network))
+    plan = Plan(gate.pass_through(recipe, outputs, network), layout)
     if plan.gate.counts.tokens is not None:
         raise_if(evaluate.problems(plan.gate.tokenizer, recipe))
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
     plan.facts |= {"recipe": recipe.name, "method": recipe.method, "overrides": list(recipe.overrides.values())}
     plan.facts["resolved"] = recipe.sections
     plan.say("recipe", f"{recipe.name}{changed}\n{recipe.to_yaml().strip()}")
+    plan.facts["layout"] = {"kind": layout.kind, "processes": layout.processes}
+    if layout != SINGLE:
+        plan.say("layout", str(layout))
+    plan.sizes = _sizes(model, recipe)
     _model(plan, recipe, model, config)
     if different := rates.said(model, recipe, arguments.learning_rate):
         plan.say("rates", different)
     plan.facts["data"] = plan.gate.facts
     for label, text in gate.lines(plan.gate, recipe):
         plan.say(label, text)
-    _steps(plan, recipe, arguments, devices)
+    _steps(plan, recipe, arguments, layout.processes)
     build.peft_config(recipe, plan.facts.get("steps", {}).get("total", 10**9))  # does AdaLoRA's schedule fit into the steps?
     plan.say("example", gate.example(plan.gate, recipe))
     plan.warnings += plan.gate.warnings
@@ -77,6 +86,11 @@ def add_memory(plan: Plan, recipe: Recipe, outputs: Path, accelerator: bool = Tr
     It takes seconds for a model of billions of parameters, so it is asked for apart.
     """
     found = memory.plan(recipe, outputs, plan.gate, cuda=accelerator)
+    if plan.layout != SINGLE:
+        assert plan.sizes
+        sizes = replace(plan.sizes, trainable=found.trainable)
+        parts, said = layouts.per_device(plan.layout, found.parts, sizes)
+        found = replace(found, parts=parts, assumptions=(*found.assumptions, f"each of {plan.layout}, by arithmetic", *said))
     plan.facts["memory"] = found.facts()
     for label, text in found.lines():
         if accelerator or label != "cards":
@@ -137,6 +151,17 @@ def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: PeftConfi
     plan.warnings += faults
     plan.facts["coverage"] = [vars(c) for c in found]
     plan.say("coverage", "\n".join(map(str, found)) or "no module: virtual tokens before each text")
+
+
+def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
+    """What the memory of several processes is computed from; `trainable` comes later."""
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+    tied: list[Any] = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    ends = {id(m.weight): m.weight.numel() for m in tied}
+    width = getattr(torch, recipe.model["dtype"]).itemsize
+    trained = width if recipe.whole else getattr(torch, build.adapter_dtype(recipe)).itemsize
+    return Sizes(0, max(sum(p.numel() for p in layer.parameters()) for layer in layers), sum(ends.values()), width, trained)
 
 
 def _adaptable(model: PreTrainedModel, config: PeftConfig, recipe: Recipe, arguments: SFTConfig) -> list[Problem]:

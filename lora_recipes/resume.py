@@ -72,7 +72,7 @@ def seal(checkpoint: Path) -> None:
 def fault(checkpoint: Path, ranks: int = 1) -> str | None:
     """Why `checkpoint` cannot be resumed from, or None when it is whole: weights, optimizer, schedule, random state and trainer state."""
     states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{i}.pth" for i in range(ranks)]
-    pickled = ["optimizer.pt", "scheduler.pt", *states]
+    pickled = [*_optimizer(checkpoint, ranks), "scheduler.pt", *states]
     if not _weights(checkpoint):
         return "no weights (*.safetensors)"
     for name in (*pickled, "trainer_state.json", SUMS):
@@ -90,6 +90,15 @@ def fault(checkpoint: Path, ranks: int = 1) -> str | None:
         except zipfile.BadZipFile:
             return f"{name} is truncated or corrupt"
     return _weights_fault(checkpoint)
+
+
+def _optimizer(checkpoint: Path, ranks: int) -> list[str]:
+    """The files of the optimiser's state: one, or one of each process that DeepSpeed divided it over (0.19, engine._get_zero_ckpt_name)."""
+    if not (checkpoint / "latest").is_file():
+        return ["optimizer.pt"]
+    folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    half = "bf16_" if any(folder.glob("bf16_zero_pp_rank_*")) else ""
+    return [f"{folder.name}/{half}zero_pp_rank_{i}_mp_rank_00_optim_states.pt" for i in range(ranks)]
 
 
 def _weights_fault(checkpoint: Path) -> str | None:

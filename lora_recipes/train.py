@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers import ProgressCallback
 
-from lora_recipes import adapter, bases, build, card, data, evaluate, reference, servable, start, usage, watch
+from lora_recipes import adapter, bases, build, card, data, evaluate, launch, reference, servable, start, usage, watch
 from lora_recipes import plan as plans
 from lora_recipes.fits import Memory
 from lora_recipes.messages import Problem, RecipeError, listed, raise_if
@@ -53,7 +53,7 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     may_start(folder, resume, force)
     _base(recipe, outputs)
     raise_if(start.warm_ready(recipe, outputs))
-    plan = plans.make(recipe, outputs, PartialState().num_processes, network=True)
+    plan = plans.make(recipe, outputs, launch.planned(), network=True)
     expected = plans.add_memory(plan, recipe, outputs, accelerator=torch.cuda.is_available())
     say(plan.text())
     if wrong := bases.contract_differences(recipe, outputs):
@@ -61,11 +61,11 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
         raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
     facts = _resume_facts(plan, recipe, outputs)
     checkpoint = _checkpoint(folder, recipe, facts) if resume else None
-
     arguments, base = build.sft_config(recipe, folder), build.model(recipe, outputs)
     callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe)]
     rows, steps = (plan.gate.train, plan.gate.evaluation), plan.facts["steps"]["total"]
     trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps, outputs)
+    launch.check(trainer.accelerator)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
     session = Session(recipe, outputs, folder, plan, expected, trainer, facts)
@@ -130,7 +130,7 @@ def _resume_facts(plan: Plan, recipe: Recipe, outputs: Path) -> dict[str, Any]:
         "chat template sha256": watch.sha256(plan.gate.tokenizer.chat_template),
         "base weights": reference.fingerprint(recipe, outputs),
         "base revision": getattr(bases.real_config(recipe, outputs), "_commit_hash", None),
-        "processes": PartialState().num_processes,
+        "layout": str(plan.layout),
     }
 
 
@@ -148,6 +148,7 @@ def _checkpoint(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> Pat
 
 def _begin(session: Session) -> dict[str, Any]:
     """Clear the folder (what was there was asked to go), and write recipe.yaml and the first run.json."""
+    PartialState().wait_for_everyone()  # all have looked at the folder before the first one changes it
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
     config = bases.real_config(recipe, session.outputs)
     base = {"name_or_path": bases.path(recipe, session.outputs), "revision": getattr(config, "_commit_hash", None)}
@@ -155,7 +156,9 @@ def _begin(session: Session) -> dict[str, Any]:
     record = {"status": "running", "recipe": recipe.name, "started": now(), **environment(), "base": base, "plan": session.plan.facts}
     record["hardware"] |= {"device": str(trainer.args.device), "processes": PartialState().num_processes, **watch.accelerator()}
     record |= {"resume_facts": session.facts, "warnings": session.plan.warnings}
-    record["probes"] = {"before": evaluate.probes(trainer.model, session.tokenizer, recipe)}
+    if not session.plan.layout.sharded:
+        trainer.model.to(trainer.args.device)  # DeepSpeed would do it later
+        record["probes"] = {"before": evaluate.probes(trainer.model, session.tokenizer, recipe)}
     if PartialState().is_main_process:
         folder.clear()
         write(folder.path / "recipe.yaml", recipe.to_yaml())
@@ -179,7 +182,7 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
     except Exception as error:
         recipe, step = session.recipe, trainer.state.global_step
         problem = usage.out_of_memory(error, recipe, session.outputs, session.plan.gate, session.expected, step)
-        if problem := problem or watch.explained(error, recipe, session.folder, step):
+        if problem := problem or launch.lost(error, recipe, step) or watch.explained(error, recipe, session.folder, step):
             raise RecipeError(problem) from error
         raise
     seconds = time.monotonic() - began
@@ -197,9 +200,12 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
 def _finish(session: Session, record: dict[str, Any]) -> None:
     """Verify, then move the result into place; run.json says `finished` only after that."""
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
-    if recipe.method == "lora" and (wrong := evaluate.untrained(trainer.accelerator.unwrap_model(trainer.model))):
-        do = "the adapter is not saved; look at the learning rate, the number of steps and whether these modules are used at all"
-        raise RecipeError(Problem(recipe.at("lora", "target_modules"), f"not learned: {listed(wrong)}", do))
+    sharded = session.plan.layout.sharded
+    if recipe.method == "lora" and not sharded:
+        _learned(recipe, evaluate.untrained(trainer.accelerator.unwrap_model(trainer.model)))
+    if sharded:  # only now are the weights where they can be used
+        with start.base_of(trainer.model):
+            record["probes"] = {"before": evaluate.probes(trainer.model, session.tokenizer, recipe)}
     record["probes"]["after"] = evaluate.probes(trainer.model, session.tokenizer, recipe)
     provenance = None if recipe.whole else _provenance(session)
     final = folder.result(recipe.method)
@@ -209,6 +215,8 @@ def _finish(session: Session, record: dict[str, Any]) -> None:
     PartialState().wait_for_everyone()
     trainer.save_model(str(temporary))
     if PartialState().is_main_process:
+        if sharded:
+            _learned(recipe, evaluate.incomplete(temporary, session.plan.facts["model"]["trainable"]))
         start.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths; recipe.yaml says the same
         record |= {"status": "finished", "ended": now()}
@@ -222,6 +230,13 @@ def _finish(session: Session, record: dict[str, Any]) -> None:
         watch.draw(folder)
         folder.write_record(record)
         shutil.rmtree(folder.replaced, ignore_errors=True)
+
+
+def _learned(recipe: Recipe, wrong: list[str]) -> None:
+    """RecipeError when there is something `wrong` with A or B."""
+    if wrong:
+        do = "the adapter is not saved; look at the learning rate, the number of steps and whether these modules are used at all"
+        raise RecipeError(Problem(recipe.at("lora", "target_modules"), f"not learned: {listed(wrong)}", do))
 
 
 def _provenance(session: Session) -> Provenance:

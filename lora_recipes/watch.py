@@ -50,7 +50,7 @@ class Record(TrainerCallback):
 
     def __init__(self, folder: RunFolder, checkpoint: Path | None):
         self.file = folder.metrics
-        if checkpoint and self.file.is_file():
+        if checkpoint and self.file.is_file() and PartialState().is_main_process:
             step = int(checkpoint.name.split("-")[1])
             kept = [log for log in logged(self.file) if log["step"] <= step]
             self.file.write_text("".join(f"{json.dumps(log)}\n" for log in kept))

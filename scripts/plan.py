@@ -10,8 +10,13 @@ def main() -> int:
     """Parse, check the recipe before anything slow is imported, plan."""
     parser = cli.parser("Show what a recipe would train, without weights or GPU.")
     parser.add_argument(
-        "--devices", type=int, choices=range(1, 4097), metavar="N", default=1, help="number of processes to plan for (default: 1)"
+        "--devices",
+        type=int,
+        choices=range(1, 4097),
+        metavar="N",
+        help="number of processes to plan for (default: 1, or as --accelerate says)",
     )
+    parser.add_argument("--accelerate", metavar="NAME", help="plan for this file of configs/accelerate/ (or a path)")
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--fit", type=float, metavar="GB", help="which settings fit a card of GB x 10^9 bytes, fastest first, instead")
     parser.add_argument("--compare", action="store_true", help="the memory of full fine-tuning, LoRA and QLoRA, instead")
@@ -19,9 +24,14 @@ def main() -> int:
 
     def action() -> None:
         checked = recipe.load(given.recipe, given.overrides)
-        from lora_recipes import choices, fits, plan
+        from lora_recipes import choices, fits, layout, plan
 
-        made = plan.make(checked, given.outputs, given.devices)
+        chosen = layout.of(given.devices or 1)
+        if given.accelerate:
+            from lora_recipes import launch
+
+            chosen = launch.wanted([*launch.words(given.accelerate, given.devices), "scripts/train.py"])
+        made = plan.make(checked, given.outputs, chosen)
         if given.compare:
             print("\n".join(fits.comparison(choices.compare(checked, given.outputs, made.gate))))
         if given.fit:

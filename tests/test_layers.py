@@ -10,10 +10,10 @@ PACKAGE = ROOT / "lora_recipes"
 
 # From low to high; a module imports only those before it.
 FACTS = ["messages", "yamlfile", "check", "recipe", "contract", "weights", "adapter", "steps", "run", "provenance", "servable"]
-FACTS += ["fits", "resume", "rows", "data", "endpoint", "live", "vllm_command", "process", "serve", "chat"]
+FACTS += ["fits", "layout", "resume", "rows", "data", "endpoint", "live", "vllm_command", "process", "serve", "chat"]
 LIBRARY = ["variants", "bases", "freeze", "targets", "characters", "render", "vocabulary", "tokenizing", "peft_training", "rates"]
 LIBRARY += ["start", "build", "methods", "gate", "evaluate", "reference", "storages", "kernels", "fake", "rehearsal", "memory"]
-LIBRARY += ["choices", "plan", "watch", "card", "usage", "train", "merge"]
+LIBRARY += ["choices", "plan", "watch", "card", "usage", "launch", "train", "merge"]
 LIBRARY += ["attach", "evaluation", "combine"]
 ORDER = FACTS + LIBRARY
 ALLOWED = {name: set(ORDER[:i]) for i, name in enumerate(ORDER)}

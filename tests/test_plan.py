@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, SchedulerType
 
-from lora_recipes import build, contract, plan
+from lora_recipes import build, contract, layout, plan
 from lora_recipes import recipe as recipes
 from lora_recipes.messages import RecipeError
 
 
 def made(name: str, tmp_path, *overrides: str, devices: int = 1) -> plan.Plan:
-    return plan.make(recipes.load(str(name), overrides), tmp_path, devices)
+    return plan.make(recipes.load(str(name), overrides), tmp_path, layout.of(devices))
 
 
 @pytest.mark.parametrize("name", recipes.names())
