@@ -12,11 +12,12 @@ quoted = '$(subst ','\'',$(1))'
 named = $(foreach o,$(1),$(if $(call given,$(o)),--$(shell echo $(o) | tr A-Z_ a-z-) $(call quoted,$($(o)))))
 SERVE_OPTIONS = $(call named,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE MAX_LORA_RANK) $(if $(call on,DYNAMIC),--dynamic) $(if $(call on,DRY),--dry-run)
 COMBINE_OPTIONS = $(call named,NAME METHOD DENSITY SEED OUTPUTS BASE SVD_RANK) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(call on,FORCE),--force)
+ABLATE_OPTIONS = $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only $(ONLY)) $(if $(ON),--on $(ON)) $(if $(call on,DRY),--dry-run) $(if $(call on,REPORT),--report) $(if $(call on,FORCE),--force)
 LAYOUT = $(if $(ACCELERATE),--accelerate $(call quoted,$(ACCELERATE)))
 SERVE  := .venv-serve/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan memory train merge eval combine serve chat bench-serve compare test lint schema clean
+.PHONY: help setup setup-serve plan memory train ablate merge eval combine serve chat bench-serve compare test lint schema clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -44,6 +45,9 @@ memory: $(READY)  ## Llama-2 in full, by LoRA and by QLoRA: predicted memory bes
 
 train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere; ACCELERATE=ddp|fsdp2|zero2|zero3|multi_node on several devices, PROCESSES=n, LAUNCH="options")
 	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,RESUME),--resume) $(if $(call on,FORCE),--force) $(LAYOUT) $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(LAUNCH),--launch=$(call quoted,$(LAUNCH)))
+
+ablate: $(READY)  ## train every arm of ABLATION (or RECIPE with OVER="lora.r=2,4,8" SEEDS="1 2 3") and report (JOBS=2, ONLY="arm arm/s1", DRY=1, REPORT=1, FORCE=1, ON=slurm or skypilot writes files for a cluster)
+	@$(if $(ABLATION),$(if $(OVER),$(error ABLATION= has its own values: OVER= goes with RECIPE=)))$(if $(call given,RECIPE),$(if $(OVER),,$(error RECIPE= goes with OVER="lora.r=2,4,8"; an ablation names its own)))$(PY) scripts/ablate.py $(if $(OVER),$(RECIPE) $(OVER),$(or $(ABLATION),tiny_rank)) $(ABLATE_OPTIONS)
 
 merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1)
 	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force)

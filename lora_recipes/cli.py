@@ -31,14 +31,7 @@ def run(action: Callable[[], int | None], traceback: bool) -> int:
 
     A RecipeError (or an OSError) is printed and answered with 2, Ctrl-C with 130; all other errors are bugs and keep their traceback.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")  # DeepSpeed's calls, at every step
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every start that an optional CPU kernel is not installed
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)  # TRL's own name for it
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet()
     try:
         return action() or 0
     except RecipeError as error:
@@ -59,3 +52,15 @@ def run(action: Callable[[], int | None], traceback: bool) -> int:
         print(f"error: {error}\n    -> --traceback shows where", file=sys.stderr)
         return 2
     return 0
+
+
+def quiet() -> None:
+    """Settings that the libraries read when they are imported, so that only what matters is printed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every start that an optional CPU kernel is not installed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")  # DeepSpeed, at every step
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)  # TRL's own name for it
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -43,10 +43,16 @@ class Plan:
         return "\n".join([*self.lines, *(f"WARNING     {w}" for w in self.warnings)])
 
 
-def make(recipe: Recipe, outputs: Path, layout: Layout = SINGLE, network: bool = False) -> Plan:
+def make(
+    recipe: Recipe,
+    outputs: Path,
+    layout: Layout = SINGLE,
+    network: bool = False,
+    rows: Callable[[Recipe, Path, bool], Gate] = gate.pass_through,
+) -> Plan:
     """The plan of `recipe` on the processes of `layout`. RecipeError lists all that is wrong with its targets, its data and its numbers.
 
-    `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache.
+    `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache. `rows`: what gives the tokenised data.
     """
     raise_if(layouts.problems(layout, recipe))
     arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
@@ -56,7 +62,7 @@ def make(recipe: Recipe, outputs: Path, layout: Layout = SINGLE, network: bool =
         + _packing(model, recipe, arguments)
         + [*vocabulary.problems(recipe), *rates.problems(recipe, arguments), *start.warm_problems(recipe, outputs)]
     )
-    plan = Plan(gate.pass_through(recipe, outputs, network), layout)
+    plan = Plan(rows(recipe, outputs, network), layout)
     if plan.gate.counts.tokens is not None:
         raise_if(evaluate.problems(plan.gate.tokenizer, recipe))
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
@@ -80,12 +86,12 @@ def make(recipe: Recipe, outputs: Path, layout: Layout = SINGLE, network: bool =
     return plan
 
 
-def add_memory(plan: Plan, recipe: Recipe, outputs: Path, accelerator: bool = True) -> Memory:
+def add_memory(plan: Plan, recipe: Recipe, outputs: Path, accelerator: bool = True, found: Memory | None = None) -> Memory:
     """Add the predicted peak memory to the plan: on a GPU, or as it runs on this CPU.
 
-    It takes seconds for a model of billions of parameters, so it is asked for apart.
+    It takes seconds for a model of billions of parameters, so it is asked for apart; `found` where that was done before.
     """
-    found = memory.plan(recipe, outputs, plan.gate, cuda=accelerator)
+    found = found or memory.plan(recipe, outputs, plan.gate, cuda=accelerator)
     if plan.layout != SINGLE:
         assert plan.sizes
         sizes = replace(plan.sizes, trainable=found.trainable)

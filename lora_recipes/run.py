@@ -110,6 +110,17 @@ def replace_folder(temporary: Path, final: Path) -> None:
     temporary.rename(final)
 
 
+def logged(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that was cut off when the process was killed is left out."""
+    logs = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            logs.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return logs
+
+
 def now() -> str:
     """UTC, to the second, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

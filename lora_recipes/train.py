@@ -1,47 +1,42 @@
 """Train a recipe: plan, check, one SFTTrainer, verify, and leave a run folder. `make train RECIPE=x`."""
 
 import contextlib
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback
 
-from lora_recipes import adapter, bases, build, card, data, evaluate, launch, reference, servable, start, usage, watch
+from lora_recipes import bases, build, data, evaluate, gate, launch, reference, start, usage, watch
 from lora_recipes import plan as plans
+from lora_recipes.finish import Session, finish, report, say
 from lora_recipes.fits import Memory
-from lora_recipes.messages import Problem, RecipeError, listed, raise_if
+from lora_recipes.gate import Gate
+from lora_recipes.messages import Problem, RecipeError, raise_if
 from lora_recipes.plan import Plan
-from lora_recipes.provenance import Provenance, local
 from lora_recipes.recipe import Recipe
 from lora_recipes.resume import differences, may_start, newest_whole
-from lora_recipes.run import RunFolder, environment, make_folder, now, replace_folder, write
+from lora_recipes.run import RunFolder, environment, make_folder, now, write
 from lora_recipes.yamlfile import shown
 
 
-@dataclass
-class Session:
-    """One training run while it lasts."""
+@dataclass(frozen=True)
+class Shared:
+    """What runs of one process need not make anew (ablate): who gives the tokenised rows and the base, and the memory once planned."""
 
-    recipe: Recipe
-    outputs: Path
-    folder: RunFolder
-    plan: Plan
-    expected: Memory
-    trainer: Any  # trl.SFTTrainer, whose `model` is typed as optional
-    facts: dict[str, Any]
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer that the rows were made with."""
-        return self.plan.gate.tokenizer
+    rows: Callable[[Recipe, Path, bool], Gate] = gate.pass_through
+    model: Callable[[Recipe, Path], PreTrainedModel] = build.model
+    memory: Memory | None = None
 
 
-def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = False) -> dict[str, Any]:
+ALONE = Shared()
+
+
+def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = False, shared: Shared = ALONE) -> dict[str, Any]:
     """Train `recipe` into `outputs/<name>/` and return its run.json. RecipeError when anything is not as the recipe says.
 
     `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is assumed.
@@ -51,17 +46,17 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     PartialState(cpu=recipe.train.get("use_cpu", not torch.cuda.is_available()))  # joins the other processes, on the CPU too
     folder = RunFolder(outputs / recipe.name)
     may_start(folder, resume, force)
-    _base(recipe, outputs)
+    prepare_base(recipe, outputs)
     raise_if(start.warm_ready(recipe, outputs))
-    plan = plans.make(recipe, outputs, launch.planned(), network=True)
-    expected = plans.add_memory(plan, recipe, outputs, accelerator=torch.cuda.is_available())
+    plan = plans.make(recipe, outputs, launch.planned(), network=True, rows=shared.rows)
+    expected = plans.add_memory(plan, recipe, outputs, torch.cuda.is_available(), shared.memory)
     say(plan.text())
     if wrong := bases.contract_differences(recipe, outputs):
         do = "the plan describes another model: correct the contract, or name_or_path"
         raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
-    facts = _resume_facts(plan, recipe, outputs)
+    facts = resume_facts(plan, recipe, outputs)
     checkpoint = _checkpoint(folder, recipe, facts) if resume else None
-    arguments, base = build.sft_config(recipe, folder), build.model(recipe, outputs)
+    arguments, base = build.sft_config(recipe, folder), shared.model(recipe, outputs)
     callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe)]
     rows, steps = (plan.gate.train, plan.gate.evaluation), plan.facts["steps"]["total"]
     trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps, outputs)
@@ -74,7 +69,7 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
     say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
     try:
         record |= _run(session, checkpoint)
-        _finish(session, record)
+        finish(session, record)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what filled it
             _save(folder, record | {"status": "failed", "error": str(error) or type(error).__name__, "ended": now()})
@@ -84,14 +79,8 @@ def train(recipe: Recipe, outputs: Path, resume: bool = False, force: bool = Fal
             say(f"the run that was to be replaced is kept in {shown(folder.replaced)}/")
         raise
     if PartialState().is_main_process:
-        _report(session, record)
+        report(session, record)
     return record
-
-
-def say(text: str = "") -> None:
-    """Print on the first process only."""
-    if PartialState().is_main_process:
-        print(text, flush=True)
 
 
 def _save(folder: RunFolder, record: dict[str, Any]) -> None:
@@ -99,7 +88,7 @@ def _save(folder: RunFolder, record: dict[str, Any]) -> None:
         folder.write_record(record)
 
 
-def _base(recipe: Recipe, outputs: Path) -> None:
+def prepare_base(recipe: Recipe, outputs: Path) -> None:
     """Make what the recipe builds on: a random checkpoint from the contract, or the model of another recipe."""
     if recipe.model.get("weights") == "random":
         with PartialState().main_process_first():
@@ -122,7 +111,7 @@ def _base(recipe: Recipe, outputs: Path) -> None:
     say("\n")
 
 
-def _resume_facts(plan: Plan, recipe: Recipe, outputs: Path) -> dict[str, Any]:
+def resume_facts(plan: Plan, recipe: Recipe, outputs: Path) -> dict[str, Any]:
     """What a resumed run must find as it was, beyond the recipe."""
     return {
         "train data sha256": plan.facts["data"]["train"]["sha256"],
@@ -195,65 +184,3 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
     say(f"\n{peak.line(session.expected)}")
     steps, epochs = trainer.state.global_step, trainer.state.epoch
     return {"steps": steps, "epochs": epochs, "seconds": round(seconds, 2), "metrics": metrics, "memory": peak.facts(session.expected)}
-
-
-def _finish(session: Session, record: dict[str, Any]) -> None:
-    """Verify, then move the result into place; run.json says `finished` only after that."""
-    recipe, folder, trainer = session.recipe, session.folder, session.trainer
-    sharded = session.plan.layout.sharded
-    if recipe.method == "lora" and not sharded:
-        _learned(recipe, evaluate.untrained(trainer.accelerator.unwrap_model(trainer.model)))
-    if sharded:  # only now are the weights where they can be used
-        with start.base_of(trainer.model):
-            record["probes"] = {"before": evaluate.probes(trainer.model, session.tokenizer, recipe)}
-    record["probes"]["after"] = evaluate.probes(trainer.model, session.tokenizer, recipe)
-    provenance = None if recipe.whole else _provenance(session)
-    final = folder.result(recipe.method)
-    temporary = final.with_name(f".{final.name}.tmp")
-    if PartialState().is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
-    PartialState().wait_for_everyone()
-    trainer.save_model(str(temporary))
-    if PartialState().is_main_process:
-        if sharded:
-            _learned(recipe, evaluate.incomplete(temporary, session.plan.facts["model"]["trainable"]))
-        start.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
-        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths; recipe.yaml says the same
-        record |= {"status": "finished", "ended": now()}
-        record["result_bytes"] = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
-        card.write(temporary, recipe, record)
-        if provenance:
-            provenance.save(temporary)
-            faults = servable.check(adapter.read(temporary, anything=True), local(provenance.name_or_path, provenance.revision))
-            record["not_servable"] = [f"{fault.found}: {fault.do}" for fault in faults]
-        replace_folder(temporary, final)
-        watch.draw(folder)
-        folder.write_record(record)
-        shutil.rmtree(folder.replaced, ignore_errors=True)
-
-
-def _learned(recipe: Recipe, wrong: list[str]) -> None:
-    """RecipeError when there is something `wrong` with A or B."""
-    if wrong:
-        do = "the adapter is not saved; look at the learning rate, the number of steps and whether these modules are used at all"
-        raise RecipeError(Problem(recipe.at("lora", "target_modules"), f"not learned: {listed(wrong)}", do))
-
-
-def _provenance(session: Session) -> Provenance:
-    splits = session.plan.gate.splits
-    model, rows = session.trainer.accelerator.unwrap_model(session.trainer.model), splits["eval"].rows or splits["train"].rows
-    return reference.provenance(model, session.tokenizer, session.recipe, rows, session.outputs)
-
-
-def _report(session: Session, record: dict[str, Any]) -> None:
-    metrics = record["metrics"]
-    losses = [f"{name} {metrics[key]:.4f}" for name, key in (("train loss", "train_loss"), ("eval loss", "eval_loss")) if key in metrics]
-    say(f"\n{record['steps']} steps in {record['seconds']:.1f} s; {', '.join(losses)}")
-    if not session.recipe.whole:
-        say(f"every {'adapted module has finite, non-zero A and B' if session.recipe.method == 'lora' else 'trained tensor has changed'}")
-        faults = [f"WARNING     vLLM cannot serve it as it is: {fault}" for fault in record["not_servable"]]
-        say("\n".join(faults or ["the saved files pass vLLM's rules for adapters"]))
-    if lines := evaluate.table(record["probes"]["before"], record["probes"]["after"]):
-        say("\n" + "\n".join(lines))
-    final = session.folder.result(session.recipe.method)
-    say(f"\n{shown(final)}/  {record['result_bytes']:,} bytes;  beside it run.json, metrics.jsonl, loss.png, recipe.yaml")

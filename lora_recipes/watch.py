@@ -18,7 +18,7 @@ from lora_recipes.messages import Problem, RecipeError
 from lora_recipes.recipe import Recipe
 from lora_recipes.render import Example
 from lora_recipes.resume import newest_whole, seal
-from lora_recipes.run import RunFolder
+from lora_recipes.run import RunFolder, logged
 from lora_recipes.yamlfile import shown
 
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
@@ -112,17 +112,6 @@ def sha256(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], Example):
         value = [(e.input_ids, e.labels) for e in value]
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def logged(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that was cut off when the process was killed is left out."""
-    logs = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            logs.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return logs
 
 
 def accelerator() -> dict[str, Any]:

@@ -11,10 +11,11 @@ PACKAGE = ROOT / "lora_recipes"
 # From low to high; a module imports only those before it.
 FACTS = ["messages", "yamlfile", "check", "recipe", "contract", "weights", "adapter", "steps", "run", "provenance", "servable"]
 FACTS += ["fits", "layout", "resume", "rows", "data", "endpoint", "live", "vllm_command", "process", "serve", "chat"]
+FACTS += ["grid", "ablation", "interval", "figures", "report", "workers", "cluster"]
 LIBRARY = ["variants", "bases", "freeze", "targets", "characters", "render", "vocabulary", "tokenizing", "peft_training", "rates"]
 LIBRARY += ["start", "build", "methods", "gate", "evaluate", "reference", "storages", "kernels", "fake", "rehearsal", "memory"]
-LIBRARY += ["choices", "plan", "watch", "card", "usage", "launch", "train", "merge"]
-LIBRARY += ["attach", "evaluation", "combine"]
+LIBRARY += ["choices", "plan", "watch", "card", "usage", "launch", "finish", "train", "merge"]
+LIBRARY += ["shared", "arms", "ablate", "attach", "evaluation", "combine"]
 ORDER = FACTS + LIBRARY
 ALLOWED = {name: set(ORDER[:i]) for i, name in enumerate(ORDER)}
 ALLOWED |= {"__init__": set(), "cli": {"messages", "recipe"}, "schema": {"messages"}}
