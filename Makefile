@@ -71,7 +71,7 @@ compare: $(READY)  ## full, frozen or LoRA? on the tiny base, 5 seeds: docs/comp
 	@$(PY) benchmarks/compare.py
 
 test: $(READY) $(SERVE)  ## every test, on the CPU, without network; vLLM's where a build for this platform exists
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff check .

@@ -99,7 +99,10 @@ def _explained(error: Any) -> list[Fault]:
     if error.validator == "additionalProperties":
         return [((*key, word), *_unknown(word, key, limits["properties"])) for word in value if word not in limits["properties"]]
     if error.validator == "required":
-        return [_missing(key, name) for name in limits["required"] if name not in value]
+        # Without its peft_type nothing says which other keys `peft:` takes: then any type's are right.
+        fields = {field for part in limits.get("allOf", []) for field in part["then"]["properties"]}
+        strange = [((*key, word), "unknown key", f"did you mean {nearest(word, fields)}?") for word in value if fields and word not in fields]
+        return strange + [_missing(key, name) for name in limits["required"] if name not in value]
     if error.validator in _BOUNDS:
         found, do = _BOUNDS[error.validator]
         return [(key, f"{_said(value)} is {found}", do.format(error.validator_value))]

@@ -158,7 +158,8 @@ def _attached(attached: PeftModel, adapter: adapters.Adapter) -> int:
     if layers == 0 or layers != holds:
         found = f"PEFT attached {layers} modules, the adapter holds {holds}"
         raise RecipeError(Problem(shown(adapter.path), found, "the adapter does not fit this base"))
-    if lost := set(adapter.tensors) - set(get_peft_model_state_dict(attached, save_embedding_layers=False)):
+    saved = {name for name in adapter.tensors if ".base_layer." not in name}  # PEFT saves an adapted embedding whole beside its A and B
+    if lost := saved - set(get_peft_model_state_dict(attached, save_embedding_layers=False)):
         found = f"PEFT did not attach {listed(sorted(lost), 3)}"
         raise RecipeError(Problem(shown(adapter.path), found, "the adapter does not fit this base"))
     return layers

@@ -42,3 +42,9 @@ def trained(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("outputs")
     train(recipes.load("tiny_facts"), outputs)
     return outputs
+
+
+def pytest_collection_modifyitems(items):
+    """The slow files first: of two processes none should be left with all of them at the end."""
+    slow = ["test_serve", "test_ablate", "test_methods", "test_launch", "test_memory", "test_train", "test_combine"]
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))

@@ -224,3 +224,20 @@ def test_random_weights_can_be_made_from_every_contract(name):
 def test_the_plan_holds_the_resolved_recipe(tmp_path):
     planned = made("tiny_facts", tmp_path, "lora.r=2")
     assert planned.facts["resolved"]["lora"]["r"] == 2 and "  r: 2\n" in planned.text()
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("tiny_dora", 0, 5), ("tiny_full", -5, 50), ("tiny_pissa", 0, 1)])
+def test_the_memory_of_a_method_stands_beside_that_of_plain_lora(name, least, most, tmp_path):
+    recipe = recipes.load(name)
+    planned = plan.make(recipe, tmp_path)
+    plan.beside_lora(planned, recipe, tmp_path, plan.add_memory(planned, recipe, tmp_path))
+    facts = planned.facts["memory"]
+    assert least <= 100 * (facts["peak_bytes"] / facts["lora_peak_bytes"] - 1) <= most
+    assert "with LoRA   peak" in planned.text()
+
+
+def test_plain_lora_is_not_compared_with_itself(tmp_path):
+    recipe = recipes.load("tiny_lora")
+    planned = plan.make(recipe, tmp_path)
+    plan.beside_lora(planned, recipe, tmp_path, plan.add_memory(planned, recipe, tmp_path))
+    assert "with LoRA" not in planned.text() and "lora_peak_bytes" not in planned.facts["memory"]

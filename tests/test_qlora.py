@@ -59,7 +59,7 @@ def test_the_adapter_trains_in_float32_unless_asked_otherwise(trained, tmp_path,
 
 
 def test_full_fine_tuning_of_4_bit_weights_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"model\.quantize: 4-bit weights are frozen, full: trains them all"):
+    with pytest.raises(RecipeError, match=r"model\.quantize: 4-bit weights are frozen, full: trains them"):
         plan.make(recipes.load("tiny_base", ["model.quantize=nf4"]), tmp_path)
 
 
