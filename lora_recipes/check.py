@@ -101,7 +101,8 @@ def _explained(error: Any) -> list[Fault]:
     if error.validator == "required":
         # Without its peft_type nothing says which other keys `peft:` takes: then any type's are right.
         fields = {field for part in limits.get("allOf", []) for field in part["then"]["properties"]}
-        strange = [((*key, word), "unknown key", f"did you mean {nearest(word, fields)}?") for word in value if fields and word not in fields]
+        unknown = [word for word in value if fields and word not in fields]
+        strange = [((*key, word), "unknown key", f"did you mean {nearest(word, fields)}?") for word in unknown]
         return strange + [_missing(key, name) for name in limits["required"] if name not in value]
     if error.validator in _BOUNDS:
         found, do = _BOUNDS[error.validator]

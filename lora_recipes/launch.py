@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from lora_recipes import layout
 from lora_recipes.layout import Layout
 from lora_recipes.messages import Problem, RecipeError, nearest
-from lora_recipes.recipe import ROOT, Recipe, rooted
+from lora_recipes.recipe import ROOT, Recipe
 from lora_recipes.run import RunFolder, now
 
 FILES = ROOT / "configs" / "accelerate"
@@ -57,8 +57,9 @@ def parsed(given: list[str]) -> Namespace:
         options, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
     except (ValueError, OSError) as error:
         raise RecipeError(Problem(f"accelerate launch {shlex.join(given)}", f"accelerate refuses it: {error}")) from None
-    if options.deepspeed_config_file:
-        options.deepspeed_config_file = str(rooted(options.deepspeed_config_file))
+    if options.deepspeed_config_file and not Path(options.deepspeed_config_file).is_file():
+        found = f"{options.deepspeed_config_file} is not there, seen from {Path.cwd()}"
+        raise RecipeError(Problem(f"accelerate launch {shlex.join(given)}", found, "run it in the repository's root"))
     return options  # type: ignore[no-any-return]
 
 
