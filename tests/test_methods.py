@@ -277,7 +277,7 @@ def corrections(trained):
 
 @pytest.mark.parametrize("name", INITIALISATIONS)
 def test_a_lora_variant_gives_on_the_untouched_base_what_was_trained(run, trained, corrections, tmp_path, name):
-    record, folder = run("lora", corrections | INITIALISATIONS[name], name=name)
+    record, folder = run("lora", corrections | INITIALISATIONS[name], name=f"method_{name}")
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert saved["r"] == (8 if name in TAKES_FROM_BASE else 4)
     assert record["plan"]["model"]["trainable"] == 4096 + (512 if name == "dora" else 0)
