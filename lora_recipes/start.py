@@ -132,6 +132,15 @@ def warm(model: torch.nn.Module, folder: Path) -> dict[str, float]:
     return errors
 
 
+def lost(model: Any) -> dict[str, Any]:
+    """How much of the update a warm start leaves out: |delta - s B A| / |delta|, the `mean` of all modules and the `worst`. Else empty."""
+    start: Start | None = getattr(model, "lora_start", None)
+    if start is None or not start.errors:
+        return {}
+    module, worst = max(start.errors.items(), key=lambda item: item[1])
+    return {"mean": sum(start.errors.values()) / len(start.errors), "worst": worst, "module": module}
+
+
 def warm_problems(recipe: Recipe, outputs: Path) -> list[Problem]:
     """A warm start that is not of this base, or not there. Nothing without the section."""
     if "warm_start" not in recipe.sections:

@@ -145,6 +145,9 @@ def _begin(session: Session) -> dict[str, Any]:
     record = {"status": "running", "recipe": recipe.name, "started": now(), **environment(), "base": base, "plan": session.plan.facts}
     record["hardware"] |= {"device": str(trainer.args.device), "processes": PartialState().num_processes, **watch.accelerator()}
     record |= {"resume_facts": session.facts, "warnings": session.plan.warnings}
+    if lost := start.lost(trainer.model):
+        record["warm_start"] = lost
+        say(f"\nwarm start  A and B leave out {lost['mean']:.1%} of the update (mean of modules; {lost['worst']:.1%} of {lost['module']})")
     if not session.plan.layout.sharded:
         trainer.model.to(trainer.args.device)  # DeepSpeed would do it later
         record["probes"] = {"before": evaluate.probes(trainer.model, session.tokenizer, recipe)}

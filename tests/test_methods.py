@@ -385,7 +385,7 @@ def test_a_warm_start_is_the_best_part_of_the_update(trained, write_recipe):
             assert model.lora_start.errors[name] == pytest.approx(tail, abs=1e-6)
             assert (0.01 < tail < 0.9) if rank == 4 else tail == 0
     record = train(recipes.load(str(path)), trained)
-    assert record["not_servable"] == []
+    assert record["not_servable"] == [] and record["warm_start"]["worst"] == max(model.lora_start.errors.values())
 
 
 @pytest.mark.parametrize(
