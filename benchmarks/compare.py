@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a second thread o
 import matplotlib
 import yaml
 
-from lora_recipes import check
+from lora_recipes import check, interval
 from lora_recipes import recipe as recipes
 from lora_recipes.evaluation import evaluation
 from lora_recipes.recipe import ROOT
@@ -46,7 +46,6 @@ PAIR = (
     "Die Katze schl\u00e4ft auf dem",
     "Der Hund schl\u00e4ft in dem",
 )  # a corrected sentence, and the kept one most like it
-T = 2.776  # Student's t, 97.5 %, 4 degrees of freedom: five seeds
 
 
 def arms() -> dict[str, dict[str, Any]]:
@@ -117,8 +116,9 @@ def chosen(tried: list[dict[str, Any]]) -> float:
 
 def mean(runs: list[dict[str, Any]], key: str) -> tuple[float, float]:
     """Mean and half of the 95 % interval over the seeds."""
-    values = [done[key] for done in runs]
-    return statistics.fmean(values), T * statistics.stdev(values) / len(values) ** 0.5
+    found = interval.mean([done[key] for done in runs])
+    assert found.half is not None, "there is more than one seed"
+    return found.value, found.half
 
 
 def measure() -> dict[str, Any]:

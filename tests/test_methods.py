@@ -519,3 +519,9 @@ def test_the_table_of_methods_is_what_the_plan_says(tmp_path, row):
 def test_the_table_of_methods_has_every_recipe_of_methods_and_every_peft_type():
     assert {row[0] for row in rows_of_the_table()} == {file.stem for file in (recipes.RECIPES / "methods").glob("*.yaml")}
     assert {recipes.load(row[0]).peft.get("peft_type") for row in rows_of_the_table()} - {None} == set(schema.PEFT_TYPES) == set(OTHERS)
+
+
+def test_the_shipped_recipe_of_new_tokens_teaches_its_words(trained):
+    record = train(recipes.load("tiny_new_tokens"), trained, force=True)
+    assert not any("no training row" in warning for warning in record["warnings"])
+    assert [p["top"][0][0] for p in record["probes"]["after"]] == ["Strandkorb", "Helgoland"]
