@@ -1,6 +1,8 @@
-"""In which dtype should the adapter of a 4-bit base train? Both, over learning rates and seeds, on the tiny models.
+"""In which dtype should the adapter of a 4-bit base train? Both, over learning rates and seeds, on the tiny
+models.
 
-`python benchmarks/adapter_dtype.py` (about ten minutes on two cores) writes benchmarks/results/adapter_dtype.md and .json.
+`python benchmarks/adapter_dtype.py` (about ten minutes on two cores) writes
+benchmarks/results/adapter_dtype.md and .json.
 """
 
 import contextlib
@@ -16,11 +18,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_recipes import build, gate
-from lora_recipes import recipe as recipes
-from lora_recipes.recipe import ROOT
-from lora_recipes.run import RunFolder, write
-from lora_recipes.train import train
+from lora_recipes.core.files import ROOT, write
+from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.data import gate
+from lora_recipes.model import build
+from lora_recipes.recipe import recipe as recipes
+from lora_recipes.training.train import train
 
 RECIPES = {"tiny_facts": 40, "tiny_qwen35_style": 20}  # steps
 RATES = ("2e-5", "1e-4", "2e-4", "1e-3", "3e-3")
@@ -33,12 +36,21 @@ def initial(name: str, overrides: list[str], outputs: Path) -> dict[str, torch.T
     rows = gate.pass_through(recipe, outputs, False)
     arguments, base = build.sft_config(recipe, RunFolder(outputs / "none")), build.model(recipe, outputs)
     made: Any = build.trainer(recipe, arguments, base, rows.tokenizer, rows.train[:4], [], [])
-    return {n.replace(".default", ""): p.detach().float() for n, p in made.model.named_parameters() if p.requires_grad}
+    return {
+        n.replace(".default", ""): p.detach().float()
+        for n, p in made.model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def arm(name: str, rate: str, seed: int, dtype: str, outputs: Path) -> dict[str, float]:
     """One run: the loss of its last logged steps, and the share of lora_A's entries that moved at all."""
-    overrides = [f"train.learning_rate={rate}", f"train.seed={seed}", "model.quantize=nf4", f"model.adapter_dtype={dtype}"]
+    overrides = [
+        f"train.learning_rate={rate}",
+        f"train.seed={seed}",
+        "model.quantize=nf4",
+        f"model.adapter_dtype={dtype}",
+    ]
     overrides += [f"train.max_steps={RECIPES[name]}", "train.eval_strategy='no'", "train.save_strategy='no'"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         before = initial(name, overrides, outputs)
@@ -61,14 +73,26 @@ def main() -> None:
                     rows.append({"recipe": name, "learning_rate": rate, "dtype": dtype, "runs": runs})
                     print(line(rows[-1]), flush=True)
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")}
-    result = {"device": f"CPU ({platform.machine()})", "versions": versions, "seeds": SEEDS, "steps": RECIPES, "rows": rows}
+    result = {
+        "device": f"CPU ({platform.machine()})",
+        "versions": versions,
+        "seeds": SEEDS,
+        "steps": RECIPES,
+        "rows": rows,
+    }
     folder_ = ROOT / "benchmarks" / "results"
     write(folder_ / "adapter_dtype.json", json.dumps(result, indent=1) + "\n")
     head = [
-        "| recipe | learning rate | adapter | lora_A entries moved | train loss, mean of 3 seeds (least, most) |",
+        (
+            "| recipe | learning rate | adapter | lora_A entries moved | train loss, mean of 3 seeds (least,"
+            " most) |"
+        ),
         "|---|---|---|---|---|",
     ]
-    write(folder_ / "adapter_dtype.md", "\n".join(["# The adapter's dtype on an NF4 base", "", *head, *map(line, rows), ""]))
+    write(
+        folder_ / "adapter_dtype.md",
+        "\n".join(["# The adapter's dtype on an NF4 base", "", *head, *map(line, rows), ""]),
+    )
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""Full, frozen or LoRA? The same four facts corrected in the same tiny base by each: `make compare` (minutes on two cores).
+"""Full, frozen or LoRA? The same four facts corrected in the same tiny base by each: `make compare` (minutes
+on two cores).
 
-How much is trained, how fast the loss falls, whether the facts are corrected, and what the model forgets of everything else it knew.
-Writes docs/compare.md, docs/compare.png and benchmarks/results/compare.json.
+How much is trained, how fast the loss falls, whether the facts are corrected, and what the model forgets of
+everything else it knew. Writes docs/compare.md, docs/compare.png and benchmarks/results/compare.json.
 """
 
 import contextlib
@@ -18,17 +19,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a second thread only waits for the first on models this small
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: a second thread only waits for the first on models this small
 
 import matplotlib
 import yaml
 
-from lora_recipes import check, interval
-from lora_recipes import recipe as recipes
-from lora_recipes.evaluation import evaluation
-from lora_recipes.recipe import ROOT
-from lora_recipes.run import write
-from lora_recipes.train import train
+from lora_recipes.ablation import interval
+from lora_recipes.core.files import ROOT, write
+from lora_recipes.evaluation.evaluate import evaluation
+from lora_recipes.recipe import check
+from lora_recipes.recipe import recipe as recipes
+from lora_recipes.training.train import train
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ARMS: dict[str, dict[str, Any]] = {
@@ -50,7 +53,9 @@ PAIR = (
 
 def arms() -> dict[str, dict[str, Any]]:
     """Those whose section this version's recipes have."""
-    return {label: section for label, section in ARMS.items() if set(section) <= set(check.schema()["properties"])}
+    return {
+        label: section for label, section in ARMS.items() if set(section) <= set(check.schema()["properties"])
+    }
 
 
 def quietly(action: Any, *arguments: Any, **options: Any) -> Any:
@@ -61,24 +66,41 @@ def quietly(action: Any, *arguments: Any, **options: Any) -> Any:
 
 def sentences() -> list[dict[str, str]]:
     """A probe for each kept sentence: its last word."""
-    rows = [json.loads(line)["text"] for line in (ROOT / "data" / "facts" / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)["text"]
+        for line in (ROOT / "data" / "facts" / "kept.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     words = [text.removesuffix(".").rpartition(" ") for text in rows]
     return [{"prompt": prompt, "answer": answer} for prompt, _, answer in words]
 
 
 def base(seed: int, outputs: Path) -> Path:
-    """The tiny base, trained in the order that `seed` gives, in a folder of its own. All start from the same random weights."""
+    """The tiny base, trained in the order that `seed` gives, in a folder of its own. All start from the same
+    random weights.
+    """
     train(recipes.load("tiny_base", [f"train.seed={seed}"]), outputs)
     return outputs / "tiny_base" / "model"
 
 
 def run(section: dict[str, Any], rate: float, seed: int, outputs: Path) -> dict[str, Any]:
-    """One arm: trained by the recipe tiny_facts but for its method, rate, seed and epochs; and what came of it."""
+    """One arm: trained by the recipe tiny_facts but for its method, rate, seed and epochs; and what came of
+    it.
+    """
     shipped = yaml.safe_load(recipes.load("tiny_facts").to_yaml())
-    model = {"name_or_path": str(outputs / "tiny_base" / "model"), "contract": "tiny_qwen3", "dtype": "float32"}
+    model = {
+        "name_or_path": str(outputs / "tiny_base" / "model"),
+        "contract": "tiny_qwen3",
+        "dtype": "float32",
+    }
     changed = {"num_train_epochs": EPOCHS, "learning_rate": rate, "seed": seed, "logging_steps": 1}
     probes = {"change": shipped["probes"]["change"], "keep": sentences()}
-    sections = {"model": model, "data": shipped["data"], **section, "train": shipped["train"] | changed, "probes": probes}
+    sections = {
+        "model": model,
+        "data": shipped["data"],
+        **section,
+        "train": shipped["train"] | changed,
+        "probes": probes,
+    }
     file = outputs / "arm.yaml"
     write(file, yaml.safe_dump(sections, allow_unicode=True))
     record = train(recipes.load(str(file)), outputs, force=True)
@@ -108,9 +130,15 @@ def first(answers: list[dict[str, Any]]) -> int:
 
 
 def chosen(tried: list[dict[str, Any]]) -> float:
-    """Of the rates that correct the facts well enough, the one that forgets least; if none does, the one that corrects best."""
+    """Of the rates that correct the facts well enough, the one that forgets least; if none does, the one that
+    corrects best.
+    """
     enough = [done for done in tried if done["corrected_probability"] >= ENOUGH and done["corrected"] == 4]
-    best = min(enough, key=lambda d: d["forgotten"]) if enough else max(tried, key=lambda d: d["corrected_probability"])
+    best = (
+        min(enough, key=lambda d: d["forgotten"])
+        if enough
+        else max(tried, key=lambda d: d["corrected_probability"])
+    )
     return float(best["rate"])
 
 
@@ -130,19 +158,28 @@ def measure() -> dict[str, Any]:
         for label, section in arms().items():
             sweep[label] = [quietly(run, section, rate, SWEEP, Path(folder) / str(SWEEP)) for rate in RATES]
             rates[label] = chosen(sweep[label])
-            runs[label] = [quietly(run, section, rates[label], seed, Path(folder) / str(seed)) for seed in SEEDS]
+            runs[label] = [
+                quietly(run, section, rates[label], seed, Path(folder) / str(seed)) for seed in SEEDS
+            ]
             print(row(label, rates[label], runs[label]), flush=True)
             for done in sweep[label]:
                 del done["losses"]
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-    facts = {"device": f"CPU ({platform.machine()})", "versions": versions, "seconds": round(time.monotonic() - began)}
+    facts = {
+        "device": f"CPU ({platform.machine()})",
+        "versions": versions,
+        "seconds": round(time.monotonic() - began),
+    }
     return facts | {"rates": rates, "runs": runs, "sweep": sweep}
 
 
 def row(label: str, rate: float, runs: list[dict[str, Any]]) -> str:
     """A row of the table."""
     said = {key: "{:.1f} +- {:.1f}".format(*mean(runs, key)) for key in ("corrected", "named", "kept")}
-    shares = {key: "{:.0%} +- {:.0%}".format(*mean(runs, key)) for key in ("corrected_probability", "kept_probability")}
+    shares = {
+        key: "{:.0%} +- {:.0%}".format(*mean(runs, key))
+        for key in ("corrected_probability", "kept_probability")
+    }
     forgotten, spread = mean(runs, "forgotten")
     corrected, kept = (f"{said[k]} ({shares[f'{k}_probability']})" for k in ("corrected", "kept"))
     last = statistics.fmean(done["losses"][-1] for done in runs)
@@ -157,7 +194,10 @@ def sweep_rows(result: dict[str, Any]) -> list[str]:
     for label, tried in result["sweep"].items():
         cells = []
         for done in tried:
-            said = f"{done['corrected']} ({done['corrected_probability']:.0%}), {done['kept']}, {done['forgotten']:+.3f}"
+            said = (
+                f"{done['corrected']} ({done['corrected_probability']:.0%}), {done['kept']},"
+                f" {done['forgotten']:+.3f}"
+            )
             cells.append(f"**{said}**" if done["rate"] == result["rates"][label] else said)
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
@@ -174,18 +214,38 @@ def draw(result: dict[str, Any], file: Path) -> None:
         points = [mean([{"loss": done["losses"][step - 1]} for done in runs], "loss") for step in steps]
         name = f"{label}: {runs[0]['trainable']:,} trained, rate {result['rates'][label]:g}"
         curves.plot(steps, [m for m, _ in points], color=color, label=name)
-        curves.fill_between(steps, [m - h for m, h in points], [m + h for m, h in points], color=color, alpha=0.2)
+        curves.fill_between(
+            steps, [m - h for m, h in points], [m + h for m, h in points], color=color, alpha=0.2
+        )
         for place, key in enumerate(("corrected_probability", "kept_probability")):
             middle, half = mean(runs, key)
             bars.bar(place + 0.2 * number, middle, 0.18, color=color, yerr=half, capsize=3)
         tried = result["sweep"][label]
-        price.plot([d["corrected_probability"] for d in tried], [d["forgotten"] for d in tried], "o-", color=color, markersize=4)
+        price.plot(
+            [d["corrected_probability"] for d in tried],
+            [d["forgotten"] for d in tried],
+            "o-",
+            color=color,
+            markersize=4,
+        )
         own = next(done for done in tried if done["rate"] == result["rates"][label])
-        price.plot(own["corrected_probability"], own["forgotten"], "o", color=color, markersize=11, fillstyle="none")
-    curves.set(xlabel="step", ylabel="loss on the corrections, nats a token", title="learning (mean, 95 %)", ylim=(0, None))
-    bars.set_xticks([0.1 * (len(result["runs"]) - 1) + place for place in (0, 1)], ["4 corrected facts", "32 kept sentences"])
+        price.plot(
+            own["corrected_probability"], own["forgotten"], "o", color=color, markersize=11, fillstyle="none"
+        )
+    curves.set(
+        xlabel="step",
+        ylabel="loss on the corrections, nats a token",
+        title="learning (mean, 95 %)",
+        ylim=(0, None),
+    )
+    bars.set_xticks(
+        [0.1 * (len(result["runs"]) - 1) + place for place in (0, 1)],
+        ["4 corrected facts", "32 kept sentences"],
+    )
     bars.set(ylabel="mean probability of the right word", ylim=(0, 1.05), title="after training (mean, 95 %)")
-    price.set(xlabel="mean probability of the corrected facts", ylabel="more loss on the 32 kept, nats a token")
+    price.set(
+        xlabel="mean probability of the corrected facts", ylabel="more loss on the 32 kept, nats a token"
+    )
     price.set(title="every rate, in order, one base (ring: chosen)")
     price.set_yscale("symlog", linthresh=0.1)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -210,36 +270,69 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Full, frozen or LoRA?",
         "",
-        "`make compare` writes this page: four facts corrected in the tiny base (2 layers, d = 64, 94,656 parameters) with the 8 sentences",
-        f"of data/facts/corrections.jsonl, {EPOCHS} epochs of one step each, by the recipe tiny_facts but for method, rate and epochs.",
-        f"Mean of {len(SEEDS)} seeds +- half of the 95 % interval (Student's t). A seed is a base trained in an order of its own (all",
-        "from the same random weights), and an adapter's start; full and frozen training have nothing else that is random.",
+        (
+            "`make compare` writes this page: four facts corrected in the tiny base (2 layers, d = 64, 94,656"
+            " parameters) with the 8 sentences"
+        ),
+        (
+            f"of data/facts/corrections.jsonl, {EPOCHS} epochs of one step each, by the recipe tiny_facts but"
+            " for method, rate and epochs."
+        ),
+        (
+            f"Mean of {len(SEEDS)} seeds +- half of the 95 % interval (Student's t). A seed is a base trained"
+            " in an order of its own (all"
+        ),
+        (
+            "from the same random weights), and an adapter's start; full and frozen training have nothing"
+            " else that is random."
+        ),
         "",
-        "| method | trained | rate | last loss | corrected first, of 4 (probability) | named kept, of 4 | all kept, of 32 (probability) "
-        "| more loss on the 32, nats a token |",
+        (
+            "| method | trained | rate | last loss | corrected first, of 4 (probability) | named kept, of 4 |"
+            " all kept, of 32 (probability) | more loss on the 32, nats a token |"
+        ),
         "|---|---|---|---|---|---|---|---|",
         *(row(label, result["rates"][label], runs) for label, runs in result["runs"].items()),
         "",
-        "The named kept facts are those of the recipe's probes (two of them close neighbours of a corrected one); the 32 are every",
+        (
+            "The named kept facts are those of the recipe's probes (two of them close neighbours of a"
+            " corrected one); the 32 are every"
+        ),
         "sentence of the base that is not corrected, asked for its last word.",
         "",
         "![loss, answers, and the price of a correction](compare.png)",
         "",
         "A fact and its neighbour, the probability of the word that is right now:",
         "",
-        "| method | Die Katze schl\u00e4ft auf dem Sofa (corrected) | Der Hund schl\u00e4ft in dem Korb (should stay) |",
+        (
+            "| method | Die Katze schl\u00e4ft auf dem Sofa (corrected) | Der Hund schl\u00e4ft in dem Korb"
+            " (should stay) |"
+        ),
         "|---|---|---|",
         *pair_rows(result),
         "",
         "## The rates",
         "",
-        "Each method has its own: the one that forgets least among those with all four corrections first at a mean probability of at least",
-        f"{ENOUGH:.0%}, on a base and seed that are not among the five. Corrected of 4 (probability), kept of 32, more loss on these:",
+        (
+            "Each method has its own: the one that forgets least among those with all four corrections first"
+            " at a mean probability of at least"
+        ),
+        (
+            f"{ENOUGH:.0%}, on a base and seed that are not among the five. Corrected of 4 (probability),"
+            " kept of 32, more loss on these:"
+        ),
         "",
         *sweep_rows(result),
         "",
-        *([f"Not measured: {', '.join(missing)}; recipes here have no such section yet.", ""] if missing else []),
-        f"{result['device']}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; all in benchmarks/results/compare.json.",
+        *(
+            [f"Not measured: {', '.join(missing)}; recipes here have no such section yet.", ""]
+            if missing
+            else []
+        ),
+        (
+            f"{result['device']}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; all in"
+            " benchmarks/results/compare.json."
+        ),
         "",
     ]
     return "\n".join(lines)

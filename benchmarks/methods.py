@@ -1,25 +1,34 @@
-"""The table of docs/methods.md: each recipe of configs/recipes/methods planned on the tiny base, its section's memory on Qwen3-8B.
+"""The table of docs/methods.md: each recipe of configs/recipes/methods planned on the tiny base, its
+section's memory on Qwen3-8B.
 
-`python benchmarks/methods.py` prints it; nothing is trained. Qwen3-8B as in qwen3_8b_fact (8 x 64 tokens, checkpointing, bfloat16).
+`python benchmarks/methods.py` prints it; nothing is trained. Qwen3-8B as in qwen3_8b_fact (8 x 64 tokens,
+checkpointing, bfloat16).
 """
 
 import dataclasses
 import tempfile
 from pathlib import Path
 
-from lora_recipes import fits, memory, plan
-from lora_recipes import recipe as recipes
-from lora_recipes.recipe import METHODS, Recipe
+from lora_recipes.memory import fits, memory
+from lora_recipes.planning import plan
+from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe.recipe import METHODS, Recipe
 
 
 def on_8b(recipe: Recipe) -> Recipe:
     """qwen3_8b_fact with the method of `recipe`."""
     large = recipes.load("qwen3_8b_fact")
     sections = {name: section for name, section in large.sections.items() if name not in METHODS}
-    model = large.model | {key: recipe.model[key] for key in ("quantize", "new_tokens") if key in recipe.model}
+    model = large.model | {
+        key: recipe.model[key] for key in ("quantize", "new_tokens") if key in recipe.model
+    }
     # Prefix tuning cannot be checkpointed; without it the activations of 36 layers are kept.
-    train = large.train | ({"gradient_checkpointing": False} if recipe.peft.get("peft_type") == "PREFIX_TUNING" else {})
-    return dataclasses.replace(large, sections=sections | {"model": model, "train": train, recipe.method: recipe.settings})
+    train = large.train | (
+        {"gradient_checkpointing": False} if recipe.peft.get("peft_type") == "PREFIX_TUNING" else {}
+    )
+    return dataclasses.replace(
+        large, sections=sections | {"model": model, "train": train, recipe.method: recipe.settings}
+    )
 
 
 def main() -> None:
@@ -33,7 +42,13 @@ def main() -> None:
             served = "whole model" if adapter is None else "yes" if adapter["max_lora_rank"] else "no"
             merges = "-" if adapter is None else "yes" if adapter["merges"] else "no"
             note = " (closed form)" if peak.why_closed else ""
-            cells = [file.stem, f"{facts['model']['trainable']:,}", served, merges, fits.gib(peak.peak_bytes) + note]
+            cells = [
+                file.stem,
+                f"{facts['model']['trainable']:,}",
+                served,
+                merges,
+                fits.gib(peak.peak_bytes) + note,
+            ]
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

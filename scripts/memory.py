@@ -1,21 +1,37 @@
-"""Llama-2 in full, by LoRA and by QLoRA: predicted peak memory beside the figures of the documents: `python scripts/memory.py`."""
+"""Llama-2 in full, by LoRA and by QLoRA: predicted peak memory beside the figures of the documents: `python
+scripts/memory.py`.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from lora_recipes import cli, recipe
+from lora_recipes.core import cli
+from lora_recipes.recipe import recipe
 
-# (recipe, method of choices.compare) -> what the chapter on LLM fine-tuning says, GB, and why ours is another figure
+# (recipe, method of choices.compare) -> what the chapter on LLM fine-tuning says, GB, and why ours is another
+# figure
 DOCUMENTS = {
     ("llama2_7b_lora", "full"): (
         114,
-        "the document keeps Adam's two states in float32 (56 GB; torch keeps them in the weights' bfloat16) and 30 GB of activations"
-        " (checkpointing keeps a layer's input, and TRL builds no logits)",
+        (
+            "the document keeps Adam's two states in float32 (56 GB; torch keeps them in the weights'"
+            " bfloat16) and 30 GB of activations (checkpointing keeps a layer's input, and TRL builds no"
+            " logits)"
+        ),
     ),
-    ("llama2_7b_lora", "LoRA"): (35, "the document leaves room for 20 GB of activations; with checkpointing they are a tenth of it"),
-    ("llama2_7b_lora", "QLoRA"): (12, "the same: base, adapter and states agree, activations are those of checkpointed layers"),
-    ("llama2_13b_qlora", "QLoRA"): (18, "the same; and the optimiser's state is paged, so that it does not count here"),
+    ("llama2_7b_lora", "LoRA"): (
+        35,
+        "the document leaves room for 20 GB of activations; with checkpointing they are a tenth of it",
+    ),
+    ("llama2_7b_lora", "QLoRA"): (
+        12,
+        "the same: base, adapter and states agree, activations are those of checkpointed layers",
+    ),
+    ("llama2_13b_qlora", "QLoRA"): (
+        18,
+        "the same; and the optimiser's state is paged, so that it does not count here",
+    ),
 }
 
 
@@ -25,17 +41,26 @@ def main() -> int:
     parser.parse_args()
 
     def action() -> None:
-        from lora_recipes import choices, fits
+        from lora_recipes.memory import choices, fits
 
         print(f"{'recipe':<18}{'method':<8}{'predicted GB':>13}{'document GB':>13}  parts, GB")
         for name in dict.fromkeys(name for name, _ in DOCUMENTS):
             for method, memory in choices.compare(recipe.load(name), Path("outputs")).items():
                 document, why = DOCUMENTS.get((name, method), ("-", ""))
-                parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.parts.items() if size >= 5e7)
+                parts = ", ".join(
+                    f"{part} {size / 1e9:.1f}" for part, size in memory.parts.items() if size >= 5e7
+                )
                 closed = " (closed form)" if memory.why_closed else ""
                 print(f"{name:<18}{method:<8}{memory.peak_bytes / 1e9:>13.1f}{document:>13}  {parts}{closed}")
-                print(*(f"{'':<26}{line}" for line in (why, *memory.notes) if line), sep="\n", end="\n" if why or memory.notes else "")
-        print(f"\nfor a process add its reserve (x {fits.RESERVED_MEDIAN} to {fits.RESERVED_WORST}) and its CUDA context (141 MiB on a T4)")
+                print(
+                    *(f"{'':<26}{line}" for line in (why, *memory.notes) if line),
+                    sep="\n",
+                    end="\n" if why or memory.notes else "",
+                )
+        print(
+            f"\nfor a process add its reserve (x {fits.RESERVED_MEDIAN} to {fits.RESERVED_WORST}) and its"
+            " CUDA context (141 MiB on a T4)"
+        )
 
     return cli.run(action, False)
 

@@ -1,9 +1,9 @@
-"""Write lora_recipes/recipe.schema.json anew from the installed peft and trl: `make schema`."""
+"""Write lora_recipes/recipe/recipe.schema.json anew from the installed peft and trl: `make schema`."""
 
 import json
 from pathlib import Path
 
-from lora_recipes import schema
+from lora_recipes.recipe import schema
 
 if __name__ == "__main__":
     path = Path(schema.__file__).with_name("recipe.schema.json")

@@ -3,19 +3,21 @@
 import os
 from pathlib import Path
 
-# Before torch is imported, here and in the processes that tests start: on models this small a second thread only waits for the first,
-# and on a busy machine it waits long.
+# Before torch is imported, here and in the processes that tests start: on models this small a second thread
+# only waits for the first, and on a busy machine it waits long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import yaml
 
-from lora_recipes import recipe as recipes
+from lora_recipes.recipe import recipe as recipes
 
 
 @pytest.fixture
 def write_recipe(tmp_path):
-    """Writes a recipe made of a shipped one with `section.key` changes; returns its path. A value of ... removes the key."""
+    """Writes a recipe made of a shipped one with `section.key` changes; returns its path. A value of ...
+    removes the key.
+    """
 
     def write(base: str, name: str | None = None, **changes) -> Path:
         sections = yaml.safe_load(recipes.load(base).to_yaml())
@@ -28,7 +30,9 @@ def write_recipe(tmp_path):
             else:
                 sections.setdefault(section, {})[field] = value
         path = tmp_path / f"{name or base}.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in sections.items() if v is not ...}, allow_unicode=True))
+        path.write_text(
+            yaml.safe_dump({k: v for k, v in sections.items() if v is not ...}, allow_unicode=True)
+        )
         return path
 
     return write
@@ -37,7 +41,7 @@ def write_recipe(tmp_path):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """An outputs folder in which the embedded default has been trained: tiny_base, and tiny_facts on it."""
-    from lora_recipes.train import train
+    from lora_recipes.training.train import train
 
     outputs = tmp_path_factory.mktemp("outputs")
     train(recipes.load("tiny_facts"), outputs)
@@ -46,5 +50,13 @@ def trained(tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
     """The slow files first: of two processes none should be left with all of them at the end."""
-    slow = ["test_serve", "test_ablate", "test_methods", "test_launch", "test_memory", "test_train", "test_combine"]
+    slow = [
+        "test_serve",
+        "test_ablate",
+        "test_methods",
+        "test_launch",
+        "test_memory",
+        "test_train",
+        "test_combine",
+    ]
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))

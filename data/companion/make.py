@@ -1,6 +1,7 @@
 """Check the companion conversations against BRIEF.md, measure them, and write train.jsonl and eval.jsonl.
 
-Usage: python data/companion/make.py [--check]     (--check writes nothing and fails when the files on disk are not current)
+Usage: python data/companion/make.py [--check]     (--check writes nothing and fails when the files on disk
+are not current)
 """
 
 import json
@@ -42,9 +43,13 @@ def line_problems(line, turn):
 
 
 def read_topic(path):
-    """The conversations of one file: (rows, places, problems); a place is file:line of the conversation's first line."""
+    """The conversations of one file: (rows, places, problems); a place is file:line of the conversation's
+    first line.
+    """
     rows, places, problems, start = [], [], [], 1
-    for number, block in enumerate(path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n---\n"), 1):
+    for number, block in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n---\n"), 1
+    ):
         lines = block.split("\n")
         last = start + len(lines) - 1
         for turn, line in enumerate(lines):
@@ -56,7 +61,14 @@ def read_topic(path):
         if lines[-1].count("?") > 1:
             problems.append(f"{path}:{last}: more than one question mark in the last reply")
         turns = [{"role": ROLES.get(line[:3], "?"), "content": line[3:]} for line in lines]
-        rows.append({"id": f"{path.stem}-{number:02}", "topic": path.stem, "prompt": turns[:-1], "completion": turns[-1:]})
+        rows.append(
+            {
+                "id": f"{path.stem}-{number:02}",
+                "topic": path.stem,
+                "prompt": turns[:-1],
+                "completion": turns[-1:],
+            }
+        )
         places.append(f"{path}:{start}")
         start = last + 2
     if len(rows) != PER_FILE:
@@ -83,12 +95,17 @@ def similarities(texts):
 
 
 def repeated(rows, find):
-    """What `find` returns for a row, with the ids of the rows it is in, where that is more than one; most frequent first."""
+    """What `find` returns for a row, with the ids of the rows it is in, where that is more than one; most
+    frequent first.
+    """
     where = defaultdict(list)
     for row in rows:
         for item in sorted(set(find(row))):
             where[item].append(row["id"])
-    return sorted(((item, ids) for item, ids in where.items() if len(ids) > 1), key=lambda pair: (-len(pair[1]), pair[0]))
+    return sorted(
+        ((item, ids) for item, ids in where.items() if len(ids) > 1),
+        key=lambda pair: (-len(pair[1]), pair[0]),
+    )
 
 
 def sentences(row):
@@ -103,7 +120,9 @@ def opening(row):
 
 
 def statistics_table(rows, whole):
-    """The figures that are printed and quoted in README.md, as (name, value) pairs; `whole` is similarities() of the rows."""
+    """The figures that are printed and quoted in README.md, as (name, value) pairs; `whole` is similarities()
+    of the rows.
+    """
     ids, held_out = [row["id"] for row in rows], [row["topic"] in EVAL_TOPICS for row in rows]
 
     def highest(pairs):
@@ -118,23 +137,37 @@ def statistics_table(rows, whole):
         ("rows (train + eval)", f"{held_out.count(False)} + {held_out.count(True)}"),
         ("topics", len({row["topic"] for row in rows})),
         ("rows with 1, 2, 3, 4 user turns", ", ".join(str(turns[n]) for n in (1, 2, 3, 4))),
-        ("words in the last reply: min, median, max", f"{min(lengths)}, {statistics.median(lengths):g}, {max(lengths)}"),
+        (
+            "words in the last reply: min, median, max",
+            f"{min(lengths)}, {statistics.median(lengths):g}, {max(lengths)}",
+        ),
         ("words in all", sum(len(words(line)) for row in rows for line in spoken(row))),
         ("distinct words", len({word for row in rows for line in spoken(row) for word in words(line)})),
         ("highest 3-gram Jaccard, whole conversations", highest(whole)),
         ("highest 3-gram Jaccard, last replies", highest(last)),
-        ("highest 3-gram Jaccard, train against eval", highest({p: s for p, s in whole.items() if held_out[p[0]] != held_out[p[1]]})),
+        (
+            "highest 3-gram Jaccard, train against eval",
+            highest({p: s for p, s in whole.items() if held_out[p[0]] != held_out[p[1]]}),
+        ),
         ("reply sentences of 5+ words in two rows", sum(len(in_rows) == 2 for _, in_rows in twice)),
         ("reply sentences of 5+ words in more than two rows", sum(len(in_rows) > 2 for _, in_rows in twice)),
-        ("most frequent openings of last replies", ", ".join(f"'{o}' {len(i)} ({len(i) / len(rows):.2%})" for o, i in first[:3])),
+        (
+            "most frequent openings of last replies",
+            ", ".join(f"'{o}' {len(i)} ({len(i) / len(rows):.2%})" for o, i in first[:3]),
+        ),
     ]
 
 
 def rendered(rows):
     """{file name: text} of the two files; the train rows in a fixed shuffled order, so that topics mix."""
-    train, held_out = ([row for row in rows if (row["topic"] in EVAL_TOPICS) == wanted] for wanted in (False, True))
+    train, held_out = (
+        [row for row in rows if (row["topic"] in EVAL_TOPICS) == wanted] for wanted in (False, True)
+    )
     random.Random(0).shuffle(train)
-    return {name: "".join(json.dumps(row) + "\n" for row in part) for name, part in (("train.jsonl", train), ("eval.jsonl", held_out))}
+    return {
+        name: "".join(json.dumps(row) + "\n" for row in part)
+        for name, part in (("train.jsonl", train), ("eval.jsonl", held_out))
+    }
 
 
 def write(path, text):
@@ -145,12 +178,18 @@ def write(path, text):
 
 
 def make(root, check=False):
-    """Check, measure and write (or compare) the data under `root`; returns the problems and the statistics."""
+    """Check, measure and write (or compare) the data under `root`; returns the problems and the
+    statistics.
+    """
     rows, places, problems = read_all(root / "conversations")
     missing = set(EVAL_TOPICS) - {row["topic"] for row in rows}
     problems += [f"{root / 'conversations' / topic}.txt:1: missing" for topic in sorted(missing)]
     whole = similarities(["\n".join(spoken(row)) for row in rows])
-    problems += [f"{places[j]}: near-duplicate of {places[i]} ({s:.2f})" for (i, j), s in sorted(whole.items()) if s >= LIMIT]
+    problems += [
+        f"{places[j]}: near-duplicate of {places[i]} ({s:.2f})"
+        for (i, j), s in sorted(whole.items())
+        if s >= LIMIT
+    ]
     if problems:
         return problems, []
     for name, text in rendered(rows).items():

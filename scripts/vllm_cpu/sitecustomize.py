@@ -1,7 +1,8 @@
 """Put on PYTHONPATH when vLLM runs from its CPU build: lets torchvision be imported.
 
-The registry's torchvision is built for CUDA; without its compiled half the import fails ("operator torchvision::nms does not exist"), and
-vLLM's Qwen3.5 classes import it. Only the schemas are needed: no text model calls these operators.
+The registry's torchvision is built for CUDA; without its compiled half the import fails ("operator
+torchvision::nms does not exist"), and vLLM's Qwen3.5 classes import it. Only the schemas are needed: no text
+model calls these operators.
 """
 
 import contextlib

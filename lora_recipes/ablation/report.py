@@ -1,0 +1,293 @@
+"""What an ablation found, from its run folders alone: report.md and report.html. Imports no torch; `make
+ablate ABLATION=x REPORT=1`.
+"""
+
+import html
+import json
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.ablation import figures
+from lora_recipes.ablation.interval import Mean, mean
+from lora_recipes.ablation.spec import FILE
+from lora_recipes.core.errors import Problem, RecipeError, listed
+from lora_recipes.core.files import write as write_text
+from lora_recipes.core.run_folder import RunFolder, logged
+from lora_recipes.core.yamlfile import shown
+from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.training.resume import differences
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222;
+background:#fff}
+table{border-collapse:collapse;display:block;overflow-x:auto}
+th,td{padding:.25rem .5rem;font-size:14px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}img{max-width:100%}.best{font-weight:600}
+figure{margin:2rem 0}li,p{max-width:48rem}"""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm with those of its runs that count: finished, and of the recipe that the ablation has now."""
+
+    name: str
+    overrides: list[str]
+    sections: dict[str, Any]
+    records: list[dict[str, Any]]
+    logs: list[list[dict[str, Any]]]
+    missing: list[str] = field(default_factory=list)  # why each other seed does not count
+
+    def over(self, value: Callable[[dict[str, Any]], float | None]) -> Mean | None:
+        """Mean over the runs of what `value` takes from run.json; None where none has it."""
+        found = [v for v in map(value, self.records) if v is not None]
+        return mean(found) if found else None
+
+    @cached_property
+    def eval_loss(self) -> Mean | None:
+        """Eval loss at the end, nats a token."""
+        return self.over(lambda record: record["metrics"].get("eval_loss"))
+
+    @cached_property
+    def train_loss(self) -> Mean | None:
+        """The last logged training loss, which is the mean of the last logging_steps steps."""
+        last = [[log["loss"] for log in logs if "loss" in log][-1:] for logs in self.logs]
+        return mean([values[0] for values in last if values]) if any(last) else None
+
+
+def write(folder: Path) -> str:
+    """Write report.md, report.html and their pictures into an ablation's `folder`; returns what a person
+    reads at the end.
+    """
+    try:
+        resolved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        arms = [_arm(folder, resolved, name) for name in resolved["arms"]]
+    except FileNotFoundError:
+        raise RecipeError(
+            Problem(shown(folder), "no ablation was run here", "make ablate ABLATION=name")
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        do = "make ablate writes it anew and keeps the finished runs"
+        raise RecipeError(
+            Problem(
+                shown(folder / FILE), f"is not as an ablation leaves it: {type(error).__name__}: {error}", do
+            )
+        ) from None
+    counted = [arm for arm in arms if arm.records]
+    kind = "eval_loss" if counted and all(arm.eval_loss for arm in counted) else "train_loss"
+    table, said, notes = rows(arms, kind), verdict(counted, kind), list(remarks(arms, kind))
+    pictures = figures.draw(folder, counted, kind) if counted else {}
+    head = f"{resolved['name']}: {resolved['question']}"
+    facts = f"Recipe {resolved['recipe']}, seeds {', '.join(map(str, resolved['seeds']))}."
+    write_text(folder / "report.md", _markdown(head, facts, said, table, notes, pictures))
+    write_text(
+        folder / "report.html",
+        _page(head, facts, said, table, notes, {folder / name: text for name, text in pictures.items()}),
+    )
+    return "\n".join([*_aligned(table), "", *said, *notes, f"\n{shown(folder / 'report.html')}, report.md"])
+
+
+def _arm(folder: Path, resolved: dict[str, Any], name: str) -> Arm:
+    """An arm and its runs, each held against the recipe that the ablation has now."""
+    arm = resolved["arms"][name]
+    made = Arm(name, arm["overrides"], arm["sections"], [], [])
+    for seed in resolved["seeds"]:
+        run = RunFolder(folder / name / f"s{seed}")
+        sections = arm["sections"] | {"train": arm["sections"]["train"] | {"seed": seed}}
+        try:
+            record = run.record
+            changed = differences(run, Recipe(name, folder, sections), {}) if record else []
+        except RecipeError as error:
+            record, changed = {"status": "broken", "error": error.problems[0].found}, []
+        if not record:
+            made.missing.append(f"s{seed} was not run")
+        elif changed:
+            made.missing.append(f"s{seed} is of an older recipe ({changed[0]}): `make ablate` trains it anew")
+        elif record.get("status") != "finished":
+            made.missing.append(
+                f"s{seed} {record.get('status', 'broken')}:"
+                f" {str(record.get('error', 'not at its end')).splitlines()[0]}"
+            )
+        else:
+            made.records.append(record)
+            made.logs.append(logged(run.metrics))
+    return made
+
+
+def rows(arms: list[Arm], kind: str) -> list[list[str]]:
+    """The table: a head, and a line for each arm. A column that would be empty is left out."""
+    title = {"eval_loss": "eval loss", "train_loss": "train loss, last logged"}[kind]
+    columns: dict[str, Callable[[Arm], str]] = {
+        "arm": lambda arm: arm.name,
+        "seeds": lambda arm: (
+            f"{len(arm.records)}" + (f" of {len(arm.records) + len(arm.missing)}" if arm.missing else "")
+        ),
+        title: lambda arm: str(getattr(arm, kind) or "-"),
+        "changed": lambda arm: _answers(arm, "change"),
+        "kept": lambda arm: _answers(arm, "keep"),
+        "trainable": lambda arm: _first(arm, lambda r: f"{r['plan']['model']['trainable']:,}"),
+        "seconds": lambda arm: f"{found.value:.1f}" if (found := arm.over(lambda r: r["seconds"])) else "-",
+        "peak memory": _memory,
+        "adapter": lambda arm: _first(arm, lambda r: f"{r['result_bytes'] / 1e6:,.2f} MB"),
+        "servable rank": lambda arm: _first(arm, _served),
+    }
+    lines = [[cell(arm) for cell in columns.values()] for arm in arms]
+    kept = [i for i in range(len(columns)) if any(line[i] not in ("-", "") for line in lines)]
+    return [[line[i] for i in kept] for line in [list(columns), *lines]]
+
+
+def _first(arm: Arm, said: Callable[[dict[str, Any]], str]) -> str:
+    return said(arm.records[0]) if arm.records else "-"
+
+
+def _answers(arm: Arm, kind: str) -> str:
+    """Probes of a kind whose answer comes first, mean over the seeds: `3.7 of 4`."""
+    asked = [p for record in arm.records for p in record["probes"]["after"] if p["kind"] == kind]
+    return f"{_right(arm, kind):.1f} of {len(asked) // len(arm.records)}" if asked else "-"
+
+
+def _right(arm: Arm, kind: str) -> float:
+    asked = [p for record in arm.records for p in record["probes"]["after"] if p["kind"] == kind]
+    return sum(p["probability"] >= p["top"][0][1] for p in asked) / len(arm.records)
+
+
+def _memory(arm: Arm) -> str:
+    """The GPU's peak; without one, what was planned: the process, which several runs share, says nothing of
+    one of them.
+    """
+    if found := arm.over(lambda r: r["memory"].get("max_allocated_bytes")):
+        return f"{found.value / 2**20:,.0f} MiB"
+    found = arm.over(lambda r: r["memory"]["planned_peak_bytes"])
+    return f"{found.value / 2**20:,.1f} MiB planned" if found else "-"
+
+
+def _served(record: dict[str, Any]) -> str:
+    rank = record["plan"].get("adapter", {}).get("max_lora_rank")
+    return str(rank) if rank and not record.get("not_servable") else "no"
+
+
+def verdict(arms: list[Arm], kind: str) -> list[str]:
+    """The lowest loss, and which arms it cannot be told apart from."""
+    if not arms:
+        return ["No run is finished: there is nothing to compare."]
+    ranked = sorted(arms, key=lambda arm: getattr(arm, kind).value)
+    best, word = ranked[0], kind.replace("_", " ")
+    found: Mean = getattr(best, kind)
+    lines = [f"Lowest {word}: {best.name}, {found} nats a token."]
+    seeds = f"{found.count} seed{'s' * (found.count > 1)}"
+    alike = [arm for arm in ranked[1:] if found.overlaps(getattr(arm, kind))]
+    if alike:
+        names = f"{listed((a.name for a in [best, *alike[:-1]]), 8)} and {alike[-1].name}"
+        why = "one run has no interval" if found.count == 1 else "their 95 % intervals overlap"
+        lines.append(f"{names} cannot be told apart with {seeds}: {why}.")
+        least = min([best, *alike], key=lambda arm: (_trainable(arm), getattr(arm, kind).value))
+        if _trainable(least) < _trainable(best):
+            lines.append(
+                f"The smallest of them is {least.name}, with {_trainable(least):,} trainable parameters to"
+                f" {_trainable(best):,}."
+            )
+    elif len(arms) > 1:
+        lines.append(f"Its 95 % interval over {seeds} overlaps that of no other arm.")
+    if kind == "train_loss":
+        lines.append(
+            "That is how well it fits its training rows, not how it does on others: the recipe has no"
+            " data.eval."
+        )
+    if any(both := [_right(arm, "change") + _right(arm, "keep") for arm in arms]):
+        most = [arm for arm, right in zip(arms, both, strict=True) if right == max(both)]
+        answers = "; ".join(
+            f"{arm.name}, {_answers(arm, 'change')} and {_answers(arm, 'keep')}" for arm in most[:4]
+        )
+        lines.append(
+            f"Most probes right, changed and kept together: {answers}"
+            + "; and others." * (len(most) > 4)
+            + "." * (len(most) < 5)
+        )
+    return lines
+
+
+def _trainable(arm: Arm) -> int:
+    return int(arm.records[0]["plan"]["model"]["trainable"])
+
+
+def remarks(arms: list[Arm], kind: str) -> Iterator[str]:
+    """What a reader must know before believing the table: runs that do not count, and runs that were not made
+    alike.
+    """
+    for arm in arms:
+        for why in arm.missing:
+            yield f"{arm.name}: {why}"
+    records = [record for arm in arms for record in arm.records]
+    alike: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "versions": lambda r: ", ".join(f"{k} {v}" for k, v in r["versions"].items()),
+        "code (git commit)": lambda r: f"{r['git']['commit']}{' with changes' if r['git']['dirty'] else ''}",
+        "devices": lambda r: r["hardware"].get("gpu") or r["hardware"]["device"],
+        "base weights": lambda r: f"{r['base']['name_or_path']} {r['resume_facts'].get('base weights')}",
+    }
+    if kind == "eval_loss":
+        alike["eval rows, whose losses do not compare"] = lambda r: r["plan"]["data"]["eval"]["sha256"]
+    for name, value in alike.items():
+        if len(found := list(dict.fromkeys(str(value(record)) for record in records))) > 1:
+            yield f"the runs are of different {name}: {listed(found, 3)}"
+    if any("max_allocated_bytes" not in record["memory"] for record in records):
+        most = max(record["memory"]["max_rss_bytes"] for record in records) / 2**20
+        yield (
+            "peak memory is the plan's, of tensors; a process with its libraries took at most"
+            f" {most:,.0f} MiB"
+        )
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+
+
+def _markdown(
+    head: str, facts: str, said: list[str], table: list[list[str]], notes: list[str], pictures: dict[str, str]
+) -> str:
+    ruled = [table[0], ["---", *["---:"] * (len(table[0]) - 1)], *table[1:]]
+    lines = [f"# {head}", "", facts, "", *said, "", *(f"| {' | '.join(line)} |" for line in ruled), ""]
+    lines += [f"- {note}" for note in notes]
+    return "\n".join([*lines, *(f"\n![{text}]({name})" for name, text in pictures.items()), ""])
+
+
+def _typeset(text: str) -> str:
+    return html.escape(text.replace("+-", chr(0xB1)).replace("<=", chr(0x2264)))
+
+
+def _page(
+    head: str,
+    facts: str,
+    said: list[str],
+    table: list[list[str]],
+    notes: list[str],
+    pictures: dict[Path, str],
+) -> str:
+    """One HTML page that needs no other file: the pictures are in it."""
+    best = said[0].partition(": ")[2].partition(",")[0]
+    lines = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport"
+        f" content='width=device-width'><style>{STYLE}</style>"
+    ]
+    lines += [f"<title>{html.escape(head)}</title><h1>{html.escape(head)}</h1><p>{html.escape(facts)}</p>"]
+    lines += [f"<p>{_typeset(' '.join(said))}</p><table>"]
+    for number, line in enumerate(table):
+        cell = "td" if number else "th"
+        cells = "".join(f"<{cell}>{_typeset(text)}</{cell}>" for text in line)
+        lines.append(f"<tr{' class=best' if line[0] == best else ''}>{cells}</tr>")
+    lines += ["</table><ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
+    for path, text in pictures.items():
+        image = b64encode(path.read_bytes()).decode()
+        alt = html.escape(text)
+        lines.append(
+            f'<figure><img src="data:image/png;base64,{image}"'
+            f' alt="{alt}"><figcaption>{alt}</figcaption></figure>'
+        )
+    return "\n".join([*lines, "</html>", ""])

@@ -1,0 +1,116 @@
+"""An adapter folder: reading it, and its rank. Imports no torch."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.core import safetensors
+from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.safetensors import Tensor
+from lora_recipes.core.yamlfile import shown
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<kind>lora_(?:embedding_)?[AB])(?:\.weight)?$")
+
+
+def rank(config: dict[str, Any]) -> int:
+    """The largest rank in an adapter_config.json (or a recipe's `lora:` section): r, or a larger value of
+    rank_pattern.
+    """
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder as it is on disk: adapter_config.json, and the tensors of adapter_model.safetensors
+    by name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def file(self) -> Path:
+        """The tensors' file."""
+        return self.path / "adapter_model.safetensors"
+
+    @property
+    def modules(self) -> dict[str, dict[str, str]]:
+        """Adapted module (as PEFT named it, without its prefix) -> {"A": tensor name, "B": tensor name}."""
+        found: dict[str, dict[str, str]] = {}
+        for name in self.tensors:
+            if match := _KEY.match(name):
+                found.setdefault(match["module"], {})[match["kind"][-1]] = name
+        return found
+
+
+def read(path: Path, anything: bool = False) -> Adapter:
+    """The adapter in the folder `path`. RecipeError when it is none, or when a file is missing, cut or
+    broken.
+
+    `anything`: take PEFT's other types too, which no server here does.
+    """
+    config, file = _config(path, anything), path / "adapter_model.safetensors"
+    if not file.is_file():
+        patterns = ("*.distcp", "global_step*", "pytorch_model_fsdp*", "zero_*", "*.bin", "*.pt")
+        left = [p.name for pattern in patterns for p in path.glob(pattern)]
+        found = "no adapter_model.safetensors" + (
+            f", but {', '.join(left[:3])}: sharded or pickled training state" if left else ""
+        )
+        raise RecipeError(
+            Problem(shown(path), found, "save a complete adapter (consolidate the shards) as safetensors")
+        )
+    try:
+        return Adapter(path, config, safetensors.header(file))
+    except ValueError as error:
+        raise RecipeError(
+            Problem(shown(file), str(error), "copy the adapter again, or take an earlier checkpoint")
+        ) from None
+
+
+def _config(path: Path, anything: bool) -> dict[str, Any]:
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        do = (
+            "give the folder that holds adapter_config.json"
+            if path.is_dir()
+            else "train it first, or check the path"
+        )
+        raise RecipeError(
+            Problem(shown(path), "no adapter_config.json in it" if path.is_dir() else "no such folder", do)
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(Problem(shown(file), f"broken JSON: {error}", "copy the adapter again")) from None
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != "LORA" and anything and isinstance(config, dict) and isinstance(kind, str):
+        return config
+    if kind != "LORA":
+        raise RecipeError(
+            Problem(
+                shown(file),
+                f"peft_type is {kind}, not LORA",
+                "vLLM does not look, and would serve it wrongly",
+            )
+        )
+    if missing := [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]:
+        raise RecipeError(
+            Problem(shown(file), f"has no {', '.join(missing)}", "it is not one that PEFT wrote")
+        )
+    if not (isinstance(config["r"], int) and config["r"] > 0):
+        raise RecipeError(Problem(shown(file), f"r is {config['r']!r}", "a whole number above 0"))
+    ranks = config.get("rank_pattern") or {}
+    if not (isinstance(ranks, dict) and all(isinstance(r, int) for r in ranks.values())):
+        raise RecipeError(
+            Problem(shown(file), f"rank_pattern is {ranks!r}", "module names with whole numbers")
+        )
+    if not isinstance(config["lora_alpha"], int | float):
+        raise RecipeError(Problem(shown(file), f"lora_alpha is {config['lora_alpha']!r}", "a number"))
+    if not isinstance(config.get("base_model_name_or_path", ""), str | None):
+        raise RecipeError(
+            Problem(shown(file), "base_model_name_or_path is no text", "the base's folder or hub id")
+        )
+    return config

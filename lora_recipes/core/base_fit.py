@@ -1,0 +1,82 @@
+"""Is this folder the base that an adapter was trained on? Names, shapes and weights. Imports no torch."""
+
+from pathlib import Path
+
+from lora_recipes.core import safetensors
+from lora_recipes.core.adapter_folder import Adapter
+from lora_recipes.core.errors import Problem, listed
+from lora_recipes.core.provenance import Provenance
+from lora_recipes.core.yamlfile import shown
+
+
+def renamed(module: str, base: dict[str, tuple[int, ...]]) -> str | None:
+    """`module` as the base's own checkpoint names it: vLLM builds that class. None when the base has no such
+    module.
+
+    transformers trains the text model of a two-part checkpoint as `model.layers...`; there it is
+    `model.language_model.layers...`.
+    """
+    inner = module.removeprefix("model.").removeprefix("language_model.")
+    for name in (module, f"model.language_model.{inner}", f"model.{inner}", f"language_model.model.{inner}"):
+        if f"{name}.weight" in base:
+            return name
+    return None
+
+
+def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list[Problem]:
+    """Is the model in `folder` the adapter's base? Its weights against those that training saw, then each
+    module's name and shape.
+    """
+    try:
+        base = safetensors.shapes(folder)
+        if known and known.fingerprint not in (None, safetensors.fingerprint(folder)):
+            do = (
+                "it is the weights that count, not the name: give the right folder by BASE=, or train on"
+                " this one"
+            )
+            return [
+                Problem(
+                    shown(adapter.path), f"was trained on other weights than those in {shown(folder)}", do
+                )
+            ]
+    except (OSError, ValueError, KeyError) as error:
+        do = (
+            "a base is read from model.safetensors, or from the files that model.safetensors.index.json names"
+        )
+        return [Problem(shown(folder), f"its weights cannot be read: {error}", do)]
+    at, missing = shown(adapter.file), []
+    for module, pair in adapter.modules.items():
+        name = renamed(module, base)
+        if name is None:
+            missing.append(module)
+            continue
+        if len(base[f"{name}.weight"]) != 2:
+            return [
+                Problem(
+                    at,
+                    f"{module} of {shown(folder)} is no matrix",
+                    "vLLM serves adapters of linear layers and embeddings",
+                )
+            ]
+        rows, columns = base[f"{name}.weight"]
+        got = {kind: adapter.tensors[tensor].shape for kind, tensor in pair.items()}
+        embedding = "lora_embedding" in pair.get("A", "")
+        wants = {"A": rows if embedding else columns, "B": columns if embedding else rows}
+        for kind, shape in got.items():
+            if (shape[-1] if kind == "A" else shape[0]) != wants[kind]:
+                found = (
+                    f"{module} lora_{kind} has the shape {list(shape)}; that module of {shown(folder)} is"
+                    f" [{rows}, {columns}]"
+                )
+                return [Problem(at, found, "the adapter belongs to another base model")]
+    if missing:
+        do = "vLLM would skip them and serve the base alone: another base, or one with fewer layers"
+        return [
+            Problem(
+                at,
+                f"{len(missing)} of {len(adapter.modules)} modules are not in {shown(folder)}:"
+                f" {listed(missing, 3)}",
+                do,
+            )
+        ]
+    return []

@@ -1,0 +1,88 @@
+"""What every script does around its one call: errors without a traceback, exit codes, and libraries that keep
+to themselves.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.files import ROOT
+
+DEFAULT = "tiny_facts"
+
+# seconds; the first of several processes says an error that all of them have, and the launcher ends the
+# others
+PATIENCE = 15
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that `plan` and `train` share."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument(
+        "recipe",
+        nargs="?",
+        default=DEFAULT,
+        help=f"a name in configs/recipes/, or a path (default: {DEFAULT})",
+    )
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. lora.r=16")
+    result.add_argument(
+        "--outputs", type=Path, default=ROOT / "outputs", help="where the run folders are (default: outputs/)"
+    )
+    result.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    return result
+
+
+def run(action: Callable[[], int | None], traceback: bool) -> int:
+    """Call `action` and return its exit code (None: 0).
+
+    A RecipeError (or an OSError) is printed and answered with 2, Ctrl-C with 130; all other errors are bugs
+    and keep their traceback.
+    """
+    quiet()
+    try:
+        return action() or 0
+    except RecipeError as error:
+        if traceback:
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE)
+        print(
+            f"error: {len(error.problems)} problem{'s' * (len(error.problems) != 1)}\n{error}",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `make plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # the machine's own: no permission, no space, a file where a folder is wanted
+        if traceback:
+            raise
+        print(f"error: {error}\n    -> --traceback shows where", file=sys.stderr)
+        return 2
+    return 0
+
+
+def quiet() -> None:
+    """Settings that the libraries read when they are imported, so that only what matters is printed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # says on every start that an optional CPU kernel is not installed
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+    )  # DeepSpeed, at every step
+    warnings.filterwarnings(
+        "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
+    )  # TRL's own name for it
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,121 @@
+"""The run folder `outputs/<name>/` and its files. Imports no torch."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.files import write
+from lora_recipes.core.yamlfile import shown
+
+# All that a run writes into its folder. Anything else there is somebody's own, and stays.
+FILES = (
+    "recipe.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "loss.png",
+    "adapter",
+    "model",
+    "checkpoints",
+    "serving",
+    "merged",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`outputs/<name>/`. The files: recipe.yaml, run.json, metrics.jsonl, loss.png, adapter/ (or model/),
+    checkpoints/.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer saves."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a log step."""
+        return self.path / "metrics.jsonl"
+
+    def result(self, method: str) -> Path:
+        """What the run leaves: `adapter/`, or `model/` where the model itself was trained."""
+        return self.path / ("model" if method in WHOLE else "adapter")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json, empty when there is none."""
+        file = self.path / "run.json"
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RecipeError(
+                Problem(shown(file), f"cannot be read: {error}", "FORCE=1 trains anew")
+            ) from None
+        if not isinstance(record, dict):
+            raise RecipeError(Problem(shown(file), "is no run.json of a run", "FORCE=1 trains anew"))
+        return record
+
+    @property
+    def finished(self) -> bool:
+        """Did a run end well here?"""
+        return self.record.get("status") == "finished"
+
+    @property
+    def replaced(self) -> Path:
+        """Where the finished run that FORCE=1 replaces is kept until the new one has finished too."""
+        return self.path / ".replaced"
+
+    def clear(self) -> None:
+        """Make room for a new run: a finished run moves to `.replaced/`, an unfinished one goes; other
+        people's files stay.
+        """
+        try:
+            keep = self.finished
+        except RecipeError:
+            keep = False
+        if keep:
+            shutil.rmtree(self.replaced, ignore_errors=True)
+            self.replaced.mkdir(parents=True)
+        for name in FILES:
+            path = self.path / name
+            if keep and path.exists():
+                path.rename(self.replaced / name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write run.json in one move."""
+        write(self.path / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_folder(outputs: Path) -> None:
+    """Make the folder of all runs, if it is not there."""
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            Problem(shown(outputs), f"cannot be made: {error.strerror}", "give another OUTPUTS=dir")
+        ) from None
+
+
+def logged(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that was cut off when the process was killed is left out."""
+    logs = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            logs.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return logs
+
+
+WHOLE = ("full", "freeze")  # train the model itself; the others train an adapter beside it

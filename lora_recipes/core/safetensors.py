@@ -1,0 +1,114 @@
+"""Safetensors files without torch: names, shapes and values; and a copy under other names. Format:
+huggingface/safetensors, README.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor stands in a file: its dtype (`F32`, `BF16`...), shape, and the bytes from `start` to
+    `end` of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name. ValueError says what is wrong with a file that is cut, empty
+    or no such file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 0 < length <= size - 8:
+            raise ValueError("is truncated, empty or no safetensors file")
+        try:
+            entries = {k: v for k, v in json.loads(file.read(length)).items() if k != "__metadata__"}
+            first = 8 + length
+            tensors = {
+                name: Tensor(
+                    e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], first + e["data_offsets"][1]
+                )
+                for name, e in entries.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError("has a broken header") from None
+    if max((t.end for t in tensors.values()), default=8 + length) != size:
+        raise ValueError("is truncated")
+    return tensors
+
+
+def values(path: Path, tensor: Tensor) -> np.ndarray:
+    """The numbers of a floating-point tensor as float32 (float64 stays), read from the file when they are
+    used.
+    """
+    kind = np.dtype(_NUMPY.get(tensor.dtype, "<u2"))
+    raw = np.memmap(path, kind, "r", tensor.start, ((tensor.end - tensor.start) // kind.itemsize,))
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    if tensor.dtype not in _NUMPY:
+        raise ValueError(f"holds a tensor of dtype {tensor.dtype}")
+    return raw.reshape(tensor.shape)
+
+
+def files(folder: Path) -> list[Path]:
+    """The weight files of a model folder: those that model.safetensors.index.json names, or
+    model.safetensors.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.is_file()
+        else ["model.safetensors"]
+    )
+    return [folder / name for name in names]
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a model folder. OSError when there are none."""
+    return {name: tensor.shape for file in files(folder) for name, tensor in header(file).items()}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of each tensor's name, dtype, shape and first and last 4,096 bytes: which weights these are,
+    without reading them all.
+
+    It is the same however the tensors are spread over files. OSError when there are none.
+    """
+    found = []
+    for path in files(folder):
+        tensors = header(path)
+        with path.open("rb") as file:
+            for name, tensor in tensors.items():
+                parts = []
+                for start in (tensor.start, max(tensor.start, tensor.end - 4096)):
+                    file.seek(start)
+                    parts.append(file.read(min(4096, tensor.end - start)))
+                found.append((name, tensor.dtype, tensor.shape, hashlib.sha256(b"".join(parts)).hexdigest()))
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+
+
+def copy_renamed(source: Path, target: Path, names: dict[str, str]) -> None:
+    """Copy a safetensors file with its tensors renamed (`names`: old to new); the data is copied byte for
+    byte.
+    """
+    with source.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        old = json.loads(file.read(length))
+        data = file.read()
+    new = json.dumps(
+        {names.get(name, name): entry for name, entry in old.items()}, separators=(",", ":")
+    ).encode()
+    new += b" " * (-len(new) % 8)
+    target.write_bytes(len(new).to_bytes(8, "little") + new + data)

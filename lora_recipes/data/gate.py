@@ -1,0 +1,243 @@
+"""The data as it will be trained: read, checked, made into tokens, counted and held against limits, before
+any weight is loaded.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
+
+from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
+from lora_recipes.core.files import rooted
+from lora_recipes.data import read, render
+from lora_recipes.data import tokenizer as tokenizing
+from lora_recipes.data.read import Split
+from lora_recipes.data.render import Characters, Counts, Example
+from lora_recipes.recipe import base as bases
+from lora_recipes.recipe.recipe import Recipe
+
+UNFAITHFUL = (
+    "set data.rows: assistant_turn; where the template thinks by default, also data.chat_template_kwargs:"
+    " {enable_thinking: false}"
+)
+
+# name: (share above which training stops, share above which it warns, what it is, what to do). data.limits
+# replaces the first.
+LIMITS = {
+    "truncated": (
+        0.1,
+        0.0,
+        "of the rows are cut at train.max_length",
+        "raise train.max_length, or shorten the rows",
+    ),
+    "duplicates": (0.1, 0.0, "of the rows are exact duplicates", "remove them"),
+    "train_in_eval": (
+        0.1,
+        0.0,
+        "of the eval rows stand in train too",
+        "split anew; the eval loss would flatter",
+    ),
+    "unsupervised": (
+        0.99,
+        0.95,
+        "of the tokens are not trained",
+        "shorten the prompts, or train more of each row",
+    ),
+    "unfaithful": (1.0, 0.0, "of the trained turns stand after tokens that no server renders", UNFAITHFUL),
+    "no_end_of_turn": (
+        1.0,
+        0.0,
+        "of the trained turns do not learn to stop",
+        "check tokenizer.eos_token and truncation",
+    ),
+}
+
+
+@dataclass
+class Gate:
+    """Both splits as they go to the trainer (`train`, `evaluation`), their `counts`, the tokenizer, and what
+    to say about them.
+    """
+
+    tokenizer: Any
+    splits: dict[str, Split]
+    train: list[Example]
+    evaluation: list[Example]
+    counts: Counts
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def pass_through(recipe: Recipe, outputs: Path, network: bool) -> Gate:
+    """Take the recipe's data through the gate. RecipeError lists faulty rows, or the limits that are
+    exceeded.
+
+    `network`: may the tokenizer be fetched? Without one at hand the chat template alone is compared, and
+    tokens are not counted.
+    """
+    splits = _read(recipe)
+    if recipe.data.get("rows") == "assistant_turn":
+        splits = {which: read.by_assistant_turn(split) for which, split in splits.items()}
+    tokenizer = _tokenizer(recipe, outputs, network)
+    raise_if(_unknown_kwargs(recipe, tokenizer))
+    train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
+    gate = Gate(tokenizer, splits, train, evaluation, render.counts(train, tokenizer, recipe))
+    twice, both = splits["train"].duplicates, read.in_both(splits["train"], splits["eval"])
+    held_out = render.counts(evaluation, tokenizer, recipe)
+    gate.facts = {
+        "train": (
+            vars(gate.counts)
+            | {
+                "format": splits["train"].rows[0].format,
+                "duplicates": len(twice),
+                "sha256": splits["train"].sha256,
+            }
+        ),
+        "eval": vars(held_out) | {"train_in_eval": len(both), "sha256": splits["eval"].sha256},
+    }
+    if gate.counts.dropped == gate.counts.rows:
+        do = "raise train.max_length: after truncation no row has a trained token left"
+        raise RecipeError(
+            Problem(recipe.at("train", "max_length"), f"all {gate.counts.rows:,} rows would be dropped", do)
+        )
+    shares = {
+        name: gate.counts.share(name)
+        for name in ("truncated", "unsupervised", "unfaithful", "no_end_of_turn")
+    }
+    shares |= {
+        "duplicates": len(twice) / gate.counts.rows,
+        "train_in_eval": len(both) / max(len(evaluation), 1),
+    }
+    _limits(gate, recipe, shares, {"duplicates": twice, "train_in_eval": both})
+    for name, counts in (("train", gate.counts), ("eval", held_out)):
+        if counts.dropped:
+            gate.warnings.append(
+                f"{counts.dropped} rows of {name} are dropped: truncated, nothing in them is trained (raise"
+                " train.max_length)"
+            )
+    if held_out.truncated:
+        gate.warnings.append(
+            f"{100 * held_out.share('truncated'):.1f} % of the eval rows are cut at train.max_length: their"
+            " loss is of the rest"
+        )
+    return gate
+
+
+def _read(recipe: Recipe) -> dict[str, Split]:
+    """Both splits; the faults of both in one error."""
+    splits, problems = {}, []
+    for which in ("train", "eval"):
+        try:
+            splits[which] = read.read(recipe, which)
+        except RecipeError as error:
+            problems += error.problems
+    raise_if(problems)
+    return splits
+
+
+def _unknown_kwargs(recipe: Recipe, tokenizer: Any) -> list[Problem]:
+    """Template arguments that the chat template never looks at: a typo there is accepted by everybody and
+    does nothing.
+    """
+    given = recipe.data.get("chat_template_kwargs", {})
+    if not given or not tokenizer.chat_template:
+        return []
+    try:
+        known = find_undeclared_variables(
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tokenizer.chat_template)
+        )
+    except TemplateSyntaxError:  # tags that only transformers knows ({% generation %})
+        return []
+    known -= {"messages", "tools", "add_generation_prompt", "raise_exception"}
+    return [
+        Problem(
+            recipe.at("data", "chat_template_kwargs", key),
+            "the chat template does not use it",
+            f"did you mean {nearest(key, known)}?",
+        )
+        for key in given
+        if key not in known
+    ]
+
+
+def _tokenizer(recipe: Recipe, outputs: Path, network: bool) -> Any:
+    """The tokenizer; or, when it is neither cached nor to be fetched, characters under the contract's chat
+    template.
+    """
+    has_contract = bases.contract_of(recipe) is not None
+    local = rooted(recipe.model.get("tokenizer") or bases.path(recipe, outputs)).is_dir()
+    try:
+        return tokenizing.load(recipe, outputs, local_files_only=has_contract and not network)
+    except RecipeError:
+        if network or local or not has_contract:
+            raise
+        return tokenizing.stand_in(recipe)
+
+
+def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], rows: dict[str, list[read.Row]]) -> None:
+    problems = []
+    for name, share in shares.items():
+        limit, warn, found, do = LIMITS[name]
+        limit = recipe.data.get("limits", {}).get(name, limit)
+        first = f", first {rows[name][0].where}" if rows.get(name) else ""
+        text = f"{100 * share:.1f} % {found}{first}"
+        if share > limit:
+            where = (
+                recipe.at("data", "limits", name)
+                if name in recipe.data.get("limits", {})
+                else recipe.at("data")
+            )
+            problems.append(Problem(where, text, f"{do}; or raise data.limits.{name} (now {limit:g})"))
+        elif share > warn:
+            gate.warnings.append(f"{text}: {do}")
+    raise_if(problems)
+
+
+def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
+    """What a person reads of it: (label, text) pairs."""
+    counts, rows = gate.counts, gate.splits["train"].rows
+    said = [("data", f"train {counts.rows:,} rows ({rows[0].format}), eval {len(gate.evaluation):,} rows")]
+    if counts.tokens is None:
+        name = recipe.model.get("tokenizer") or recipe.model.get("name_or_path")
+        said.append(
+            (
+                "tokens",
+                (
+                    f"not counted: the tokenizer of {name} is not in the cache and a plan fetches nothing"
+                    " (training counts them)"
+                ),
+            )
+        )
+    else:
+        share = 100 * (counts.supervised or 0) / max(counts.tokens, 1)
+        said.append(
+            (
+                "tokens",
+                (
+                    f"{counts.tokens:,} in train, {counts.supervised:,} supervised ({share:.1f} %); longest"
+                    f" row {counts.longest:,}"
+                ),
+            )
+        )
+    if counts.turns:
+        share = 100 * counts.faithful / counts.turns
+        text = (
+            f"{counts.faithful:,} of {counts.turns:,} trained turns stand after the prompt a server renders"
+            f" ({share:.1f} %)"
+        )
+        said.append(("turns", text))
+    if kwargs := recipe.data.get("chat_template_kwargs"):
+        said.append(("serve with", f"chat_template_kwargs {kwargs}, as trained"))
+    return said + [("note", note) for split in gate.splits.values() for note in split.notes]
+
+
+def example(gate: Gate, recipe: Recipe) -> str:
+    """The shortest of the first 50 rows, with what is trained between >> and <<."""
+    first = min(gate.train[:50], key=lambda e: len(e.input_ids))
+    stand_in = "; from the chat template alone" if isinstance(gate.tokenizer, Characters) else ""
+    return (
+        f"{first.where} (trained between >> and"
+        f" <<{stand_in})\n{render.shown(first, gate.tokenizer, recipe).strip()}"
+    )

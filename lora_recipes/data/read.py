@@ -1,0 +1,255 @@
+"""The gate: read every row of the data before training, and name file:line for each fault. Imports no
+torch.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_recipes.core import yamlfile
+from lora_recipes.core.errors import Problem, raise_if
+from lora_recipes.core.files import rooted
+from lora_recipes.data.row import FIELDS, Fault, Row, used
+from lora_recipes.data.row import faults as row_faults
+from lora_recipes.recipe.recipe import Recipe
+
+SHOWN = 20  # faults listed one by one; the rest are counted
+
+# until the hub counts as unreachable; its own client retries five times and takes 23 s without a network
+HUB_SECONDS = 5
+
+
+@dataclass
+class Split:
+    """The rows of data.train or data.eval, in the order they are trained, and what was noticed while reading
+    them.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content of all rows in order: two runs with one hash trained on the same data."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(row.key.encode())
+        return digest.hexdigest()
+
+    @property
+    def duplicates(self) -> list[Row]:
+        """Rows whose content already stood in an earlier row (a source's weight above 1 does not count)."""
+        seen: dict[str, str] = {}
+        return [row for row in self.rows if seen.setdefault(row.key, row.where) != row.where]
+
+
+def read(recipe: Recipe, which: str) -> Split:
+    """The rows of `data.train` or `data.eval` (`which`), checked; RecipeError lists the first 20 faults and
+    counts the rest.
+    """
+    sources, text_field = recipe.data.get(which) or [], recipe.train.get("dataset_text_field", "text")
+    split, first = Split(), None
+    faults: list[Problem] = []
+    for number, source in enumerate([sources] if isinstance(sources, str) else sources):
+        at = recipe.at("data", which, *([] if isinstance(sources, str) else [number]))
+        entry: dict[str, Any] = {"path": source} if isinstance(source, str) else source
+        rows, unused, before = [], set(), len(faults)
+        for where, raw in _records(entry, at, faults):
+            row = Row(where, used(raw, text_field))
+            found = row_faults(raw, text_field) or _mixed(row, first or row)
+            faults += [Problem(where, *fault) for fault in found]
+            unused |= {k for k, v in raw.items() if v is not None} - {*FIELDS, text_field}
+            if not found:
+                rows.append(row)
+                first = first or row
+        if unused:
+            split.notes.append(f"{which}: fields not used for training: {', '.join(sorted(unused))}")
+        weighted = _weighted(rows, entry.get("weight", 1))
+        if not weighted and len(faults) == before:
+            none = (
+                f"weight {entry['weight']:g} of {len(rows)} rows is no row"
+                if rows
+                else f"{entry['path']} has no rows"
+            )
+            faults.append(Problem(at, none, "take more of it, or remove it"))
+        split.rows += weighted
+    raise_first(faults, f"data.{which}")
+    return split
+
+
+def raise_first(faults: list[Problem], where: str) -> None:
+    """Raise one RecipeError with the first 20 of `faults`, each once, and a count of the rest, if there are
+    any.
+    """
+    faults = list(dict.fromkeys(faults))  # a file that is named by two sources is read twice
+    more = len(faults) - SHOWN
+    raise_if(
+        faults[:SHOWN]
+        + ([Problem(where, f"and {more} more {'fault' if more == 1 else 'faults'}")] if more > 0 else [])
+    )
+
+
+def by_assistant_turn(split: Split) -> Split:
+    """`data.rows: assistant_turn`: for each trained assistant turn a row of its own, its history as the
+    prompt, itself as completion.
+    """
+    rows = []
+    for row in split.rows:
+        if not row.conversational or (row.history and len(row.value["completion"]) == 1):
+            rows.append(row)
+            continue
+        for i, message in enumerate(row.messages):
+            if i >= len(row.history) and message["role"] == "assistant":
+                rows.append(
+                    Row(
+                        f"{row.where}#{i + 1}",
+                        {"prompt": row.messages[:i], "completion": [message]} | row.options,
+                    )
+                )
+    return Split(rows, split.notes)
+
+
+def in_both(train: Split, other: Split) -> list[Row]:
+    """Rows of `other` (eval) whose content also stands in `train`."""
+    keys = {row.key for row in train.rows}
+    return [row for row in other.rows if row.key in keys]
+
+
+def _records(source: dict[str, Any], at: str, faults: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row of a source with its file:line. What cannot be read as a row is added to `faults`."""
+    path = rooted(source["path"])
+    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source["path"]) and path.suffix not in (
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".parquet",
+        ".txt",
+    )
+    if hub_name and not path.exists():
+        yield from _hub(source, at, faults)
+        return
+    name = yamlfile.shown(path)
+    if options := [k for k in ("name", "split", "revision") if k in source]:
+        faults.append(
+            Problem(
+                at,
+                f"{' and '.join(options)} would be ignored",
+                f"{name} is a file, not a data set on the hub",
+            )
+        )
+    try:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        faults.append(
+            Problem(
+                at,
+                f"{name} cannot be read ({error.strerror})",
+                "give a JSONL file, or owner/name of a data set on the hub",
+            )
+        )
+        return
+    if content.lstrip()[:1] == b"[":
+        faults.append(
+            Problem(
+                f"{name}:1", "a JSON list", "write one row a line (JSONL): jq -c '.[]' in.json > out.jsonl"
+            )
+        )
+    elif content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        faults.append(Problem(f"{name}:1", "UTF-16, not UTF-8", "save the file as UTF-8"))
+    else:
+        for number, line in enumerate(content.split(b"\n"), 1):
+            found = _parsed(line) if line.strip() else None
+            if isinstance(found, dict):
+                yield f"{name}:{number}", found
+            elif found:
+                faults.append(Problem(f"{name}:{number}", *found))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | Fault:
+    try:
+        value = json.loads(line.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate cannot be made into tokens
+    except UnicodeDecodeError as error:
+        return (
+            f"not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1})",
+            "save the file as UTF-8",
+        )
+    except UnicodeEncodeError:
+        return "half of a surrogate pair (\\ud800..\\udfff)", "repair the text that was cut there"
+    except json.JSONDecodeError as error:
+        return f"broken JSON: {error.msg} at column {error.colno}", "one whole JSON object a line"
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of more than 4,300 digits; brackets a thousand deep
+        return f"JSON that Python cannot read: {error}", ""
+    return (
+        value
+        if isinstance(value, dict)
+        else (f"a {type(value).__name__}, not an object", 'write {"messages": [...]}')
+    )
+
+
+def _hub(source: dict[str, Any], at: str, faults: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    from datasets import config, load_dataset  # 1 s to import, and only hub data needs it
+
+    options, split = (
+        {k: v for k, v in source.items() if k in ("name", "revision")},
+        source.get("split", "train"),
+    )
+    unreachable, offline = _unreachable(source["path"]), config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = offline or bool(
+        unreachable
+    )  # then it comes from the cache or fails, without the retries
+    try:
+        loaded = load_dataset(source["path"], split=split, **options)
+    except Exception as error:  # every kind of network, hub and format error; its first line says which
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = (
+            f"the hub does not give it ({unreachable}), and it is not in the cache" if unreachable else first
+        )
+        do = "a local file ends in .jsonl; a data set on the hub is owner/name"
+        faults.append(Problem(at, f"the data set {source['path']} cannot be loaded: {why}", do))
+        return
+    finally:
+        config.HF_HUB_OFFLINE = offline
+    for number, value in enumerate(loaded):
+        yield f"{source['path']}[{split}] row {number}", dict(value)
+
+
+def _unreachable(name: str) -> str:
+    """Why the hub does not answer; empty when it does, be it with an error."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        return ""  # load_dataset will say what is wrong
+    except Exception as error:  # of the HTTP library, whichever the installed hub client has
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _weighted(rows: list[Row], weight: float) -> list[Row]:
+    """`weight` copies of all rows; a fraction takes that share of them, in their order.
+
+    Always the same rows: `train.seed` changes the order of training, not the data.
+    """
+    whole, part = int(weight), weight - int(weight)
+    chosen = sorted(random.Random(0).sample(range(len(rows)), round(part * len(rows))))
+    return rows * whole + [rows[i] for i in chosen]
+
+
+def _mixed(row: Row, first: Row) -> list[Fault]:
+    """The trainer decides by the first row how all are read; a row of another kind would be read wrongly, in
+    silence.
+    """
+    if row.kind == first.kind:
+        return []
+    do = "one schema for all rows; convert these or make them a recipe of their own"
+    return [(f"{row.kind}, but {first.where} is {first.kind}: mixed schemas", do)]

@@ -1,0 +1,331 @@
+"""Rows -> tokens and labels, as they are trained; and whether each trained turn stands after the very prompt
+a server will render.
+
+What comes out (`input_ids`, `labels`) is handed to SFTTrainer as it is, so that what the gate checked is what
+is trained. The rules are those of TRL's own preparation (trl/trainer/sft_trainer.py, `_prepare_dataset`); a
+test holds them equal.
+"""
+
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from trl import SFTConfig
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length
+
+from lora_recipes.core.errors import Problem, RecipeError, nearest
+from lora_recipes.core.files import rooted
+from lora_recipes.data.read import Row, Split, raise_first
+from lora_recipes.data.stand_in import Characters
+from lora_recipes.recipe.recipe import Recipe
+
+IGNORED = -100  # torch.nn.CrossEntropyLoss: no loss at this position
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A reply in a row: `input_ids[start:end]` are its words, `input_ids[end]` should end it.
+
+    `faithful`: the tokens before it are what a server renders as the prompt.
+    """
+
+    start: int
+    end: int
+    faithful: bool
+
+
+@dataclass
+class Example:
+    """One row as it is trained: `input_ids` and `labels` (-100: no loss) of equal length, before truncation,
+    and its replies.
+    """
+
+    where: str
+    input_ids: list[int]
+    labels: list[int]
+    turns: list[Turn] = field(default_factory=list)
+
+
+@dataclass
+class Counts:
+    """What a split looks like after truncation. `tokens`, `supervised` and `longest` are None when no
+    tokenizer is at hand.
+
+    `turns` are the replies with a token in the loss; `faithful` those that a server would have prompted for
+    in the same tokens; `open_turns` those without an end-of-turn token in the loss (not known, 0, without a
+    tokenizer). `dropped`: rows without any loss.
+    """
+
+    rows: int
+    tokens: int | None = None
+    supervised: int | None = None
+    longest: int | None = None
+    truncated: int = 0
+    dropped: int = 0
+    turns: int = 0
+    faithful: int = 0
+    open_turns: int = 0
+
+    def share(self, name: str) -> float:
+        """`truncated` as a share of rows, `unsupervised` of tokens, the others of trained turns; 0 where
+        there are none.
+        """
+        count, of = {
+            "truncated": (self.truncated, self.rows),
+            "unsupervised": ((self.tokens or 0) - (self.supervised or 0), self.tokens or 0),
+            "unfaithful": (self.turns - self.faithful, self.turns),
+            "no_end_of_turn": (self.open_turns, self.turns),
+        }[name]
+        return count / of if of else 0.0
+
+
+def chat_template(name: str, where: str) -> str:
+    """The text of a chat template: one that TRL's wheel carries, by name (`qwen3_5_think`), or a .jinja
+    file.
+    """
+    if name.endswith((".jinja", ".j2")):
+        try:
+            return rooted(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise RecipeError(Problem(where, f"{name} cannot be read ({reason})")) from None
+    folder = Path(str(files("trl").joinpath("chat_templates")))
+    names = [p.stem for p in folder.glob("*.jinja") if not p.stem.endswith("_training")]
+    if name not in names:
+        do = f"did you mean {nearest(name, names)}? Or give a .jinja file"
+        raise RecipeError(Problem(where, f"TRL carries no chat template {name!r}", do))
+    return (folder / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def examples(split: Split, tokenizer: Any, recipe: Recipe) -> list[Example]:
+    """Every row of `split` as tokens and labels, under the recipe's train.completion_only_loss and
+    train.assistant_only_loss.
+    """
+    if not split.rows:
+        return []
+    _check_losses(split.rows[0], tokenizer, recipe)
+    template = _training_template(tokenizer, recipe)
+    done: list[Example] = []
+    faults: list[Problem] = []
+    for row in split.rows:
+        try:
+            done.append(
+                _conversation(row, tokenizer, recipe, template)
+                if row.conversational
+                else _plain(row, tokenizer, recipe)
+            )
+        except RecipeError as error:
+            faults += error.problems
+        except (TemplateError, TypeError, ValueError) as error:
+            faults.append(
+                Problem(
+                    row.where,
+                    f"the chat template refuses this row: {error}",
+                    "see the template's own rules for turns",
+                )
+            )
+    raise_first(faults, "data")
+    return done
+
+
+def _check_losses(row: Row, tokenizer: Any, recipe: Recipe) -> None:
+    """What a whole split (its rows are all of one kind) asks for in vain; TRL says nothing about the last of
+    the three.
+    """
+    if row.conversational and not tokenizer.chat_template:
+        do = "set model.chat_template (a template of TRL by name, or a .jinja file), or train on text"
+        raise RecipeError(
+            Problem(
+                recipe.at("data", "train"),
+                "the rows are conversations, but the tokenizer has no chat template",
+                do,
+            )
+        )
+    if recipe.train.get("assistant_only_loss") and not row.conversational:
+        do = "it needs messages; prompt/completion rows train the completion only by themselves"
+        raise RecipeError(
+            Problem(recipe.at("train", "assistant_only_loss"), f"{row.where} is no conversation", do)
+        )
+    if recipe.train.get("completion_only_loss") and "prompt" not in row.value:
+        do = (
+            "set data.rows: assistant_turn"
+            if row.conversational
+            else "remove it, or write prompt and completion"
+        )
+        found = f"{row.where} has no completion: all of it would be trained"
+        raise RecipeError(Problem(recipe.at("train", "completion_only_loss"), found, do))
+
+
+def _training_template(tokenizer: Any, recipe: Recipe) -> str | None:
+    """The template that TRL swaps in to know which tokens are the assistant's; None where it keeps the
+    tokenizer's own.
+    """
+    if not recipe.train.get("assistant_only_loss") or has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        do = "give one row per assistant turn instead: data.rows: assistant_turn, without assistant_only_loss"
+        raise RecipeError(
+            Problem(recipe.at("train", "assistant_only_loss"), str(error).split(". ")[0], do)
+        ) from None
+
+
+def _plain(row: Row, tokenizer: Any, recipe: Recipe) -> Example:
+    """Text, or prompt and completion as text. It ends with the end-of-sequence token, as TRL adds it."""
+    prompt, eos = row.value.get("prompt", ""), getattr(tokenizer, "eos_token", None) or ""
+    text: str = row.value["completion"] if "prompt" in row.value else row.value["text"]
+    ids = list(tokenizer(prompt + text + ("" if text.endswith(eos) else eos))["input_ids"])
+    if "prompt" not in row.value:
+        return Example(row.where, ids, list(ids))
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    start = common_prefix_length(prompt_ids, ids)  # shorter than the prompt where a token spans its end
+    skip = 0 if recipe.train.get("completion_only_loss") is False else start
+    return Example(
+        row.where, ids, [IGNORED] * skip + ids[skip:], [Turn(start, len(ids) - 1, start == len(prompt_ids))]
+    )
+
+
+def _conversation(row: Row, tokenizer: Any, recipe: Recipe, training_template: str | None) -> Example:
+    kwargs = recipe.data.get("chat_template_kwargs", {}) | row.value.get("chat_template_kwargs", {})
+    serving = {"tokenize": True, "return_dict": True, "tools": row.value.get("tools"), **kwargs}
+    trained = {"chat_template": training_template, **serving}
+    assistant_only = recipe.train.get("assistant_only_loss", False)
+    trains_prompt = recipe.train.get("completion_only_loss") is False
+
+    output = tokenizer.apply_chat_template(
+        row.messages, return_assistant_tokens_mask=assistant_only, **trained
+    )
+    ids = list(output["input_ids"])
+    mask = output["assistant_masks"] if assistant_only else [1] * len(ids)
+    if 1 not in mask:
+        raise RecipeError(
+            Problem(
+                row.where,
+                "assistant_only_loss finds no assistant token in this row",
+                "look at the chat template",
+            )
+        )
+    skip = 0
+    if row.history and not trains_prompt:
+        prompt = tokenizer.apply_chat_template(row.history, add_generation_prompt=True, **trained)[
+            "input_ids"
+        ]
+        skip = common_prefix_length(prompt, ids)
+    labels = [
+        token if i >= skip and on else IGNORED for i, (token, on) in enumerate(zip(ids, mask, strict=True))
+    ]
+    replies = [
+        i
+        for i, m in enumerate(row.messages)
+        if m["role"] == "assistant" and (trains_prompt or i >= len(row.history))
+    ]
+    return Example(
+        row.where, ids, labels, [_turn(ids, row.messages, i, tokenizer, serving, trained) for i in replies]
+    )
+
+
+def _turn(ids: list[int], messages: list[dict], i: int, tokenizer: Any, serving: dict, trained: dict) -> Turn:
+    """Where reply `i` stands in `ids`: the row is rendered once more with another reply there, and what
+    differs is the reply.
+    """
+    other = tokenizer.apply_chat_template(
+        [*messages[:i], _another(messages[i]), *messages[i + 1 :]], **trained
+    )["input_ids"]
+    start = common_prefix_length(other, ids)
+    end = len(ids) - common_prefix_length(other[start:][::-1], ids[start:][::-1])
+    if messages[i].get(
+        "tool_calls"
+    ):  # what differs ends within the call: its brackets follow before the turn ends
+        end = next((k for k in range(end, len(ids)) if ids[k] == tokenizer.eos_token_id), end)
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **serving)[
+            "input_ids"
+        ]
+    except (
+        TemplateError
+    ):  # e.g. a greeting before the user has said anything: no server renders a prompt for it
+        return Turn(start, end, False)
+    return Turn(start, end, ids[: len(prompt)] == prompt)
+
+
+def _another(reply: dict[str, Any]) -> dict[str, Any]:
+    """A reply of the same form that differs from `reply` in its first and last character."""
+    text = (reply.get("content") or "").strip()
+    word = next(w for w in "012" if w not in (text[:1], text[-1:]))
+    calls = [
+        {"type": "function", "function": {**call.get("function", call), "arguments": {word: word}}}
+        for call in reply.get("tool_calls") or []
+    ]
+    return {"role": "assistant", "content": word} | ({"tool_calls": calls} if calls else {})
+
+
+def _kept(example: Example, recipe: Recipe) -> range:
+    """The positions that are left after truncation to train.max_length, as TRL truncates. Packing (but for
+    bfd) splits instead.
+    """
+    train, whole = recipe.train, len(example.input_ids)
+    length = train.get("max_length", SFTConfig.max_length)
+    packing = train.get("packing", SFTConfig.packing)
+    splits = packing and train.get("packing_strategy", SFTConfig.packing_strategy) != "bfd"
+    if length is None or length >= whole or splits:
+        return range(whole)
+    keep_end = not packing and train.get("truncation_mode", SFTConfig.truncation_mode) == "keep_end"
+    return range(whole - length, whole) if keep_end else range(length)
+
+
+def truncated(example: Example, recipe: Recipe) -> tuple[list[int], list[int]]:
+    """`input_ids` and `labels` as they are after truncation."""
+    kept = _kept(example, recipe)
+    return example.input_ids[kept.start : kept.stop], example.labels[kept.start : kept.stop]
+
+
+def counts(done: list[Example], tokenizer: Any, recipe: Recipe) -> Counts:
+    """Tokens, truncation and turns of a split, as trained."""
+    counted = not isinstance(tokenizer, Characters)  # characters are not truncated: max_length counts tokens
+    drops = recipe.train.get("max_length", SFTConfig.max_length) is not None and not recipe.train.get(
+        "packing"
+    )
+    result, lengths, supervised = Counts(rows=len(done)), [], 0
+    for example in done:
+        kept = _kept(example, recipe) if counted else range(len(example.input_ids))
+        trained = sum(example.labels[i] != IGNORED for i in kept)
+        lengths.append(len(kept))
+        supervised += trained
+        result.truncated += len(kept) < len(example.input_ids)
+        result.dropped += drops and not trained
+        for turn in example.turns:
+            if any(
+                example.labels[i] != IGNORED
+                for i in range(max(turn.start, kept.start), min(turn.end + 1, kept.stop))
+            ):
+                result.turns += 1
+                result.faithful += turn.faithful and kept.start == 0
+                result.open_turns += counted and not (
+                    turn.end in kept and example.labels[turn.end] == tokenizer.eos_token_id
+                )
+    if counted:
+        result.tokens, result.supervised, result.longest = sum(lengths), supervised, max(lengths, default=0)
+    return result
+
+
+def shown(example: Example, tokenizer: Any, recipe: Recipe) -> str:
+    """The row as text, what is trained set between >> and <<. Characters are not truncated: max_length counts
+    tokens.
+    """
+    ids, labels = (
+        (example.input_ids, example.labels)
+        if isinstance(tokenizer, Characters)
+        else truncated(example, recipe)
+    )
+    parts: list[tuple[bool, list[int]]] = []
+    for token, label in zip(ids, labels, strict=True):
+        if not parts or parts[-1][0] != (label != IGNORED):
+            parts.append((label != IGNORED, []))
+        parts[-1][1].append(token)
+    return "".join(
+        f">>{tokenizer.decode(tokens)}<<" if on else tokenizer.decode(tokens) for on, tokens in parts
+    )

@@ -1,0 +1,237 @@
+"""One row of data: the form it is trained in, and what can be wrong with it. Imports no torch."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+FIELDS = (
+    "messages",
+    "prompt",
+    "completion",
+    "tools",
+    "chat_template_kwargs",
+)  # what TRL reads of a row, besides its text
+Fault = tuple[str, str]  # what was found, what to do about it
+MESSAGE = "a message is an object with role and content"
+SHAREGPT = (
+    "rename conversations to messages, from to role (human is user, gpt is assistant) and value to content"
+)
+OTHER_FORMS = {  # a field of another tool's form -> how to write it here
+    "conversations": SHAREGPT,
+    "conversation": SHAREGPT,
+    "instruction": "join instruction and input into prompt, rename output to completion",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: `value` holds `messages`, or `prompt` and `completion`, or `text` (and `tools`,
+    `chat_template_kwargs`).
+    """
+
+    where: str  # file:line
+    value: dict[str, Any]
+
+    @property
+    def format(self) -> str:
+        """`messages`, `prompt/completion` or `text`."""
+        return (
+            "prompt/completion"
+            if "prompt" in self.value
+            else "messages"
+            if "messages" in self.value
+            else "text"
+        )
+
+    @property
+    def conversational(self) -> bool:
+        """Is it made of messages, for a chat template, rather than of plain text?"""
+        return isinstance(self.value.get("prompt", self.value.get("messages")), list)
+
+    @property
+    def kind(self) -> str:
+        """`format`, and whether prompt and completion are texts or messages."""
+        return self.format + (
+            f" as {'messages' if self.conversational else 'text'}" if "prompt" in self.value else ""
+        )
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The messages of the prompt; none when the row is one list of messages."""
+        return self.value.get("prompt", [])
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """All messages of a conversational row."""
+        return self.history + self.value["completion"] if self.history else self.value["messages"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What goes to the chat template besides the messages."""
+        return {k: self.value[k] for k in ("tools", "chat_template_kwargs") if k in self.value}
+
+    @property
+    def key(self) -> str:
+        """The row's content as text: two rows with the same key are exact duplicates."""
+        return json.dumps(self.value, sort_keys=True, ensure_ascii=False)
+
+
+def used(raw: dict[str, Any], text_field: str = "text") -> dict[str, Any]:
+    """The fields of a row that are trained on: no nulls, the text under `text`, `tools` decoded from a JSON
+    text as TRL does.
+    """
+    value = {k: raw[k] for k in FIELDS if raw.get(k) is not None}
+    if raw.get(text_field) is not None:
+        value["text"] = raw[text_field]
+    if isinstance(value.get("tools"), str):
+        with contextlib.suppress(ValueError):  # else it stays a text, and _option_faults names it
+            value["tools"] = json.loads(value["tools"])
+    return value
+
+
+def faults(raw: dict[str, Any], text_field: str = "text") -> list[Fault]:
+    """What is wrong with one row, each as (found, what to do); empty when it can be trained on."""
+    value = used(raw, text_field)
+    has_pair = "prompt" in value or "completion" in value
+    kinds = [k for k in ("messages", "text") if k in value] + ["prompt/completion"] * has_pair
+    if not kinds:
+        do = next((advice for name, advice in OTHER_FORMS.items() if name in raw), "rename the field")
+        return [(f"no messages, prompt/completion or {text_field}, but {_listed(raw)}", do)]
+    if len(kinds) > 1:
+        return [(f"both {' and '.join(kinds)}", "keep one; the trainer would choose in silence")]
+    if has_pair:
+        missing = [k for k in ("prompt", "completion") if k not in value]
+        found = (
+            [(f"{missing[0]} is missing or null", "")]
+            if missing
+            else _pair_faults(value["prompt"], value["completion"])
+        )
+    elif "messages" in value:
+        found = _message_faults(value["messages"], "messages") + _no_reply(value["messages"])
+    else:
+        found = [] if _is_text(value["text"]) else [(f"{text_field} is empty or not a string", "")]
+    return found + _option_faults(value)
+
+
+def _listed(raw: dict[str, Any]) -> str:
+    return ", ".join(f"{k!r}" + " (null)" * (v is None) for k, v in raw.items()) or "nothing"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _role(message: Any) -> str | None:
+    role = message.get("role") if isinstance(message, dict) else None
+    return role if role in ROLES else None
+
+
+def _pair_faults(prompt: Any, completion: Any) -> list[Fault]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [] if completion.strip() else [("completion is empty", "")]
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        return [("prompt and completion must both be strings, or both be lists of messages", "")]
+    found = _message_faults(prompt, "prompt") + _message_faults(completion, "completion", begins=False)
+    if prompt and _role(prompt[-1]) == "assistant":
+        found.append(
+            (
+                "the prompt ends with an assistant turn",
+                "a server would begin another turn; end the prompt before the reply",
+            )
+        )
+    if completion and _role(completion[0]) not in ("assistant", "system", None):
+        do = "it begins with the assistant's reply; what is said before belongs to the prompt"
+        found.append((f"the completion begins with a {completion[0]['role']} turn", do))
+    return found
+
+
+def _no_reply(messages: Any) -> list[Fault]:
+    roles = [_role(m) for m in messages] if isinstance(messages, list) else []
+    if (
+        not roles or None in roles or "assistant" in roles
+    ):  # an unknown role may be meant as the assistant's, and is named already
+        return []
+    return [("messages has no assistant turn", "there is nothing to learn in it")]
+
+
+def _message_faults(messages: Any, name: str, begins: bool = True) -> list[Fault]:
+    """The faults of a list of messages; `begins`: its first one begins the conversation."""
+    if not isinstance(messages, list) or not messages:
+        return [
+            (
+                f"{name} is {'empty' if messages == [] else 'not a list'}",
+                'write [{"role": ..., "content": ...}, ...]',
+            )
+        ]
+    found: list[Fault] = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message:
+            is_sharegpt = isinstance(message, dict) and "from" in message
+            found.append((f"{name}[{i}] has no role", SHAREGPT if is_sharegpt else MESSAGE))
+            continue
+        if message["role"] not in ROLES:
+            found.append(
+                (f"{name}[{i}] has the unknown role {message['role']!r}", f"one of {', '.join(ROLES)}")
+            )
+        before = _role(messages[i - 1]) if i else None
+        turns = (*_order_faults(_role(message), before, begins and i == 0), *_content_faults(message))
+        found += [(f"{name}[{i}] {what}", do) for what, do in turns]
+    return found
+
+
+def _order_faults(role: str | None, before: str | None, first: bool) -> Iterator[Fault]:
+    """Turns in an order that chat templates refuse, or (worse) render in silence; `before` is None where it
+    is not known.
+    """
+    if role == "system" and not first:
+        yield "is a system turn, but not the first", "templates drop or refuse it"
+    if role == "user" and before == "user":
+        yield "is the second of two user turns in a row", "join them, or add the reply that is missing"
+    if role == "assistant" and before == "assistant":
+        yield "is the second of two assistant turns in a row", "join them"
+    if role == "assistant" and first:
+        yield "is an assistant turn that begins the conversation", "begin with a user (or system) turn"
+    if role == "tool" and (first or before in ("system", "user")):
+        yield (
+            "is a tool turn that follows no assistant turn",
+            "it answers the tool_calls of an assistant turn",
+        )
+
+
+def _content_faults(message: dict[str, Any]) -> Iterator[Fault]:
+    content, calls = message.get("content"), message.get("tool_calls") or []
+    if isinstance(content, str):
+        if not content.strip() and not calls and message["role"] != "tool":  # a tool may return nothing
+            yield "content is empty", "drop the turn or the row"
+    elif content is not None:
+        yield (
+            f"content is of type {type(content).__name__}",
+            "content is a string; join the text of its parts",
+        )
+    elif not calls:  # a turn that only calls a tool says nothing
+        yield f"content is {'null' if 'content' in message else 'missing'}", "content is a string"
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if not (
+            isinstance(function, dict)
+            and isinstance(function.get("name"), str)
+            and isinstance(function.get("arguments"), dict)
+        ):
+            # Arguments as JSON text: templates write them quoted or fail, a server decodes them before it
+            # renders.
+            yield (
+                "tool_calls are not as templates read them",
+                '[{"type": "function", "function": {"name": ..., "arguments": {...}}}]',
+            )
+
+
+def _option_faults(value: dict[str, Any]) -> list[Fault]:
+    found, tools = [], value.get("tools", [])
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        found.append(("tools is not a list of objects", "a list of JSON schemas, or the same as JSON text"))
+    if not isinstance(value.get("chat_template_kwargs", {}), dict):
+        found.append(("chat_template_kwargs is not an object", 'e.g. {"enable_thinking": false}'))
+    return found

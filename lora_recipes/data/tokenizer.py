@@ -1,0 +1,120 @@
+"""The tokenizer of a recipe: the base's own, one that a contract describes, or a stand-in when none is at
+hand.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
+
+from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.files import rooted
+from lora_recipes.data import new_tokens
+from lora_recipes.data.render import chat_template
+from lora_recipes.data.stand_in import Characters
+from lora_recipes.recipe import base as bases
+from lora_recipes.recipe import contract as contracts
+from lora_recipes.recipe.contract import Contract
+from lora_recipes.recipe.recipe import Recipe
+
+
+def load(recipe: Recipe, outputs: Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that training and serving use, with model.chat_template and train.eos_token applied.
+
+    `local_files_only`: look in the folder and the cache, never on the hub.
+    """
+    contract, name = bases.contract_of(recipe), recipe.model.get("tokenizer")
+    if name in contracts.names():
+        contract = contracts.load(name)
+    saved = (
+        not name and (Path(bases.path(recipe, outputs)) / "tokenizer.json").is_file()
+    )  # beside the weights: theirs, whatever changed
+    if contract and contract.tokenizer and name in (None, contract.name) and not saved:
+        result: PreTrainedTokenizerBase = make(contract)
+    else:
+        result = _pretrained(recipe, name or bases.path(recipe, outputs), local_files_only)
+    if template := recipe.model.get("chat_template"):
+        result.chat_template = chat_template(template, recipe.at("model", "chat_template"))
+    if eos := recipe.train.get("eos_token"):
+        if eos not in result.get_vocab():
+            do = f"the tokenizer's own is {result.eos_token!r}"
+            raise RecipeError(
+                Problem(recipe.at("train", "eos_token"), f"{eos!r} is not in the vocabulary", do)
+            )
+        result.eos_token = eos
+    new_tokens.add(result, recipe)
+    return result
+
+
+def _pretrained(recipe: Recipe, path: str, local_files_only: bool) -> PreTrainedTokenizerBase:
+    revision = "main" if recipe.model.get("tokenizer") else recipe.model.get("revision", "main")
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=local_files_only)
+    except (OSError, ValueError) as error:
+        found = f"the tokenizer of {path} cannot be loaded: {str(error).splitlines()[0]}"
+        raise RecipeError(
+            Problem(recipe.at("model"), found, "check the name, the network and the login")
+        ) from None
+
+
+def stand_in(recipe: Recipe) -> Characters:
+    """The stand-in for a tokenizer that is not at hand: the contract's published chat template, over
+    characters.
+    """
+    contract = bases.contract_of(recipe)
+    name = recipe.model.get("chat_template") or (contract and contract.chat_template)
+    return Characters(chat_template(name, recipe.at("model")) if name else None)
+
+
+def make(contract: Contract) -> PreTrainedTokenizerFast:
+    """The tokenizer that a contract describes: `words` (each a token) or `byte_level_bpe` (Qwen's kind,
+    trained on the files).
+    """
+    spec = contract.tokenizer
+    if not spec:
+        raise RecipeError(
+            Problem(f"configs/models/{contract.name}.yaml", "brings no tokenizer", "set model.tokenizer")
+        )
+    texts = [text for file in spec["files"] for text in _texts(rooted(file))]
+    raw = _words(texts, spec) if spec["kind"] == "words" else _byte_level_bpe(texts, spec)
+    raw.add_special_tokens(spec["special_tokens"])
+    assert raw.get_vocab_size() <= contract.text_config["vocab_size"]
+    names = {k: spec[k] for k in ("eos_token", "pad_token", "unk_token") if k in spec}
+    template = chat_template(contract.chat_template, contract.name) if contract.chat_template else None
+    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **names)
+
+
+def _words(texts: list[str], spec: dict[str, Any]) -> Tokenizer:
+    raw = Tokenizer(models.WordLevel(unk_token=spec["unk_token"]))
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    raw.decoder = decoders.Metaspace()
+    raw.train_from_iterator(
+        texts, trainers.WordLevelTrainer(special_tokens=spec["special_tokens"], show_progress=False)
+    )
+    return raw
+
+
+def _byte_level_bpe(texts: list[str], spec: dict[str, Any]) -> Tokenizer:
+    raw = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec["vocab_size"], initial_alphabet=alphabet, show_progress=False
+    )
+    # Two line breaks are one token in the published vocabularies; an empty think block is made of them.
+    raw.train_from_iterator([*texts, *["\n\n"] * len(texts)], trainer)
+    return raw
+
+
+def _texts(path: Path) -> list[str]:
+    """The texts of a JSONL file of `text` or `prompt`/`completion` rows."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    messages = [m["content"] for row in rows for m in row.get("prompt", []) + row.get("completion", [])]
+    return [row["text"] for row in rows if "text" in row] + messages

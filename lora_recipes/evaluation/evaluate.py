@@ -1,0 +1,276 @@
+"""Is the adapter better than its base, and what did it forget? `make eval RECIPE=x`: both are asked the same,
+the answers go into run.json.
+
+It asks what training left (outputs/<name>/adapter, or model), not what the recipe meant; the rows are made
+into tokens and labels as for training.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from lora_recipes.core import adapter_folder as adapters
+from lora_recipes.core import base_fit, files, locate, provenance
+from lora_recipes.core.errors import Problem, RecipeError, raise_if
+from lora_recipes.core.files import now
+from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.core.yamlfile import shown
+from lora_recipes.data import new_tokens, read, render
+from lora_recipes.data.render import IGNORED
+from lora_recipes.model import answers, attach, embeddings, probes
+from lora_recipes.recipe import base as bases
+from lora_recipes.recipe import recipe
+from lora_recipes.recipe.recipe import Recipe
+
+SETS = {"eval": "held out", "kept": "kept"}  # data.<key> -> how it is called
+PROMPTS, LONGEST = 3, 64  # generations side by side, and tokens of each
+
+
+@dataclass
+class Pair:
+    """Two models to compare: `base`, and what training made of it. An adapter is one model, asked with the
+    adapter and without.
+    """
+
+    tokenizer: Any
+    trained: Any
+    untrained: Any = None  # the base, when it is a model of its own
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def side(self, which: str) -> tuple[Any, AbstractContextManager[None]]:
+        """The model to ask for `base` or `trained`, and the context to ask it in."""
+        if which == "trained":
+            return self.trained, contextlib.nullcontext()
+        return (
+            (self.untrained, contextlib.nullcontext())
+            if self.untrained is not None
+            else (self.trained, self.trained.disable_adapter())
+        )
+
+
+SIDES = ("base", "trained")
+
+
+def evaluation(
+    name: str,
+    outputs: Path,
+    overrides: Sequence[str] = (),
+    adapter: Path | None = None,
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """Ask base and trained model of the run outputs/<name>/; writes run.json's `evaluation` and returns it.
+
+    `overrides`: data.eval=, data.kept= and probes.*= only. `adapter`: another one for the same base (a
+    combination), asked on this run's data; its own run.json gets the answer. `base` replaces the base that
+    the adapter names. RecipeError when anything is missing.
+    """
+    name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    run = RunFolder(outputs / name)
+    asked = _recipe(run, name, overrides)
+    sets = _rows(asked)
+    pair = _pair(asked, outputs, adapter or run.result(asked.method), base)
+    raise_if(probes.problems(pair.tokenizer, asked))
+    found: dict[str, Any] = {"at": now(), "overrides": list(overrides), **pair.facts, "sets": {}}
+    for which, split in sets.items():
+        examples = [render.truncated(e, asked) for e in render.examples(split, pair.tokenizer, asked)]
+        found["sets"][which] = {"rows": len(examples), "sha256": split.sha256} | _losses(pair, examples)
+    sides = {side: pair.side(side) for side in SIDES}
+    found["probes"] = {}
+    for side, (model, context) in sides.items():
+        with context:
+            found["probes"][side] = probes.probes(model, pair.tokenizer, asked)
+    found["generations"] = _generations(pair, asked, sets.get("eval"))
+    found["notes"] = _notes(run, found)
+    target = RunFolder(adapter.parent) if adapter else run
+    if target.record:
+        target.write_record(target.record | {"evaluation": found})
+    else:
+        found["notes"].append(f"{shown(target.path)} has no run.json: this is not recorded there")
+    return found
+
+
+def _recipe(run: RunFolder, name: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe that the run was trained with, and what of it is asked otherwise."""
+    if not run.finished:
+        raise RecipeError(Problem(shown(run.path), "holds no finished run", f"make train RECIPE={name}"))
+    file = run.path / "recipe.yaml"
+    if not file.is_file():
+        do = "a combination is asked on the data of a run: make eval RECIPE=that_run ADAPTER=folder"
+        raise RecipeError(Problem(shown(file), "is not there: there is no data to ask on", do))
+    for text in overrides:
+        if not text.startswith(("data.eval=", "data.kept=", "probes.")):
+            do = "an evaluation takes data.eval=, data.kept= and probes.; the rest is what was trained"
+            raise RecipeError(Problem(f"override {text!r}", "would change nothing", do))
+    return dataclasses.replace(recipe.load(str(file), overrides), name=name)
+
+
+def _rows(asked: Recipe) -> dict[str, read.Split]:
+    """The rows of data.eval and data.kept, as far as the recipe names them; kept ones must not have been
+    trained on.
+    """
+    sets = {which: read.read(asked, which) for which in SETS if asked.data.get(which)}
+    if not (sets or asked.probes):
+        do = (
+            "name held-out rows, e.g. SET=data.eval=data/x/eval.jsonl, or rows that should be kept:"
+            " SET=data.kept=..."
+        )
+        raise RecipeError(
+            Problem(
+                asked.at("data"), "there is nothing to evaluate on: no data.eval, data.kept or probes", do
+            )
+        )
+    if "kept" in sets and (seen := read.in_both(read.read(asked, "train"), sets["kept"])):
+        found = f"{len(seen)} of its rows were trained on, first {seen[0].where}"
+        raise RecipeError(
+            Problem(
+                asked.at("data", "kept"), found, "what is forgotten shows on rows that the training never saw"
+            )
+        )
+    if asked.data.get("rows") == "assistant_turn":
+        sets = {which: read.by_assistant_turn(split) for which, split in sets.items()}
+    return sets
+
+
+def _pair(asked: Recipe, outputs: Path, result: Path, base: Path | None) -> Pair:
+    """Load both models; the adapter's tensors, base and weights are checked first."""
+    if not result.is_dir():
+        raise RecipeError(
+            Problem(
+                shown(result),
+                "is gone: run.json says that it was trained",
+                f"make train RECIPE={asked.name} FORCE=1",
+            )
+        )
+    facts: dict[str, Any] = {"result": shown(result)}
+    if locate.is_model(result):
+        source = base or locate.local(bases.path(asked, outputs), asked.model.get("revision"))
+        if source is None or not (source / "config.json").is_file():
+            found = f"its base {source or bases.path(asked, outputs)} is not on this machine"
+            raise RecipeError(Problem(shown(result), found, "give its folder: BASE=path"))
+        tokenizer = attach.tokenizer(result, source)
+        untrained = _grown(attach.base(source, None), tokenizer, asked)
+        return Pair(tokenizer, attach.base(result, None), untrained, facts | {"base": str(source)})
+    adapter, known = adapters.read(result, anything=True), provenance.read(result)
+    source = locate.base_of({asked.name: adapter}, base)
+    raise_if(base_fit.fit(adapter, source, known))
+    facts |= {
+        "base": str(source),
+        "adapter_sha256": files.sha256(adapter.file),
+        "quantize": known.quantize if known else None,
+    }
+    tokenizer = attach.tokenizer(result, source)
+    untrained = _grown(attach.base(source, known), tokenizer, asked)
+    return Pair(tokenizer, attach.attach(untrained, {"default": adapter}), facts=facts)
+
+
+def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
+    """The base with its new tokens as training began with them; it has no others."""
+    if new := new_tokens.ids(tokenizer, asked, 0):
+        embeddings.grow(base, new)
+        embeddings.begin(base, new, asked.train.get("seed", 42))
+    return base
+
+
+def _losses(pair: Pair, examples: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """Mean loss (nats a trained token) and perplexity of both sides; one row at a time, so that no padding
+    has a say.
+    """
+    found: dict[str, Any] = {
+        "tokens": sum(label != IGNORED for _, labels in examples for label in labels[1:])
+    }
+    if not found["tokens"]:
+        raise RecipeError(
+            Problem("data", "no token of these rows is in the loss", "look at train.max_length and the rows")
+        )
+    for side in SIDES:
+        model, context = pair.side(side)
+        with context, torch.no_grad():
+            mean = math.fsum(_loss(model, *example) for example in examples) / found["tokens"]
+        found[side] = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+    return found
+
+
+def _loss(model: Any, ids: list[int], labels: list[int]) -> float:
+    """The summed loss of one row, in nats. Each token is predicted from those before it; the first has
+    none.
+    """
+    device = model.device
+    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[
+        0, -len(ids) : -1
+    ]  # after virtual tokens
+    wanted = torch.tensor(labels[1:], device=device)
+    return float(
+        torch.nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
+    )
+
+
+def _generations(pair: Pair, asked: Recipe, split: read.Split | None) -> list[dict[str, Any]]:
+    """The greedy continuations of both sides: of eval rows as a server renders them; of the probes where the
+    rows have no prompt.
+    """
+    rows = [row for row in (split.rows if split else []) if row.conversational or row.history][:PROMPTS]
+    served = [answers.served(row, pair.tokenizer, asked) for row in rows if row.conversational]
+    prompts = [said[2] for said in served if said]
+    texts: list[Any] = [row.history for row in rows if not row.conversational]
+    if not rows:
+        texts = [
+            probe["prompt"] for kind in ("change", "keep") for probe in asked.probes.get(kind, [])[:PROMPTS]
+        ]
+    prompts += [list(pair.tokenizer(text)["input_ids"]) for text in texts]
+    written: list[dict[str, Any]] = [{"prompt": pair.tokenizer.decode(ids)} for ids in prompts]
+    for side in SIDES:
+        model, context = pair.side(side)
+        with context:
+            for ids, entry in zip(prompts, written, strict=True):
+                entry[side] = _greedy(model, pair.tokenizer, ids)
+    return written
+
+
+def _greedy(model: Any, tokenizer: Any, ids: list[int]) -> str:
+    # A config of its own: the base's may sample, or punish repetition.
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=LONGEST,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    prompt = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+    )
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
+
+
+def _notes(run: RunFolder, found: dict[str, Any]) -> list[str]:
+    planned = run.record.get("plan", {}).get("data", {}).get("eval", {}).get("sha256")
+    held_out = found["sets"].get("eval")
+    if held_out and planned != held_out["sha256"]:
+        return ["the eval rows are not those that the training run evaluated"]
+    return []
+
+
+def report(found: dict[str, Any]) -> str:
+    """The evaluation for a person: a table of losses, the probes, and the generations side by side."""
+    lines = [f"base {found['base']}, trained {found['result']}"]
+    if found["sets"]:
+        head = ("rows", "tokens", "base", "trained", "change", "base", "trained")
+        lines += ["", f"{'':<10} {'':>6} {'':>8}  {'loss, nats a token':^28}  {'perplexity':^19}".rstrip()]
+        lines += ["{:<10} {:>6} {:>8}  {:>8} {:>8} {:>10}  {:>9} {:>9}".format("", *head)]
+    for which, row in found["sets"].items():
+        base, trained = row["base"], row["trained"]
+        numbers = f"{base['loss']:>8.4f} {trained['loss']:>8.4f} {trained['loss'] - base['loss']:>+10.4f}"
+        perplexities = f"{base['perplexity']:>9.4g} {trained['perplexity']:>9.4g}"
+        lines.append(f"{SETS[which]:<10} {row['rows']:>6,} {row['tokens']:>8,}  {numbers}  {perplexities}")
+    if table := probes.table(found["probes"]["base"], found["probes"]["trained"]):
+        lines += ["", *table]
+    for entry in found["generations"]:
+        lines += ["", f"> {entry['prompt'].strip()}", *(f"{side:>9}  {entry[side]}" for side in SIDES)]
+    return "\n".join([*lines, *(f"NOTE        {note}" for note in found["notes"])])

@@ -1,0 +1,202 @@
+"""A model as it will be trained, made of fake tensors: shapes and dtypes, no bytes. What is counted on it is
+what training would hold.
+"""
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, name2qmap, quantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import PeftConfig, get_peft_model
+from peft.tuners.lora import dora
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    masking_utils,
+)
+from transformers.integrations import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+
+from lora_recipes.memory import kernels
+
+
+def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """`config` with only the first `layers` layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    for name, value in list(vars(config).items()):
+        if name.endswith("layer_types") and isinstance(value, list):
+            setattr(config, name, value[:layers])
+    return config
+
+
+def depths(config: PreTrainedConfig, last: int = 0) -> tuple[int, int, int]:
+    """Two depths whose peaks tell that of the whole model, a period of its kinds of layers apart, and its own
+    depth.
+
+    `last`: how many blocks at the end differ from the others, being trained; they are in the second half of
+    the first depth. A model that is no deeper than the second is run as it is: then all three are its own.
+    """
+    layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
+    period = 1
+    if kinds:
+        period = next(
+            p for p in range(1, layers + 1) if all(kinds[i] == kinds[i + p] for i in range(layers - p))
+        )
+    low = max(period, 2) + layers % period
+    low += max(0, -(-(2 * last - low) // period)) * period
+    return (low, low + period, layers) if low + period < layers else (layers, layers, layers)
+
+
+def base(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, quantize: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    """The base model on the meta device, as `from_pretrained` would leave it: its linear modules 4-bit ones
+    where `quantize` says so.
+    """
+    options = {"attn_implementation": attention} if attention else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    if quantize:
+        model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantize)
+        model.is_loaded_in_4bit = True
+    return model
+
+
+def adapted(model: PreTrainedModel, config: PeftConfig | None, dtype: torch.dtype | None) -> Any:
+    """`model` with its adapter, whose parameters train in `dtype`; None leaves them as PEFT makes them."""
+    if config is None:
+        return model
+    # DoRA measures each weight at the start, on a copy; a 4-bit weight on the meta device is not packed yet,
+    # and cannot be copied.
+    with (
+        replaced(Params4bit, "__deepcopy__", lambda weight, memo: weight),
+        replaced(dora, "dequantize_module_weight", _whole),
+    ):
+        peft_model: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
+    for parameter in peft_model.parameters():
+        if dtype and parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return peft_model
+
+
+def _whole(module: Any) -> torch.Tensor:
+    """PEFT's dequantize_module_weight, which knows a 4-bit weight by its class; a fake tensor has its own."""
+    state = getattr(module.weight, "quant_state", None)
+    return dequantize_4bit(module.weight, state) if state is not None else module.weight
+
+
+def materialise(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> list[torch.Tensor]:
+    """Put a fake CPU tensor in place of every meta parameter and buffer; tied ones stay tied; 4-bit ones are
+    packed.
+
+    `dtype`: of the weights before they were quantised. Returns the 4-bit weights' statistics, which are no
+    parameters.
+    """
+    made: dict[
+        int, tuple[torch.Tensor, torch.Tensor]
+    ] = {}  # the original too: an id is only unique among the living
+    statistics: list[torch.Tensor] = []
+    name2qmap.setdefault(
+        "dynamic", create_dynamic_map()
+    )  # bitsandbytes computes it when it first needs it, from real numbers
+    module: Any
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    with mode:
+                        made[id(tensor)] = _fake(tensor, dtype, statistics), tensor
+                tensors[name] = made[id(tensor)][0]
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            module.quant_state = weight.quant_state
+            module.support_avx512bf16_for_cpu = False
+    return statistics
+
+
+def _fake(tensor: torch.Tensor, dtype: torch.dtype, statistics: list[torch.Tensor]) -> torch.Tensor:
+    plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    if not isinstance(tensor, nn.Parameter):
+        return plain
+    if not isinstance(tensor, Params4bit):
+        return nn.Parameter(plain, requires_grad=tensor.requires_grad)
+    kind = {
+        "compress_statistics": tensor.compress_statistics,
+        "quant_type": tensor.quant_type,
+        "quant_storage": tensor.quant_storage,
+    }
+    packed, state = quantize_4bit(plain.to(dtype), blocksize=tensor.blocksize, **kind)
+    weight: Any = nn.Parameter(packed, requires_grad=False)  # a Params4bit would quantise it again
+    vars(weight).update(
+        kind, quant_state=state, bnb_quantized=True, blocksize=tensor.blocksize, module=tensor.module
+    )
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    statistics += [state.absmax, state.code, *nested]
+    return weight
+
+
+@contextlib.contextmanager
+def untraced(config: PreTrainedConfig, fast: frozenset[str], cuda: bool) -> Iterator[None]:
+    """Libraries take a fake tensor for a traced graph, and Triton kernels take none at all: here they run as
+    in training.
+
+    `fast`: the packages (fla, causal_conv1d) whose kernels are planned for. `cuda`: plan TRL's head for a
+    device with Triton, where it scores only the supervised positions and needs no memory beside its tile.
+    """
+    swaps: list[tuple[Any, str, Any]] = [
+        (masking_utils, "is_tracing", lambda *_: False),
+        (dora, "dequantize_module_weight", _whole),
+    ]
+    modeling = modeling_of(config)
+    swaps += [(modeling, name, function) for name, function in kernels.stand_ins(modeling, fast).items()]
+    if cuda:
+        swaps.append((trl_utils, "_use_triton", lambda device: True))
+        swaps += [
+            (chunked_logprob, name, lambda *_, **__: None)
+            for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")
+        ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in swaps:
+            stack.enter_context(replaced(owner, name, value))
+        yield
+
+
+@contextlib.contextmanager
+def autocast(arguments: TrainingArguments) -> Iterator[None]:
+    """The autocast of a training step with `arguments`."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    with torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext():
+        yield
+
+
+def modeling_of(config: PreTrainedConfig) -> Any:
+    """The module of transformers that holds the model class of `config`."""
+    return importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` for a while."""
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

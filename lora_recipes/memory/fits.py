@@ -1,0 +1,229 @@
+"""Does it fit: predicted peak memory by part, what a card must hold beside it, and the settings that fit.
+Arithmetic; imports no torch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+MIB, GIB = 2**20, 2**30
+CARDS = (
+    16,
+    24,
+    40,
+    48,
+    80,
+)  # GB; a card of N GB is counted as N x 10^9 bytes, of which it shows at least as much
+
+# From 35 published runs on a Tesla T4 (tests/data/README.md): reserved / allocated at the peak, and what
+# nvidia-smi shows beside it.
+RESERVED_MEDIAN, RESERVED_WORST = 1.11, 1.25
+CONTEXT = 141 * MIB
+
+# A cuBLAS handle takes 8.125 MiB (PyTorch's default, :4096:2:16:8), and the thread that runs the backward
+# pass has its own.
+WORKSPACE = 2 * (4096 * 2 + 16 * 8) * 1024
+PARTS = ("base", "adapter", "gradients", "optimiser", "activations", "workspace")
+LAYERED = ("forward", "backward", "evaluation")  # the stretches of a step that each layer has
+FITS, LIKELY, NOT = "fits", "likely", "does not"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What training is predicted to hold at its peak, in bytes by part, and what was assumed.
+
+    `at`: in which part of a step the peak is. `why_closed`: why the step could not be run and a closed form
+    stands here; empty when it ran. `parameters`, `trainable`: counted on what ran.
+    """
+
+    parts: dict[str, int]
+    at: str
+    parameters: int
+    trainable: int
+    assumptions: tuple[str, ...] = ()
+    why_closed: str = ""
+    seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def peak_bytes(self) -> int:
+        """What torch.cuda.max_memory_allocated would say."""
+        return sum(self.parts.values())
+
+    def process_bytes(self, ratio: float = RESERVED_MEDIAN) -> int:
+        """What nvidia-smi would show: reserved memory by `ratio`, and the CUDA context."""
+        return int(self.peak_bytes * ratio) + CONTEXT
+
+    def verdict(self, card_gb: float) -> str:
+        """`fits` (with the worst reserve that was seen), `likely` (with the median one) or `does not`;
+        `card_gb`: in 10^9 bytes.
+        """
+        room = card_gb * 10**9
+        if self.process_bytes(RESERVED_WORST) <= room:
+            return FITS
+        return LIKELY if self.process_bytes() <= room else NOT
+
+    def facts(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "parts": self.parts,
+            "at": self.at,
+            "method": "closed form" if self.why_closed else "one training step on fake tensors",
+            "why_closed": self.why_closed,
+            "assumptions": list(self.assumptions),
+            "notes": list(self.notes),
+            "cards_gb": {str(card): self.verdict(card) for card in CARDS},
+            "process_bytes": {"median": self.process_bytes(), "worst": self.process_bytes(RESERVED_WORST)},
+        }
+
+    def lines(self) -> list[tuple[str, str]]:
+        """For people: (label, text) pairs."""
+        how = f"closed form, not run ({self.why_closed})" if self.why_closed else f"at {self.at}"
+        parts = " + ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size)
+        said = [("memory", f"peak {gib(self.peak_bytes)} GiB, {how}\n{parts}")]
+        said.append(("assumed", "\n".join([*self.assumptions, *self.notes])))
+        said.append(("cards", verdicts(self)))
+        return said
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, small ones with as many figures as they need."""
+    value = size / GIB
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.4f}" if value >= 0.001 else f"{value:.6f}"
+
+
+def verdicts(memory: Memory) -> str:
+    """The verdict for each common card, and what it counts with."""
+    low, high = gib(memory.process_bytes()), gib(memory.process_bytes(RESERVED_WORST))
+    cards = ", ".join(f"{card} GB {memory.verdict(card)}" for card in CARDS)
+    reserve = f"reserved / allocated {RESERVED_MEDIAN} (median) to {RESERVED_WORST} (worst)"
+    return f"{cards}\na process of {low} to {high} GiB: {reserve}, context 141 MiB, as on a T4"
+
+
+@dataclass(frozen=True)
+class Option:
+    """Settings that do the same optimisation steps, as overrides of the recipe, and their predicted
+    memory.
+    """
+
+    overrides: tuple[str, ...]
+    batch: int
+    accumulation: int
+    checkpointing: bool
+    quantised: bool
+    memory: Memory
+
+    @property
+    def cost(self) -> tuple[float, int]:
+        """For ordering, lowest first: checkpointing takes 20-30 % more time, 4 bits about 30 %, large batches
+        less (not measured).
+        """
+        return (1.25 if self.checkpointing else 1.0) * (1.3 if self.quantised else 1.0), -self.batch
+
+
+def batches(effective: int) -> list[int]:
+    """The batch sizes that make `effective` examples a step by accumulation, largest first."""
+    return [b for b in range(effective, 0, -1) if effective % b == 0]
+
+
+def table(options: Iterable[Option], card_gb: float) -> list[str]:
+    """One line an option, and a head."""
+    head = (
+        f"{'batch x accumulation':<22}{'checkpointing':<15}{'base':<8}{'peak GiB':>9}  {card_gb:g} GB   set"
+    )
+    lines = [head]
+    for option in options:
+        size = f"{option.batch} x {option.accumulation}"
+        words = ("on" if option.checkpointing else "off"), ("nf4" if option.quantised else "as is")
+        peak = gib(option.memory.peak_bytes) + ("*" if option.memory.why_closed else "")
+        verdict = option.memory.verdict(card_gb)
+        lines.append(
+            f"{size:<22}{words[0]:<15}{words[1]:<8}{peak:>9}  {verdict:<8}{' '.join(option.overrides)}"
+        )
+    return (
+        lines
+        if len(lines) > 1
+        else [f"nothing fits {card_gb:g} GB: a shorter train.max_length, a smaller base or a larger card"]
+    )
+
+
+def comparison(memories: dict[str, Memory]) -> list[str]:
+    """The same recipe by several methods, a line each: every part in GiB."""
+    lines = [f"{'GiB':<8}" + "".join(f"{name:>12}" for name in (*PARTS, "peak")) + "  smallest card"]
+    for name, memory in memories.items():
+        sizes = [*(memory.parts.get(part, 0) for part in PARTS), memory.peak_bytes]
+        card = next(
+            (f"{c} GB {memory.verdict(c)}" for c in CARDS if memory.verdict(c) != NOT),
+            f"none up to {CARDS[-1]} GB",
+        )
+        lines.append(
+            f"{name:<8}"
+            + "".join(f"{gib(size):>12}" for size in sizes)
+            + f"  {card}"
+            + " *" * bool(memory.why_closed)
+        )
+    return lines
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the closed form needs to know of a model: parameters (quantised, others, trained), layers, width,
+    MLP, vocabulary.
+    """
+
+    linear: int
+    other: int
+    trainable: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+def closed(
+    sizes: Sizes,
+    tokens: int,
+    widths: tuple[int, int],
+    full: bool,
+    quantised: bool,
+    checkpointing: bool,
+    state: float,
+) -> dict[str, int]:
+    """Parts by the usual arithmetic, for when the step cannot be run.
+
+    `widths`: bytes of a weight and of a trained one; `state`: optimiser bytes for each trained one.
+    Activations of a layer and token: 34 values of the hidden size where the MLP has 4 times its width
+    (Korthikanti et al. 2022, table 2, without attention's scores), kept for every layer, or for one with
+    checkpointing, which keeps each layer's input besides. The head works in tiles of 4,096 tokens by 32,768
+    words. NF4 with double quantisation takes 4.127 bits.
+    """
+    width, trained = widths
+    base = sizes.linear * (4.127 / 8 if quantised else width) + sizes.other * width
+    layer = tokens * (18 * sizes.hidden + 4 * sizes.intermediate) * width / 2
+    kept = layer + tokens * sizes.hidden * width * sizes.layers if checkpointing else layer * sizes.layers
+    head = min(tokens, 4096) * min(sizes.vocabulary, 32768) * width
+    adapter = 0 if full else sizes.trainable * trained
+    numbers = (base, adapter, sizes.trainable * trained, sizes.trainable * state, kept + head, WORKSPACE)
+    return {name: int(number) for name, number in zip(PARTS, numbers, strict=True)}
+
+
+def extended(
+    low: dict[Any, Any], high: dict[Any, Any], shallow: int, deep: int, wanted: int
+) -> dict[Any, dict[str, int]]:
+    """The peaks of a model of `wanted` layers from those of one of `shallow` and one of `deep` layers,
+    stretch by stretch, part by part.
+
+    Every period of layers adds the same, so what lives in a given stretch is affine in the depth: counted
+    from the first layer for the first half of the shallow model, from the last one for the rest. What lies
+    between runs along a line from one to the other.
+    """
+    found, steps = {}, (wanted - shallow) // (deep - shallow)
+    for (name, index), peak in low.items():
+        from_end = name in LAYERED and index >= shallow // 2
+        other = high[name, index + deep - shallow if from_end else index]
+        found[name, index + wanted - shallow if from_end else index] = {
+            part: peak.parts.get(part, 0) + steps * (other.parts.get(part, 0) - peak.parts.get(part, 0))
+            for part in {*peak.parts, *other.parts}
+        }
+    return found

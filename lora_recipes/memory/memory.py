@@ -1,0 +1,306 @@
+"""Peak memory before anything is loaded: a recipe's own training step on fake tensors, in a process of its
+own with a time limit.
+"""
+
+import contextlib
+import importlib.util
+import math
+import multiprocessing
+import resource
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import PreTrainedConfig
+from trl import pack_dataset
+
+from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.data import new_tokens
+from lora_recipes.data.gate import Gate
+from lora_recipes.data.render import Example
+from lora_recipes.memory import fake, fits, kernels, rehearsal
+from lora_recipes.memory.fits import Memory
+from lora_recipes.memory.rehearsal import Batch, Setup
+from lora_recipes.model import base as base_model
+from lora_recipes.model import build, freeze, initialise, peft_callbacks
+from lora_recipes.recipe.recipe import Recipe
+
+SECONDS = 60.0  # of processor time, for one recipe; a 4B takes a few
+PATIENCE = 10  # times as long by the clock, for a busy machine
+PLACES = {
+    "embedding": "the embedding",
+    "forward": "the forward pass of a layer",
+    "head": "the loss",
+    "backward head": "the backward pass of the loss",
+    "backward": "the backward pass of a layer",
+    "clip": "gradient clipping",
+    "optimizer": "the optimiser's step",
+    "evaluation": "an evaluation pass",
+    "evaluation head": "the loss of an evaluation pass",
+}
+
+
+def plan(
+    recipe: Recipe, outputs: Path, gate: Gate | None = None, seconds: float = SECONDS, cuda: bool = True
+) -> Memory:
+    """The predicted peak of training `recipe` on one GPU, or (`cuda` false) as it runs on the CPU.
+
+    `gate`: the data as it will be trained, for the lengths of its rows; without it, or where its tokens are
+    not counted, each row is taken to be train.max_length long. `seconds`: the limit in processor time, after
+    which a closed form stands in, and says so.
+    """
+    setup = of_recipe(recipe, outputs, gate, cuda)
+    with Rehearsals([setup], seconds) as rehearsals:
+        return rehearsals[0]
+
+
+def of_recipe(recipe: Recipe, outputs: Path, gate: Gate | None = None, cuda: bool = True) -> Setup:
+    """What decides the memory of `recipe`, through the same functions that training builds with."""
+    config, arguments = (
+        base_model.text_config(recipe, outputs),
+        build.sft_config(recipe, RunFolder(outputs / recipe.name)),
+    )
+    adapter = build.peft_config(recipe, 10**9)  # AdaLoRA: any number of steps has the same shapes
+    attention = recipe.model.get("attn_implementation", "sdpa")
+    masked = attention in ("sdpa", "eager")  # FlashAttention takes lengths instead of a mask
+    counted = gate is not None and gate.counts.tokens is not None
+    train, held_out = (gate.train, gate.evaluation) if gate else (None, None)
+    size = arguments.per_device_train_batch_size
+    batch = _batch(train, counted, size, arguments.packing, config, arguments)
+    evaluation = None
+    if held_out and str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no":
+        packing = arguments.packing if arguments.eval_packing is None else arguments.eval_packing
+        evaluation = _batch(
+            held_out, counted, arguments.per_device_eval_batch_size, packing, config, arguments
+        )
+    if not masked:
+        batch = replace(batch, padded=False, packed=False)
+        evaluation = evaluation and replace(evaluation, padded=False, packed=False)
+    return Setup(
+        config,
+        getattr(torch, recipe.model["dtype"]),
+        arguments,
+        batch,
+        adapter and build.shapes(adapter),
+        getattr(torch, build.adapter_dtype(recipe)),
+        build.nf4(recipe.model["dtype"]) if recipe.model.get("quantize") == "nf4" else None,
+        attention if masked else "sdpa",
+        frozenset(p for p in kernels.used(fake.modeling_of(config)) if importlib.util.find_spec(p)),
+        cuda,
+        evaluation,
+        freeze=recipe.freeze if recipe.method == "freeze" else None,
+        new_tokens=tuple(new_tokens.ids(gate.tokenizer if gate else None, recipe, config.vocab_size)),
+        copies=initialise.copies(recipe) + peft_callbacks.copies(recipe),
+    )
+
+
+def _batch(
+    examples: list[Example] | None,
+    counted: bool,
+    rows: int,
+    packing: bool,
+    config: PreTrainedConfig,
+    arguments: Any,
+) -> Batch:
+    """The largest batch: the longest rows, padded to the longest; packed or padding-free rows laid end to
+    end.
+    """
+    free = arguments.padding_free or (packing and arguments.packing_strategy in ("bfd", "bfd_split"))
+    if examples is None or not counted:
+        rows = min(rows, len(examples)) if examples and not packing else rows
+        width = arguments.max_length or config.max_position_embeddings
+        return (
+            Batch(1, rows * width, rows * width - 1, packed=True)
+            if free
+            else Batch(rows, width, rows * (width - 1), padded=rows > 1)
+        )
+    data: Any = build.dataset(examples)
+    if packing:
+        data = pack_dataset(data, arguments.max_length, arguments.packing_strategy)
+    lengths = [len(ids) for ids in data["input_ids"]]
+    supervised = sum(
+        sorted((sum(label != -100 for label in labels[1:]) for labels in data["labels"]), reverse=True)[:rows]
+    )
+    longest = sorted(lengths, reverse=True)[:rows]
+    if free:
+        return Batch(
+            1,
+            sum(longest),
+            supervised,
+            packed=len(longest) > 1 or any(len(s) > 1 for s in data[:]["seq_lengths"]),
+        )
+    return Batch(len(longest), longest[0], supervised, padded=len(longest) > 1 and min(lengths) < longest[0])
+
+
+class Rehearsals:
+    """A process of its own that rehearses setups one after another: what goes wrong there, or takes too long,
+    ends there.
+    """
+
+    def __init__(self, setups: Sequence[Setup], seconds: float):
+        self.setups, self.seconds = list(setups), seconds
+        self.process: Any = None
+
+    def __enter__(self) -> "Rehearsals":
+        """The process starts with the first question."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+        self.process = None
+
+    def __getitem__(self, index: int) -> Memory:
+        """The memory of the setup `index`, by a closed form where it cannot be rehearsed."""
+        if self.process is None:
+            self._start()
+        began, found = time.monotonic(), f"no answer within {self.seconds:g} s"
+        try:
+            self.pipe.send(index)
+            if self.pipe.poll(self.seconds * PATIENCE):
+                found = self.pipe.recv()
+            else:
+                self.__exit__()
+        except (EOFError, OSError):  # killed: at its limit, or by the system
+            self.__exit__()
+        memory = closed(self.setups[index], found) if isinstance(found, str) else found
+        return replace(memory, seconds=time.monotonic() - began)
+
+    def _start(self) -> None:
+        # A forked process has all modules already, which takes seconds to import; with CUDA begun it could
+        # not ask about devices.
+        fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
+        context: Any = multiprocessing.get_context("fork" if fork else "spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_work, args=(other, self.setups, self.seconds), daemon=True)
+        self.process.start()
+        other.close()
+
+
+def _work(pipe: Any, setups: list[Setup], seconds: float) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            index = pipe.recv()
+            used, limit = time.process_time(), resource.getrlimit(resource.RLIMIT_CPU)[1]
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), limit))
+            try:
+                pipe.send(rehearsed(setups[index]))
+            except Exception as error:  # whatever a library raises on fake tensors; the closed form says it
+                pipe.send(
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+                )
+
+
+def rehearsed(setup: Setup) -> Memory:
+    """The memory of `setup`, in this process."""
+    low, high, layers = fake.depths(setup.config, (setup.freeze or {}).get("last_blocks", 0))
+    first = rehearsal.run(setup, low)
+    peaks = {stretch: peak.parts for stretch, peak in first.peaks.items()}
+    counts = (first.parameters, first.trainable, first.paged)
+    if low < layers:
+        second = rehearsal.run(setup, high)
+        peaks = fits.extended(first.peaks, second.peaks, low, high, layers)
+        steps, more = (layers - low) // (high - low), (second.parameters, second.trainable, second.paged)
+        parameters, trainable, paged = (a + steps * (b - a) for a, b in zip(counts, more, strict=True))
+        counts = (parameters, trainable, paged)
+    stretch = max(peaks, key=lambda s: sum(peaks[s].values()))
+    parts = {name: peaks[stretch].get(name, 0) for name in fits.PARTS}
+    parts["workspace"] = fits.WORKSPACE if setup.cuda else 0
+    notes = (
+        [f"paged: {fits.gib(counts[2])} GiB of optimiser state in paged memory, not in the peak"]
+        if counts[2]
+        else []
+    )
+    return Memory(
+        parts, PLACES[stretch[0]], counts[0], counts[1], tuple(assumptions(setup)), notes=tuple(notes)
+    )
+
+
+def closed(setup: Setup, why: str) -> Memory:
+    """The usual arithmetic, for a step that could not be run."""
+    base = fake.base(setup.config, setup.dtype, setup.attention, setup.quantize)
+    linear = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit))
+    whole = sum(p.numel() for p in base.parameters())
+    trainable = whole if setup.freeze is None else freeze.apply(base, setup.freeze)
+    if setup.peft_config:
+        trainable = sum(
+            p.numel()
+            for p in fake.adapted(base, setup.peft_config, setup.adapter).parameters()
+            if p.requires_grad
+        )
+    config = setup.config
+    intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    sizes = fits.Sizes(
+        linear,
+        whole - linear,
+        trainable,
+        config.num_hidden_layers,
+        config.hidden_size,
+        intermediate,
+        config.vocab_size,
+    )
+    optim, width = str(getattr(setup.arguments.optim, "value", setup.arguments.optim)), setup.dtype.itemsize
+    trained = width if setup.peft_config is None else (setup.adapter or torch.float32).itemsize
+    state = 0.0 if "paged" in optim else 2.0 if "8bit" in optim else 2.0 * trained
+    tokens = setup.batch.rows * setup.batch.width
+    checkpointing = bool(setup.arguments.gradient_checkpointing)
+    parts = fits.closed(
+        sizes,
+        tokens,
+        (width, trained),
+        setup.peft_config is None,
+        setup.quantize is not None,
+        checkpointing,
+        state,
+    )
+    total = whole + (trainable if setup.peft_config else 0)
+    return Memory(parts, "", total, trainable, tuple(assumptions(setup)), why_closed=why)
+
+
+def assumptions(setup: Setup) -> Iterator[str]:
+    """What the prediction takes for granted, a line each."""
+    arguments, batch = setup.arguments, setup.batch
+    shape = (
+        "one row of sequences end to end"
+        if batch.packed
+        else "padded"
+        if batch.padded
+        else "all of one length"
+    )
+    yield f"batch: {batch.rows} x {batch.width:,} tokens ({shape}), {batch.supervised:,} of them supervised"
+    kernel = (
+        "FlashAttention's kernel"
+        if not (batch.packed or batch.padded)
+        else "with a mask, so not FlashAttention's kernel"
+    )
+    yield f"attention: {setup.attention}" + (
+        f", {kernel}" if setup.attention == "sdpa" else ", whole score matrices"
+    )
+    yield "loss: TRL's fused head, tiles of 4,096 tokens x 32,768 words; no logits are built"
+    for package in kernels.used(fake.modeling_of(setup.config)):
+        name = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}[package]
+        yield f"linear attention: {name}" + (
+            " (by its source)" if package in setup.fast else " is not installed: the torch fallback"
+        )
+    if setup.peft_config:
+        quantised = (
+            " (TRL's bfloat16 would lose small updates), base: NF4, double quantisation"
+            if setup.quantize
+            else ""
+        )
+        more = quantised if setup.adapter == torch.float32 else ""
+        yield f"adapter: {str(setup.adapter).removeprefix('torch.')}{more}"
+    yield f"checkpointing: {'on' if arguments.gradient_checkpointing else 'off'}"
+    yield f"optimiser: {getattr(arguments.optim, 'value', arguments.optim)}; gradients accumulated in place"
+    for field in ("activation_offloading", "use_liger_kernel", "torch_compile", "deepspeed", "fsdp"):
+        if getattr(arguments, field, None):
+            yield f"not planned: train.{field}"

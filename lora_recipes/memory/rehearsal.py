@@ -1,0 +1,294 @@
+"""One training step without bytes: the model, the optimiser and the batch of a run as fake tensors, its
+storages counted.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.optim.optimizer import Optimizer2State
+from peft import PeftConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
+from transformers import BitsAndBytesConfig, PreTrainedConfig, Trainer, TrainingArguments
+from trl.models.selective_activation_checkpointing import enable_selective_activation_checkpointing
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
+
+from lora_recipes.memory import fake, kernels, storages
+from lora_recipes.memory.storages import Peak, Storages, Stretch
+from lora_recipes.model import embeddings as vocabulary
+from lora_recipes.model import freeze
+
+aten = torch.ops.aten
+HEAD_OUTPUTS = (
+    "log_probs",
+    "entropy",
+    "is_top1",
+)  # what SFTTrainer asks of TRL's fused head; a test holds it against a real trainer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a run: `rows` rows of `width` tokens, of which `supervised` have a label.
+
+    `padded`: are some rows shorter? `packed`: is it one flat row of several sequences (TRL's padding-free
+    form)?
+    """
+
+    rows: int
+    width: int
+    supervised: int
+    padded: bool = False
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that decides how much memory a step takes.
+
+    `dtype`: of the base; `adapter`: the dtype in which the adapter trains, None for PEFT's own choice.
+    `fast`: the packages whose kernels are planned for (fla, causal_conv1d). `cuda`: plan for a GPU, else for
+    the CPU as it runs here. `evaluation`: the largest batch of an evaluation pass. `trl`: TRL's loss; else
+    transformers' own, whole logits held through the backward pass. `prepared`: after
+    peft.prepare_model_for_kbit_training. `freeze`: that section of the recipe. `new_tokens`: their ids.
+    `copies` of what is trained are kept beside it, besides the optimiser's.
+    """
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    arguments: TrainingArguments
+    batch: Batch
+    peft_config: PeftConfig | None = None
+    adapter: torch.dtype | None = None
+    quantize: BitsAndBytesConfig | None = None
+    attention: str | None = None
+    fast: frozenset[str] = frozenset()
+    cuda: bool = True
+    evaluation: Batch | None = None
+    trl: bool = True
+    prepared: bool = False
+    freeze: dict[str, Any] | None = None
+    new_tokens: tuple[int, ...] = ()
+    copies: int = 0
+
+
+@dataclass
+class Run:
+    """What was seen: the peak of each stretch; how many parameters, all and trained; `paged`: optimiser bytes
+    in paged memory.
+    """
+
+    peaks: dict[Stretch, Peak]
+    parameters: int
+    trainable: int
+    paged: int = 0
+
+
+def run(setup: Setup, layers: int) -> Run:
+    """One step of `setup` on a model of `layers` layers, the optimiser's state in place as from the second
+    step on.
+    """
+    config = fake.shallow(setup.config, layers)
+    config.use_cache = False
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model, base = _model(setup, config)
+    statistics = fake.materialise(model, setup.dtype, mode)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inputs, held_out = _inputs(setup.batch, mode), setup.evaluation and _inputs(setup.evaluation, mode)
+    with fake.untraced(config, setup.fast, setup.cuda), mode:
+        optimizer, paged = _optimizer(model, trained, setup)
+        counted = _storages(setup, setup.batch)
+        ids = {id(p) for p in trained}
+        owned = "base" if setup.peft_config is None else "adapter"
+        counted.add((p for p in model.parameters() if id(p) not in ids), "base")
+        counted.add((*model.buffers(), *statistics), "base")
+        counted.add(trained, owned)
+        copies = [torch.empty_like(p) for p in trained for _ in range(setup.copies)]
+        counted.add(copies, owned)
+        counted.add(_tensors(optimizer, paged), "optimiser")
+        _hooks(counted, base, trained, layers)
+        _train(model, optimizer, trained, setup, counted, inputs)
+        if held_out:
+            _evaluate(model, setup, counted, held_out)
+    parameters = sum(p.numel() for p in model.parameters()) if not setup.quantize else _unpacked(model)
+    return Run(counted.peaks, parameters, sum(p.numel() for p in trained), sum(p.nbytes for p in paged))
+
+
+def _unpacked(model: nn.Module) -> int:
+    shapes = (getattr(p, "quant_state", None) for p in model.parameters())
+    return sum(
+        state.shape.numel() if state else p.numel()
+        for p, state in zip(model.parameters(), shapes, strict=True)
+    )
+
+
+def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
+    """The model that trains, and the base inside it, as SFTTrainer and Trainer set them up."""
+    base = fake.base(config, setup.dtype, setup.attention, setup.quantize)
+    if setup.prepared:
+        for parameter in base.parameters():
+            if type(parameter) is nn.Parameter and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+    adapter = copy.deepcopy(setup.peft_config)
+    vocabulary.grow(base, list(setup.new_tokens), adapter)
+    if setup.freeze is not None:
+        freeze.apply(base, setup.freeze)
+    model = fake.adapted(base, adapter, setup.adapter)
+    if adapter:
+        vocabulary.readable_head(model)
+    if setup.arguments.gradient_checkpointing:
+        given: Any = setup.arguments.gradient_checkpointing_kwargs
+        options = dict(given or {})
+        if options.pop("selective", False):
+            enable_selective_activation_checkpointing(model)
+        more = {k: options.pop(k) for k in ("every_n_layers",) if k in options}
+        options.pop("offload", None)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None, **more)
+        if setup.peft_config:
+            model.enable_input_require_grads()
+    if setup.trl:
+        add_fused_lm_head(base, outputs=HEAD_OUTPUTS)
+    return model.train(), base
+
+
+def _storages(setup: Setup, batch: Batch) -> Storages:
+    """The counter, which answers what depends on values: is the batch plain, and how many positions are
+    supervised?
+    """
+    plain = not (batch.padded or batch.packed)
+
+    def value(func: Any, tensor: torch.Tensor) -> bool | int:
+        return plain if tensor.dtype == torch.bool else 1
+
+    def chosen(func: Any, tensor: torch.Tensor, indices: Any, *args: Any) -> torch.Tensor:
+        if indices[0] is not None and indices[0].dtype == torch.bool:
+            return tensor.new_empty((batch.supervised, *tensor.shape[indices[0].dim() :]))
+        return func(tensor, indices, *args)
+
+    def put(func: Any, tensor: torch.Tensor, indices: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if indices[0] is not None and indices[0].dtype == torch.bool:
+            return tensor
+        return func(tensor, indices, *args, **kwargs)
+
+    handlers: dict[Any, Any] = {
+        aten._local_scalar_dense.default: value,
+        aten.index.Tensor: chosen,
+        aten._index_put_impl_.default: put,
+    }
+    return Storages(kernels.EXTRA if setup.cuda else {}, handlers | {aten.index_put_.default: put})
+
+
+def _optimizer(model: Any, trained: list[nn.Parameter], setup: Setup) -> tuple[Any, list[torch.Tensor]]:
+    """The optimiser of train.optim with its state, and the part of that state which bitsandbytes keeps in
+    paged memory.
+    """
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(setup.arguments, model)
+    if setup.cuda and "foreach" in kind.__init__.__code__.co_varnames and not options.get("fused"):
+        options = options | {"foreach": True}  # PyTorch's default for CUDA tensors
+    with unset_fake_temporarily():  # bitsandbytes computes the tables of its 8-bit states here
+        optimizer = kind(trained, **options)
+    if isinstance(optimizer, Optimizer2State):
+        return optimizer, _bitsandbytes(optimizer, model, setup)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    with _storages(setup, setup.batch):
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, []
+
+
+def _bitsandbytes(optimizer: Any, model: Any, setup: Setup) -> list[torch.Tensor]:
+    """Its kernels cannot run on fake tensors and work in place; its own init_state makes the state.
+    Embeddings stay at 32 bits.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    config, paged = optimizer.get_config, []
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            bits = {"optim_bits": 32} if id(parameter) in embeddings else {}
+            optimizer.get_config = lambda *args, bits=bits: config(*args) | bits
+            optimizer.init_state(group, parameter, group_index, index)
+            if optimizer.is_paged and setup.cuda and parameter.numel() >= 1e5:  # bitsandbytes' own limit
+                paged += [optimizer.state[parameter][k] for k in ("state1", "state2")]
+    optimizer.step = lambda: None
+    return paged
+
+
+def _tensors(optimizer: Any, without: list[torch.Tensor]) -> list[torch.Tensor]:
+    skipped = {id(t) for t in without}
+    return [
+        t
+        for t in tree_leaves(list(optimizer.state.values()))
+        if isinstance(t, torch.Tensor) and id(t) not in skipped
+    ]
+
+
+def _hooks(counted: Storages, base: Any, trained: list[nn.Parameter], layers: int) -> None:
+    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    storages.mark(counted, list(stacks[0]))
+    storages.head(counted, base.base_model, layers)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: counted.add([p.grad], "gradients"))
+
+
+def _inputs(batch: Batch, mode: FakeTensorMode) -> dict[str, Any]:
+    """The batch as TRL's collator makes it, as fake tensors."""
+    lengths = [batch.width] * batch.rows
+    if batch.padded:
+        lengths[1:] = [max(batch.width - 1, 1)] * (batch.rows - 1)
+    rows: list[dict[str, Any]] = [{"input_ids": [0] * n, "labels": [0] * n} for n in lengths]
+    if batch.packed:
+        for row, n in zip(rows, lengths, strict=True):
+            row["seq_lengths"] = [n // 2, n - n // 2]
+    made = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=batch.packed)(rows)
+    return {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
+
+
+def _train(
+    model: Any, optimizer: Any, trained: list[nn.Parameter], setup: Setup, counted: Storages, inputs: Any
+) -> None:
+    """Forward, backward, clip, step: what Trainer.training_step and SFTTrainer.compute_loss do, of one
+    micro-batch.
+    """
+    if setup.arguments.gradient_accumulation_steps > 1:  # the gradients of the micro-batches before
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        counted.add((p.grad for p in trained), "gradients")
+    counted.add((v for v in inputs.values() if isinstance(v, torch.Tensor)), "activations")
+    counted.stretch = "embedding", 0
+    with counted:
+        with fake.autocast(setup.arguments):
+            outputs = model(**inputs, use_cache=False, **({"fused_lm_head": True} if setup.trl else {}))
+            loss = _loss(outputs) if setup.trl else outputs.loss
+        if setup.trl:
+            outputs = None
+        counted.stretch = "backward head", 0
+        loss.backward()
+        del loss
+        counted.stretch, counted.label = ("clip", 0), "optimiser"
+        if setup.arguments.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained, setup.arguments.max_grad_norm)
+        counted.stretch = "optimizer", 0
+        optimizer.step()
+        optimizer.zero_grad()
+    counted.label = "activations"
+
+
+def _loss(outputs: Any) -> torch.Tensor:
+    return (-outputs.log_probs).sum() / outputs.label_mask.sum().clamp(min=1)
+
+
+def _evaluate(model: Any, setup: Setup, counted: Storages, inputs: dict[str, Any]) -> None:
+    """One batch of an evaluation pass between two steps."""
+    assert setup.evaluation
+    handlers = counted.handlers
+    counted.handlers = _storages(setup, setup.evaluation).handlers
+    counted.stretch = "evaluation", 0
+    counted.add((v for v in inputs.values() if isinstance(v, torch.Tensor)), "activations")
+    with counted, torch.no_grad(), fake.autocast(setup.arguments):
+        model.eval()
+        _loss(model(**inputs, use_cache=False, fused_lm_head=True))
+    counted.handlers = handlers

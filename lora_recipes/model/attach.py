@@ -1,0 +1,72 @@
+"""Trained adapters on their base, as they were trained: same weights, same dtype or 4-bit; and no tensor left
+behind.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_recipes.core.adapter_folder import Adapter
+from lora_recipes.core.errors import Problem, RecipeError, listed
+from lora_recipes.core.provenance import Provenance
+from lora_recipes.core.yamlfile import shown
+from lora_recipes.model import build
+
+
+def base(folder: Path, known: Provenance | None) -> PreTrainedModel:
+    """The model in `folder` for asking, in the dtype (and NF4) that provenance tells, else its own; on the
+    GPU where there is one.
+    """
+    dtype = getattr(torch, known.dtype) if known else "auto"
+    options = {"quantization_config": build.nf4(known.dtype)} if known and known.quantize else {}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    if torch.cuda.is_available() and not options:  # bitsandbytes has placed 4-bit weights itself
+        loaded = loaded.to("cuda")
+    return build.trainable_4bit(loaded).eval()
+
+
+def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
+    """`model` with all `adapters` under these names, the first one active. RecipeError when one does not go
+    on it whole.
+
+    PEFT only warns about tensors without a place, and leaves modules without a tensor at their random start.
+    """
+    (first, adapter), *others = adapters.items()
+    attached = PeftModel.from_pretrained(model, adapter.path, adapter_name=first)
+    for name, adapter in others:
+        attached.load_adapter(adapter.path, adapter_name=name)
+    for name, adapter in adapters.items():
+        got = get_peft_model_state_dict(attached, adapter_name=name, save_embedding_layers=False)
+        wanted = {
+            n: t for n, t in load_file(adapter.file).items() if ".base_layer." not in n
+        }  # an adapted embedding is saved whole too
+        saved = {got[n].data_ptr() for n in got if n in wanted}  # tensors of tied modules are saved once
+        got = {n: t for n, t in got.items() if n in wanted or t.data_ptr() not in saved}
+        # PEFT keeps 16-bit adapters as float32: the same numbers.
+        lost = [
+            n
+            for n in {**got, **wanted}
+            if n not in got or n not in wanted or not torch.equal(got[n].cpu().float(), wanted[n].float())
+        ]
+        if lost:
+            do = (
+                "give the adapter as training saved it, not the copy for serving"
+                if set(lost) - set(got)
+                else "another version of PEFT?"
+            )
+            raise RecipeError(
+                Problem(shown(adapter.path), f"does not go on its base whole: {listed(lost, 3)}", do)
+            )
+    return attached.eval()
+
+
+def tokenizer(result: Path, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that training saved in `result`; that of the base in `folder` where it saved none."""
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        result if (result / "tokenizer_config.json").is_file() else folder
+    )
+    return found

@@ -1,0 +1,329 @@
+"""From a recipe to library objects: the only file that knows both a recipe and the classes of transformers,
+peft and trl.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import EvaConfig, LoraConfig, PeftConfig, PromptTuningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import CordaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import SFTConfig, SFTTrainer
+
+from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.files import replace_folder, rooted, sha256
+from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.data import new_tokens
+from lora_recipes.data import tokenizer as tokenizing
+from lora_recipes.data.render import Example
+from lora_recipes.model import embeddings, freeze, initialise, peft_callbacks, rates, variants
+from lora_recipes.recipe import base as bases
+from lora_recipes.recipe.contract import Contract
+from lora_recipes.recipe.recipe import Recipe
+
+
+def peft_config(
+    recipe: Recipe, total_step: int | None = None, tokenizer: str = "none yet"
+) -> PeftConfig | None:
+    """PEFT's config of the recipe's `lora:` or `peft:` section, its keys handed over as they are; None where
+    no adapter is trained.
+
+    `total_step`: the run's optimizer steps, which AdaLoRA's schedule needs; any large number will do to count
+    parameters. `tokenizer`: where prompt tuning finds the one for its prompt_tuning_init_text.
+    """
+    if recipe.whole:
+        return None
+    fields = {"task_type": "CAUSAL_LM", **recipe.settings}
+    kind = fields.pop("peft_type", "LORA")
+    fields |= {"total_step": total_step} if kind == "ADALORA" else {}
+    fields |= {"tokenizer_name_or_path": tokenizer} if kind == "PROMPT_TUNING" else {}
+    if variants.initialisation(recipe) == "loftq":
+        fields["init_lora_weights"] = (
+            True  # start.py then replaces A and B; PEFT itself would quantise a second time
+        )
+    for field, cls in (("eva_config", EvaConfig), ("corda_config", CordaConfig)):
+        if isinstance(fields.get(field), dict):
+            fields[field] = cls(**fields[field])
+    made: type[PeftConfig] = LoraConfig if kind == "LORA" else PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    try:
+        return made(**fields)
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(Problem(recipe.at(recipe.method), f"PEFT refuses it: {error}")) from None
+
+
+def shapes(config: PeftConfig) -> PeftConfig:
+    """`config` for a model without weights: an initialisation that reads weights or words changes values, not
+    shapes.
+    """
+    if isinstance(config, PromptTuningConfig):
+        return dataclasses.replace(config, prompt_tuning_init="RANDOM")
+    if isinstance(config, LoraConfig):
+        return dataclasses.replace(config, init_lora_weights=True)
+    return config
+
+
+def precision(recipe: Recipe) -> tuple[dict[str, bool], str]:
+    """`bf16` and `fp16` for SFTConfig, and the reason. TRL's own default is bf16 everywhere, the CPU
+    included.
+    """
+    asked = {k: recipe.train[k] for k in ("bf16", "fp16") if k in recipe.train}
+    dtype = recipe.model["dtype"]
+    where = (
+        "this CPU"
+        if not torch.cuda.is_available() or recipe.train.get("use_cpu")
+        else torch.cuda.get_device_name()
+    )
+    wants_bf16 = dtype == "bfloat16" or asked.get("bf16")
+    if (
+        wants_bf16
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        do = "set model.dtype=float16 train.fp16=true, or model.dtype=float32"
+        raise RecipeError(Problem(recipe.at("model", "dtype"), f"{where} has no bfloat16", do))
+    if asked:
+        return {"bf16": False, "fp16": False} | asked, "as the recipe says"
+    return {
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+    }, f"follows model.dtype: {dtype} on {where}"
+
+
+def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
+    """`trl.SFTConfig` of the recipe's `train:` section, its keys handed over as they are, and what the
+    launcher owns.
+    """
+    stopping = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+    owned = {"output_dir": str(folder.checkpoints), **precision(recipe)[0]}
+    fields: dict[str, Any] = {
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_nan_inf_filter": False,
+    }
+    if (
+        recipe.method == "lora"
+    ):  # every A and B has a gradient in every step; looking for those without costs a pass over the graph
+        fields["ddp_find_unused_parameters"] = False
+    fields |= (stopping if recipe.early_stopping else {}) | recipe.train | owned
+    try:
+        made = SFTConfig(**fields)
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(
+            Problem(recipe.at("train"), f"TRL refuses it: {str(error).splitlines()[0]}")
+        ) from None
+    # Under ZeRO-3 transformers would divide every model from here on while it is made, also those that only
+    # count.
+    unset_hf_deepspeed_config()
+    return made
+
+
+def random_base(recipe: Recipe, outputs: Path) -> bool:
+    """Write the contract's model with random weights (seed 0) and its tokenizer as a checkpoint folder,
+    unless it is there already.
+
+    The folder has the published checkpoint's class and tensor names, so that all later steps load it as they
+    load a real one.
+    """
+    contract, folder = bases.contract_of(recipe), Path(bases.path(recipe, outputs))
+    assert contract is not None
+    files = {name: sha256(rooted(name)) for name in (contract.tokenizer or {}).get("files", [])}
+    mark = {
+        "config": contract.config,
+        "tokenizer": contract.tokenizer,
+        "files": files,
+        "transformers": transformers.__version__,
+    }
+    if (folder / "contract.json").is_file() and json.loads((folder / "contract.json").read_text()) == mark:
+        return False
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    config = AutoConfig.for_model(**contract.config)
+    set_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = published_class(contract)._from_config(config, dtype=getattr(torch, recipe.model["dtype"]))
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # of another contract or other files; its tokenizer must not be read back
+    processing_class = tokenizing.load(recipe, outputs)
+    for holder in (model.config.get_text_config(), model.generation_config):
+        holder.eos_token_id, holder.pad_token_id = (
+            processing_class.eos_token_id,
+            processing_class.pad_token_id,
+        )
+    model.save_pretrained(temporary)
+    processing_class.save_pretrained(temporary)
+    (temporary / "contract.json").write_text(json.dumps(mark))
+    replace_folder(temporary, folder)
+    return True
+
+
+def published_class(contract: Contract) -> type[PreTrainedModel]:
+    """The class of the published checkpoint; or the text model's, where the contract states only that part of
+    a two-part one.
+    """
+    config = AutoConfig.for_model(**contract.config)
+    published = getattr(transformers, contract.architecture)
+    found: Any = (
+        published
+        if published.config_class is type(config)
+        else AutoModelForCausalLM._model_mapping[type(config)]
+    )
+    return found
+
+
+def nf4(dtype: str) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, computed in `dtype` (QLoRA, arXiv 2305.14314)."""
+    compute = getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def model(recipe: Recipe, outputs: Path) -> PreTrainedModel:
+    """The base model with its weights, frozen or not as the trainer will have it, in the recipe's dtype or in
+    NF4.
+    """
+    options: dict[str, Any] = {
+        k: recipe.model[k] for k in ("revision", "attn_implementation") if k in recipe.model
+    }
+    if recipe.model.get("quantize") == "nf4":
+        options["quantization_config"] = nf4(recipe.model["dtype"])
+    path = bases.path(recipe, outputs)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, recipe.model["dtype"]), **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        do = "check the name, the network, the login and attn_implementation"
+        key = (
+            "attn_implementation"
+            if "attn_implementation" in recipe.model and "attn" in str(error)
+            else "name_or_path"
+        )
+        raise RecipeError(
+            Problem(recipe.at("model", key), f"{path} cannot be loaded: {str(error).splitlines()[0]}", do)
+        ) from None
+    if getattr(loaded, "_hf_peft_config_loaded", False) or hasattr(loaded, "peft_config"):
+        do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
+        raise RecipeError(Problem(recipe.at("model", "name_or_path"), f"{path} carries an adapter", do))
+    return trainable_4bit(loaded)
+
+
+def trainable_4bit(model: PreTrainedModel) -> PreTrainedModel:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16; other models stay as they are.
+
+    It does so at the first forward pass in eval mode (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward),
+    for a kernel that has no backward: from then on no gradient passes through these layers, and training goes
+    on in silence.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def dataset(examples: list[Example]) -> Dataset:
+    """`input_ids` and `labels`: the form that SFTTrainer takes as already prepared."""
+    return Dataset.from_dict(
+        {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
+    )
+
+
+def trainer(
+    recipe: Recipe,
+    arguments: SFTConfig,
+    base: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    train: list[Example],
+    evaluation: list[Example],
+    callbacks: list[TrainerCallback],
+    total_step: int | None = None,
+    outputs: Path | None = None,
+) -> SFTTrainer:
+    """The one SFTTrainer. It receives the PeftConfig and makes the adapter itself; nothing has put one on
+    `base` before.
+
+    `total_step` is for AdaLoRA's schedule, `outputs` for what a LoftQ or warm start reads; both fail without
+    it.
+    """
+    # The labels already leave out what train.assistant_only_loss leaves out; TRL accepts the flag only with
+    # raw conversations.
+    arguments.assistant_only_loss = False
+    stopping = [EarlyStoppingCallback(**recipe.early_stopping)] if recipe.early_stopping else []
+    config = peft_config(recipe, total_step, str(recipe.model.get("tokenizer", base.name_or_path)))
+    try:
+        _prepare(recipe, base, config, new_tokens.ids(processing_class, recipe, 0), train, arguments.seed)
+        made = SFTTrainer(
+            model=base,
+            args=arguments,
+            train_dataset=dataset(train),
+            eval_dataset=dataset(evaluation) if evaluation else None,
+            processing_class=processing_class,
+            peft_config=config,
+            optimizer_cls_and_kwargs=rates.factory(recipe, arguments),
+            callbacks=[*callbacks, *stopping, *peft_callbacks.callbacks(recipe)],
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        raise RecipeError(
+            Problem(
+                recipe.at("train"),
+                f"TRL refuses it: {str(error).splitlines()[0]}",
+                "scripts/train.py --traceback shows where",
+            )
+        ) from error
+    if not recipe.whole:
+        embeddings.readable_head(made.model)
+        initialise.begin(made.model, recipe, train, outputs)
+        for parameter in made.model.parameters():  # type: ignore[union-attr]
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, adapter_dtype(recipe)))
+        initialise.keep(made.model, recipe)
+    return made
+
+
+def _prepare(
+    recipe: Recipe, base: PreTrainedModel, config: Any, new: list[int], rows: list[Example], seed: int
+) -> None:
+    """What is done to the base and its PeftConfig before the trainer has them: freezing, the `new` tokens'
+    rows, CorDA's look at data.
+    """
+    if new:
+        embeddings.grow(base, new, config)
+        embeddings.begin(base, new, seed)
+    if recipe.method == "freeze":
+        freeze.apply(base, recipe.freeze)
+    initialise.before(base, config, recipe, rows)
+
+
+def adapter_dtype(recipe: Recipe) -> str:
+    """The dtype in which the adapter trains: float32 unless the recipe says otherwise.
+
+    TRL 1.16 makes the adapter of a 4-bit base bfloat16 (sft_trainer.py), where small updates round away:
+    docs/memory.md has the figures.
+    """
+    return str(recipe.model.get("adapter_dtype", "float32"))

@@ -1,0 +1,57 @@
+"""Layer freezing: which parameters of the base a `freeze:` section trains. The result is a whole model, as
+that of `full:`.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_recipes.core.errors import Problem
+from lora_recipes.recipe.recipe import Recipe
+
+
+def parts(model: PreTrainedModel, section: dict[str, Any]) -> list[str]:
+    """The modules that a `freeze:` section trains: the last blocks (`model.layers.1`), then the embeddings
+    and lm_head.
+    """
+    named = {id(module): name for name, module in model.named_modules()}
+    blocks = [named[id(block)] for block in model.base_model.layers]  # type: ignore[union-attr]
+    found = blocks[len(blocks) - section["last_blocks"] :]
+    if section.get("embeddings"):
+        found += [
+            named[id(m)]
+            for m in (model.get_input_embeddings(), model.get_output_embeddings())
+            if m is not None
+        ]
+    return found
+
+
+def problems(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
+    """More blocks than the model has, or nothing that is trained."""
+    blocks: Any = model.base_model.layers
+    wanted, have = recipe.freeze["last_blocks"], len(blocks)
+    if wanted > have:
+        return [
+            Problem(
+                recipe.at("freeze", "last_blocks"),
+                f"the model has {have} blocks, not {wanted}",
+                f"1 to {have}, or write full:",
+            )
+        ]
+    if not (wanted or recipe.freeze.get("embeddings")):
+        return [
+            Problem(recipe.at("freeze"), "nothing would be trained", "last_blocks: 1, or embeddings: true")
+        ]
+    return []
+
+
+def apply(model: PreTrainedModel, section: dict[str, Any]) -> int:
+    """Set `requires_grad` on `model`: true in `parts`, false elsewhere. Returns how many parameters are
+    trained.
+
+    A tied lm_head is the embedding's own tensor and counts once: `parameters()` gives each tensor once.
+    """
+    model.requires_grad_(False)
+    for name in parts(model, section):
+        model.get_submodule(name).requires_grad_(True)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,349 @@
+"""Which module gets an adapter: every entry of a PeftConfig resolved on a model without weights, before
+anything is loaded.
+
+PEFT skips an entry that matches nothing when another entry matches; here each must match. Matching itself is
+PEFT's own (peft/tuners/tuners_utils.py, peft/utils/other.py).
+"""
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_recipes.core.errors import Problem, listed, nearest
+from lora_recipes.recipe.recipe import Recipe
+
+ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
+_LAYER = re.compile(
+    r".*?\.[^.]*\.(\d+)\.(.+)"
+)  # PEFT takes the first number in a module's name for its layer
+_LORA_ONLY = ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices")
+_EVERYWHERE: dict[str, Any] = {
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "modules_to_save": None,
+}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One kind of layer: how many there are, and which of its linear modules are `adapted` and which
+    `left`.
+    """
+
+    kind: str
+    layers: int
+    adapted: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """E.g. `full_attention 8 layers: q_proj, v_proj (not: k_proj, o_proj)`; a kind without an adapted
+        token mixer is told apart.
+        """
+        head = f"{self.kind} {self.layers} layers: "
+        names = ", ".join(map(_leaf, self.adapted))
+        untouched = ", ".join(_leaf(name) for name in self.left if not name.startswith("mlp."))
+        if untouched and all(name.startswith("mlp.") for name in self.adapted):
+            whole = "nothing" if not names else names if "(" in names else "mlp only"
+            return f"{head}{whole} - no token mixer adapted ({untouched} exist)"
+        return head + names + (f" (not: {untouched})" if untouched else "")
+
+
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` by name, without the root."""
+    return {name: module for name, module in model.named_modules() if name}
+
+
+def matched(model: PreTrainedModel, config: Any) -> list[str]:
+    """The names of the modules that PEFT would adapt, `all-linear` included."""
+    if config.target_modules is None:
+        return []  # PEFT would choose by model type; `problems` asks for names
+    names = modules(model)
+    if _all_linear(config.target_modules):
+        names = {
+            n: m
+            for n, m in names.items()
+            if isinstance(m, nn.Linear | Conv1D) and m is not model.get_output_embeddings()
+        }
+        config = _with(config, target_modules=r".*")
+    return [n for n in names if check_target_module_exists(config, n)]
+
+
+def problems(model: PreTrainedModel, config: Any, recipe: Recipe) -> list[Problem]:
+    """Every entry of `config` that matches nothing on `model`, and every target that would be refused or go
+    wrong later.
+    """
+    config = _with(config, **{key: getattr(config, key, None) for key in (*_EVERYWHERE, *_LORA_ONLY)})
+    if found := list(_not_regular(config, recipe)):
+        return found
+    found = list(_targets(model, config, recipe))
+    if not found:
+        # Only with right targets can the others be judged: they choose among the modules that the targets
+        # match.
+        found = [*_excludes(model, config, recipe), *_layers(model, config, recipe)] or list(
+            _emptied(model, config, recipe)
+        )
+        found += _patterns(model, config, recipe) if not found else []
+    return [*found, *_refused(model, config, recipe), *_elsewhere(model, config, recipe)]
+
+
+def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]:
+    """For each kind of layer (transformers' `layer_types`) which of its linear modules are adapted, and which
+    are not.
+
+    A module that is adapted in only some layers of its kind stands with the count: `q_proj (3 of 8)`. Token
+    mixers come first, and in each block the projections in before the one out.
+    """
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    have: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for name, module in modules(model).items():
+        if (match := _LAYER.match(name)) and isinstance(module, ADAPTABLE):
+            have[types[int(match.group(1))]][match.group(2)].append(name in adapted)
+    result = []
+    for kind, done in have.items():
+        names = sorted(done, key=lambda n: (n.startswith("mlp."), _leaf(n) == "out_proj"))
+        hit = tuple(
+            n if all(done[n]) else f"{n} ({sum(done[n])} of {len(done[n])})" for n in names if any(done[n])
+        )
+        result.append(Coverage(kind, types.count(kind), hit, tuple(n for n in names if not any(done[n]))))
+    return result
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _all_linear(entries: Any) -> bool:
+    return isinstance(entries, str) and entries.lower() == "all-linear"
+
+
+def _with(config: Any, **changes: Any) -> Any:
+    other = copy.copy(config)
+    vars(other).update(changes)
+    return other
+
+
+def _norms(config: Any) -> bool:
+    """LN_TUNING trains the norms themselves; all others stand beside linear modules."""
+    return bool(config.peft_type == "LN_TUNING")
+
+
+def _ends(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _entries(recipe: Recipe, key: str) -> Iterable[tuple[str, Any, Any]]:
+    """For each entry of a key that takes a value or a list: where it stands, the entry, and the key's value
+    if it stood alone.
+    """
+    value = recipe.settings.get(key)
+    if isinstance(value, list):
+        yield from ((recipe.at(recipe.method, key, i), entry, {entry}) for i, entry in enumerate(value))
+    elif value is not None:
+        yield recipe.at(recipe.method, key), value, value
+
+
+def _nothing(
+    where: str, entry: str, names: Iterable[str], what: str = "matches no module of this model"
+) -> Problem:
+    """`entry` matches nothing: the nearest of `names`, each cut to as many parts as the entry has."""
+    parts = entry.count(".") + 1
+    close = nearest(entry, {".".join(name.split(".")[-parts:]) for name in names})
+    return Problem(where, f"{entry!r} {what}", f"did you mean {close}?")
+
+
+def _not_regular(config: Any, recipe: Recipe) -> Iterable[Problem]:
+    """PEFT's own message for a pattern that does not compile names neither the key nor the pattern."""
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        value = getattr(config, key)
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                where = recipe.at(recipe.method, key, *([pattern] if isinstance(value, dict) else []))
+                yield Problem(
+                    where,
+                    f"{pattern!r} is not a regular expression: {error}",
+                    "escape or correct it, or write names",
+                )
+
+
+def _targets(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    """Entries of target_modules that match no module at all."""
+    entries, at = recipe.settings.get("target_modules"), recipe.at(recipe.method, "target_modules")
+    names = [
+        n
+        for n, m in modules(model).items()
+        if isinstance(m, ADAPTABLE) or (_norms(config) and _leaf(n).endswith("norm"))
+    ]
+    leaves = list(dict.fromkeys(_leaf(n) for n in names if _LAYER.match(n)))
+    if entries is None or (entries == [] and not config.target_parameters):
+        found = (
+            "is null: PEFT would choose by model type, without a word"
+            if entries is None
+            else "names no module"
+        )
+        yield Problem(at, found, f"e.g. {listed(leaves, 7)}, or all-linear")
+    for where, entry, alone in _entries(recipe, "target_modules"):
+        if matched(model, _with(config, target_modules=alone, **_EVERYWHERE)):
+            if (
+                isinstance(entries, list)
+                and recipe.at(recipe.method, "target_modules", entries.index(entry)) != where
+            ):
+                yield Problem(where, f"{entry!r} is listed twice", "keep one")
+        elif isinstance(entries, str):
+            do = (
+                "a string is a regular expression for the whole module name; for modules by name write a list"
+            )
+            close = nearest(entry, [*leaves, "all-linear"])
+            do = f"did you mean all-linear? Otherwise {do}" if close == "all-linear" else f"{do}: [{close}]"
+            yield Problem(where, f"the pattern {entry!r} matches no module", do)
+        elif _all_linear(entry):
+            yield Problem(
+                where,
+                f"{entry!r} in a list is no module's name",
+                "write target_modules: all-linear, without the list",
+            )
+        else:
+            yield _nothing(where, entry, names)
+
+
+def _excludes(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    everywhere = _with(config, **_EVERYWHERE)
+    wanted = matched(model, everywhere)
+    for where, entry, alone in _entries(recipe, "exclude_modules"):
+        if matched(model, _with(everywhere, exclude_modules=alone)) == wanted:
+            yield _nothing(where, entry, wanted, "excludes none of the targeted modules")
+
+
+def _layers(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    """Numbers in layers_to_transform, and a layers_pattern, that choose no layer."""
+    if config.layers_to_transform == []:
+        yield Problem(
+            recipe.at(recipe.method, "layers_to_transform"),
+            "an empty list means every layer to PEFT",
+            "remove the key",
+        )
+    have = {int(m.group(1)) for n in modules(model) if (m := _LAYER.match(n))}
+    meant = {int(m.group(1)) for n in matched(model, _with(config, **_EVERYWHERE)) if (m := _LAYER.match(n))}
+    for where, layer, _ in _entries(recipe, "layers_to_transform"):
+        if layer not in have:
+            yield Problem(where, f"there is no layer {layer}", f"the layers are 0 to {max(have, default=0)}")
+        elif layer not in meant:
+            yield Problem(
+                where,
+                f"layer {layer} has none of the target modules",
+                "its kind of layer has others; see the plan's coverage",
+            )
+    for where, entry, _ in _entries(recipe, "layers_pattern"):
+        if not any(re.match(rf"(?:^|.*?\.){entry}\.\d+\.", n) for n in modules(model)):
+            yield _nothing(
+                where,
+                entry,
+                {n.split(".")[-2] for n in modules(model) if _leaf(n).isdigit()},
+                "is no list of layers",
+            )
+
+
+def _emptied(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    """Targets that match modules of the model, but none that exclude_modules, layers_to_transform and
+    modules_to_save leave.
+    """
+    by = listed(key for key in _EVERYWHERE if getattr(config, key) is not None)
+    for where, entry, alone in _entries(recipe, "target_modules"):
+        if not matched(model, _with(config, target_modules=alone)):
+            yield Problem(
+                where, f"{entry!r} adapts nothing: {by} leaves none of its modules", "remove one of the two"
+            )
+
+
+def _patterns(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    parameters = [
+        n
+        for n, _ in model.named_parameters()
+        if any(_ends(n, entry) for entry in config.target_parameters or [])
+    ]
+    names = [*matched(model, config), *parameters]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = list(getattr(config, key) or {})
+        used = {get_pattern_key(patterns, name) for name in names}  # PEFT takes the first pattern that fits
+        for pattern in (p for p in patterns if p not in used):
+            hidden = any(get_pattern_key([pattern], name) == pattern for name in names)
+            what = (
+                "comes after a pattern that fits all its modules" if hidden else "matches no adapted module"
+            )
+            yield _nothing(recipe.at(recipe.method, key, pattern), pattern, names, what)
+
+
+def _refused(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    """Targets that TRL or PEFT refuse after the model is loaded, or get wrong without a word; each name
+    once.
+    """
+    named, at = modules(model), recipe.at(recipe.method, "target_modules")
+    for leaf, name in {_leaf(n): n for n in matched(model, config)}.items():
+        module = named[name]
+        if module is model.get_output_embeddings():
+            do = (
+                "TRL computes the loss from lm_head.weight directly: an adapter there would never be trained."
+                " Remove it"
+            )
+            yield Problem(at, f"{leaf!r} cannot carry an adapter", do)
+        elif isinstance(module, nn.Embedding) and model.config.get_text_config().tie_word_embeddings:
+            do = (
+                "merging would also change lm_head, which is the same tensor. Remove it, or train it whole:"
+                " modules_to_save: [embed_tokens]"
+            )
+            yield Problem(at, f"LoRA on {leaf!r} of a model with tied embeddings", do)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            do = (
+                f"a convolution of {module.groups} groups needs r divisible by it; adapt the projections"
+                " around it instead"
+            )
+            yield Problem(at, f"{leaf!r} is a convolution", do)
+        elif not isinstance(module, ADAPTABLE) and not _norms(config):
+            children = dict.fromkeys(
+                _leaf(n) for n, m in module.named_modules() if n and isinstance(m, ADAPTABLE)
+            )
+            do = (
+                f"name its projections: {listed(children)}"
+                if children
+                else "adapt the linear projections instead"
+            )
+            yield Problem(at, f"{leaf!r} is a {type(module).__name__}, which cannot carry a LoRA", do)
+
+
+def _elsewhere(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    """What is trained beside the targets: modules_to_save, target_parameters, trainable_token_indices."""
+    named, parameters = modules(model), [n for n, _ in model.named_parameters()]
+    for where, entry, _ in _entries(recipe, "modules_to_save"):
+        meant = [n for n in named if _ends(n, entry)]
+        # PEFT compares the ends of names as texts here, without a dot: `norm` also means `input_layernorm`.
+        more = dict.fromkeys(_leaf(n) for n in named if n.endswith(entry) and n not in meant)
+        if not meant:
+            yield _nothing(where, entry, named)
+        elif more:
+            yield Problem(
+                where,
+                f"{entry!r} would train {listed(more)} as well",
+                f"write more of the name, e.g. {meant[-1]}",
+            )
+    for where, entry, _ in _entries(recipe, "target_parameters"):
+        if not any(_ends(n, entry) for n in parameters):
+            yield _nothing(where, entry, parameters, "matches no parameter")
+    tokens, where = config.trainable_token_indices or [], recipe.at(recipe.method, "trainable_token_indices")
+    vocab: Any = model.get_input_embeddings().num_embeddings
+    for name, indices in {"": tokens}.items() if isinstance(tokens, list) else tokens.items():
+        if name and not any(_ends(n, name) for n in named):
+            yield _nothing(where, name, named)
+        for i in (i for i in indices if not 0 <= i < vocab):
+            yield Problem(where, f"{i} is no token of a vocabulary of {vocab}", f"0 to {vocab - 1}")

@@ -1,0 +1,4 @@
+"""What would be trained: counts, coverage, steps, processes, in one plan.
+
+Loads no weights and trains nothing.
+"""

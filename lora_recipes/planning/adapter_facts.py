@@ -1,0 +1,91 @@
+"""What the plan says of an adapter before it is trained: exact counts, bytes, whether vLLM serves it, whether
+it merges.
+"""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PromptLearningConfig, get_peft_model, get_peft_model_state_dict
+from transformers import PreTrainedModel
+
+from lora_recipes.core import adapter_folder
+from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.model import build, variants
+from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.serving import rules
+
+Said = tuple[dict[str, Any], str, list[str]]  # facts for machines, a line for people, warnings
+
+
+def counts(model: PreTrainedModel, config: PeftConfig, recipe: Recipe) -> tuple[int, int, int]:
+    """Trainable and total parameters as PEFT counts them, and the bytes of the adapter's tensors. `model`
+    (meta) gets the adapter.
+    """
+    try:
+        peft_model = get_peft_model(model, build.shapes(config), low_cpu_mem_usage=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(
+            Problem(recipe.at(recipe.method), f"PEFT refuses it on this model: {error}")
+        ) from None
+    trainable, total = peft_model.get_nb_trainable_parameters()
+    # AdaLoRA's `ranknum`, a number a module, is trainable on the meta device only.
+    trainable -= sum(
+        p.numel() for n, p in peft_model.named_parameters() if p.requires_grad and "ranknum" in n
+    )
+    if isinstance(config, PromptLearningConfig):  # saved as what the encoder makes of its tokens
+        encoder: Any = peft_model.prompt_encoder["default"]
+        tokens = torch.zeros(1, peft_model.prompt_tokens["default"].numel(), dtype=torch.int64, device="meta")
+        tokens = tokens[:, : config.num_virtual_tokens] if config.peft_type == "PREFIX_TUNING" else tokens
+        state = {"prompt_embeddings": encoder(tokens)}
+    else:
+        state = get_peft_model_state_dict(peft_model)
+    return trainable, total, sum(t.numel() * t.element_size() for t in state.values())
+
+
+def lora(recipe: Recipe, config: LoraConfig, size: int, adapted: list[str]) -> Said:
+    """Of a `lora:` section. `size`: bytes of its tensors as they train; `adapted`: the names of its
+    modules.
+    """
+    saved = variants.as_saved(recipe)
+    rank = adapter_folder.rank(saved)
+    size *= saved["r"] // recipe.lora["r"]
+    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    faults = list(rules.config_faults(saved | {"trainable_token_indices": config.trainable_token_indices}))
+    if alone := rules.z_without_qkv(set(adapted)):
+        faults.append(("target_modules", *alone))
+    served = None if faults else rules.max_lora_rank(rank)
+    merges = not config.lora_bias  # PEFT merges that only where the base has a bias too
+    facts = {
+        "r": config.r,
+        "scaling": scaling,
+        "bytes": size,
+        "rank": rank,
+        "max_lora_rank": served,
+        "merges": merges,
+    }
+    patterns = (
+        " (others by rank_pattern, alpha_pattern)" if config.rank_pattern or config.alpha_pattern else ""
+    )
+    parts = [
+        f"r {config.r}, alpha {config.lora_alpha}, scaling {scaling:g}{patterns}",
+        f"{size:,} bytes of tensors",
+    ]
+    if saved["r"] != config.r:
+        parts.append(f"saved for the untouched base with r {saved['r']}")
+    parts.append("merges" if merges else "merges only where the base has a bias")
+    parts.append("vLLM cannot serve it as an adapter" if faults else f"vLLM needs --max-lora-rank {served}")
+    return facts, "; ".join(parts), [f"lora.{key}: {found}: {do}" for key, found, do in faults]
+
+
+def other(recipe: Recipe, config: PeftConfig, size: int) -> Said:
+    """Of a `peft:` section."""
+    kind, merges = recipe.peft["peft_type"], not config.is_prompt_learning
+    parts = [kind, f"{size:,} bytes of tensors"]
+    if kind == "ADALORA":
+        parts.append(
+            f"ranks from {recipe.peft['init_r']} to {recipe.peft['target_r']} in the mean, cut step by step"
+            " by importance"
+        )
+    parts.append("merges" if merges else "has no weights to merge: PEFT uses it")
+    parts.append("vLLM serves only LoRA as an adapter" + (": serve the merged model" if merges else ""))
+    return {"peft_type": kind, "bytes": size, "merges": merges, "max_lora_rank": None}, "; ".join(parts), []

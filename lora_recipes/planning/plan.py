@@ -1,0 +1,335 @@
+"""What would be trained, computed before anything is: `make plan RECIPE=x`. No weights; no network when the
+recipe has a contract.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftConfig
+from transformers import PreTrainedModel, get_scheduler
+from trl import SFTConfig, pack_dataset
+
+from lora_recipes.core.errors import Problem, RecipeError, raise_if
+from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.data import gate, new_tokens
+from lora_recipes.data.gate import Gate
+from lora_recipes.memory import choices, memory
+from lora_recipes.memory.fits import Memory, gib
+from lora_recipes.model import base as base_model
+from lora_recipes.model import build, embeddings, freeze, initialise, probes, rates, targets, variants
+from lora_recipes.planning import adapter_facts
+from lora_recipes.planning import processes as layouts
+from lora_recipes.planning.processes import SINGLE, Layout, Sizes
+from lora_recipes.planning.steps import Steps, chart
+from lora_recipes.recipe import base as bases
+from lora_recipes.recipe.recipe import Recipe
+
+
+@dataclass
+class Plan:
+    """What was found: `facts` for machines, `lines` for people, `warnings`; and the `gate`, whose rows
+    training takes over.
+    """
+
+    gate: Gate
+    layout: Layout = SINGLE
+    sizes: Sizes | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def say(self, label: str, text: str) -> None:
+        """Add a labelled line; further lines of `text` are set under the first."""
+        first, *rest = text.split("\n")
+        self.lines += [f"{label:<12}{first}", *(f"{'':<12}{line}" for line in rest)]
+
+    def text(self) -> str:
+        """The plan as it is printed."""
+        return "\n".join([*self.lines, *(f"WARNING     {w}" for w in self.warnings)])
+
+
+def make(
+    recipe: Recipe,
+    outputs: Path,
+    layout: Layout = SINGLE,
+    network: bool = False,
+    rows: Callable[[Recipe, Path, bool], Gate] = gate.pass_through,
+) -> Plan:
+    """The plan of `recipe` on the processes of `layout`. RecipeError lists all that is wrong with its
+    targets, its data and its numbers.
+
+    `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache. `rows`: what gives
+    the tokenised data.
+    """
+    raise_if(layouts.problems(layout, recipe))
+    arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
+    model, config = (
+        base_model.meta_model(recipe, outputs),
+        build.peft_config(recipe, 10**9),
+    )  # AdaLoRA: any number, to count parameters
+    raise_if(
+        (_adaptable(model, config, recipe, arguments) if config else _whole(model, recipe))
+        + _packing(model, recipe, arguments)
+        + [
+            *new_tokens.problems(recipe),
+            *rates.problems(recipe, arguments),
+            *initialise.warm_problems(recipe, outputs),
+        ]
+    )
+    plan = Plan(rows(recipe, outputs, network), layout)
+    if plan.gate.counts.tokens is not None:
+        raise_if(probes.problems(plan.gate.tokenizer, recipe))
+    changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
+    plan.facts |= {
+        "recipe": recipe.name,
+        "method": recipe.method,
+        "overrides": list(recipe.overrides.values()),
+    }
+    plan.facts["resolved"] = recipe.sections
+    plan.say("recipe", f"{recipe.name}{changed}\n{recipe.to_yaml().strip()}")
+    plan.facts["layout"] = {"kind": layout.kind, "processes": layout.processes}
+    if layout != SINGLE:
+        plan.say("layout", str(layout))
+    plan.sizes = _sizes(model, recipe)
+    _model(plan, recipe, model, config)
+    if different := rates.said(model, recipe, arguments.learning_rate):
+        plan.say("rates", different)
+    plan.facts["data"] = plan.gate.facts
+    for label, text in gate.lines(plan.gate, recipe):
+        plan.say(label, text)
+    _steps(plan, recipe, arguments, layout.processes)
+    build.peft_config(
+        recipe, plan.facts.get("steps", {}).get("total", 10**9)
+    )  # does AdaLoRA's schedule fit into the steps?
+    plan.say("example", gate.example(plan.gate, recipe))
+    plan.warnings += plan.gate.warnings
+    return plan
+
+
+def add_memory(
+    plan: Plan, recipe: Recipe, outputs: Path, accelerator: bool = True, found: Memory | None = None
+) -> Memory:
+    """Add the predicted peak memory to the plan: on a GPU, or as it runs on this CPU.
+
+    It takes seconds for a model of billions of parameters, so it is asked for apart; `found` where that was
+    done before.
+    """
+    found = found or memory.plan(recipe, outputs, plan.gate, cuda=accelerator)
+    if plan.layout != SINGLE:
+        assert plan.sizes
+        sizes = replace(plan.sizes, trainable=found.trainable)
+        parts, said = layouts.per_device(plan.layout, found.parts, sizes)
+        found = replace(
+            found,
+            parts=parts,
+            assumptions=(*found.assumptions, f"each of {plan.layout}, by arithmetic", *said),
+        )
+    plan.facts["memory"] = found.facts()
+    for label, text in found.lines():
+        if accelerator or label != "cards":
+            plan.say(label, text)
+    counts, here = (
+        (plan.facts["model"]["total"], plan.facts["model"]["trainable"]),
+        (found.parameters, found.trainable),
+    )
+    if counts != here:
+        plan.warnings.append(
+            f"memory was planned for {here[0]:,} parameters, {here[1]:,} trained, not {counts[0]:,} and"
+            f" {counts[1]:,}"
+        )
+    return found
+
+
+def beside_lora(plan: Plan, recipe: Recipe, outputs: Path, here: Memory) -> None:
+    """Add the peak memory of the same recipe as plain LoRA; nothing where it is that already. `here`: the
+    recipe's own.
+    """
+    if (plain := choices.plain(recipe)) is None:
+        return
+    peak = memory.plan(plain, outputs, plan.gate).peak_bytes
+    plan.facts["memory"]["lora_peak_bytes"] = peak
+    kind = "the same without its variant" if recipe.method == "lora" else "r 16 on all linear modules"
+    plan.say("with LoRA", f"peak {gib(peak)} GiB ({kind}): here {100 * (here.peak_bytes / peak - 1):+.1f} %")
+
+
+def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: PeftConfig | None) -> None:
+    base, kind, contract = model.num_parameters(), type(model).__name__, bases.contract_of(recipe)
+    indices = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
+    embeddings.grow(model, indices, config)
+    plan.warnings += (
+        new_tokens.unseen(plan.gate.train, indices, recipe) if plan.gate.counts.tokens is not None else []
+    )
+    source = recipe.model.get("name_or_path") or recipe.model.get("from_recipe")
+    source = "random weights" if recipe.model.get("weights") == "random" else source
+    words, why = build.precision(recipe)
+    compute = next((k for k, on in words.items() if on), "float32")
+    known = f", contract {contract.name}" if contract else ""
+    weights = recipe.model.get("quantize", recipe.model["dtype"])
+    plan.say("base", f"{source}{known}: {kind}, weights in {weights}, compute in {compute} ({why})")
+    total = trainable = model.num_parameters()
+    size, found, adapted = 0, [], []
+    if recipe.method == "freeze":
+        trainable = freeze.apply(model, recipe.freeze)
+    if config:
+        adapted = [] if config.is_prompt_learning else targets.matched(model, config)
+        found = targets.coverage(model, adapted) if adapted else []
+        trainable, total, size = adapter_facts.counts(model, config, recipe)
+    share = 100 * trainable / total
+    facts = {"name_or_path": source, "class": kind, "dtype": recipe.model["dtype"], "base": base}
+    plan.facts["model"] = facts | {"trainable": trainable, "total": total, "share_percent": share}
+    if config is None:
+        parts = freeze.parts(model, recipe.freeze) if recipe.method == "freeze" else []
+        base = model.num_parameters()  # new tokens included
+        said = (
+            f"trainable {trainable:,} ({share:.4f} %): {', '.join(parts)}"
+            if parts
+            else "all trained (full fine-tuning)"
+        )
+        said += "; a whole model, served as it is"
+        plan.say("parameters", f"{base:,}, {said}")
+        return
+    plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
+    if recipe.method == "lora":
+        facts, said, faults = adapter_facts.lora(recipe, cast(LoraConfig, config), size, adapted)
+    else:
+        facts, said, faults = adapter_facts.other(recipe, config, size)
+    plan.facts["adapter"] = facts
+    plan.say("adapter", said)
+    plan.warnings += faults
+    plan.facts["coverage"] = [vars(c) for c in found]
+    plan.say("coverage", "\n".join(map(str, found)) or "no module: virtual tokens before each text")
+
+
+def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
+    """What the memory of several processes is computed from; `trainable` comes later."""
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+    tied: list[Any] = [
+        m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+    ]
+    ends = {id(m.weight): m.weight.numel() for m in tied}
+    width = getattr(torch, recipe.model["dtype"]).itemsize
+    trained = width if recipe.whole else getattr(torch, build.adapter_dtype(recipe)).itemsize
+    return Sizes(
+        0,
+        max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        sum(ends.values()),
+        width,
+        trained,
+    )
+
+
+def _adaptable(
+    model: PreTrainedModel, config: PeftConfig, recipe: Recipe, arguments: SFTConfig
+) -> list[Problem]:
+    linear = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if recipe.method == "peft":
+        found = [] if config.is_prompt_learning else targets.problems(model, config, recipe)
+        return [*variants.peft_problems(recipe, arguments, linear), *found]
+    has_bias = any(name.endswith(".bias") for name, _ in model.named_parameters())
+    return [*variants.problems(recipe, has_bias), *targets.problems(model, config, recipe)]
+
+
+def _whole(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
+    """Where the base itself is trained: 4-bit weights cannot be; and what `freeze:` names must be there."""
+    found = freeze.problems(model, recipe) if recipe.method == "freeze" else []
+    if "quantize" not in recipe.model:
+        return found
+    frozen = f"4-bit weights are frozen, {recipe.method}: trains them"
+    return [*found, Problem(recipe.at("model", "quantize"), frozen, "remove it, or write lora:")]
+
+
+def _packing(model: PreTrainedModel, recipe: Recipe, arguments: SFTConfig) -> list[Problem]:
+    """Packed rows on linear attention: refused by transformers in the first step, so refused here
+    (hub_kernels.py).
+    """
+    train = recipe.train
+    if arguments.packing and arguments.max_length is None:
+        return [
+            Problem(recipe.at("train", "max_length"), "packing needs a length to pack to", "give a number")
+        ]
+    bfd = train.get("packing") and train.get("packing_strategy", "bfd") != "wrapped"
+    types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if not ((bfd or train.get("padding_free")) and "linear_attention" in types) or importlib.util.find_spec(
+        "causal_conv1d"
+    ):
+        return []
+    do = (
+        "install causal-conv1d (CUDA), or set train.packing: false; packing_strategy: wrapped runs, but lets"
+        " rows see each other"
+    )
+    key = "packing" if bfd else "padding_free"
+    return [
+        Problem(
+            recipe.at("train", key),
+            "linear-attention layers cannot keep packed rows apart without causal-conv1d",
+            do,
+        )
+    ]
+
+
+def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int) -> None:
+    rows = plan.gate.counts.rows - plan.gate.counts.dropped
+    if arguments.packing:
+        if plan.gate.counts.tokens is None:
+            plan.say("steps", "not counted: packing needs the tokens")
+            return
+        packed = pack_dataset(
+            build.dataset(plan.gate.train), arguments.max_length or 0, arguments.packing_strategy
+        )
+        plan.say(
+            "packing",
+            f"{rows:,} rows into {len(packed):,} of up to {arguments.max_length} tokens"
+            f" ({arguments.packing_strategy})",
+        )
+        rows = len(packed)
+    steps = Steps(
+        rows,
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        devices,
+        arguments.num_train_epochs,
+        arguments.max_steps,
+        arguments.warmup_steps,
+        arguments.dataloader_drop_last,
+    )
+    raise_if(steps.problems(recipe))
+    counted = {
+        "examples": steps.examples,
+        "per_epoch": steps.per_epoch,
+        "total": steps.total,
+        "warmup": steps.warmup,
+    }
+    plan.facts["steps"] = counted | {"devices": devices}
+    plan.say("steps", str(steps))
+    kind = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+    if steps.warmup and kind in ("constant", "reduce_lr_on_plateau"):
+        plan.warnings.append(f"the schedule {kind} ignores train.warmup_steps: constant_with_warmup has one")
+    else:
+        plan.say("warm-up", steps.warmup_said)
+    plan.facts["learning_rate"] = {"peak": arguments.learning_rate, "lr_scheduler_type": kind}
+    plan.say("schedule", f"{kind}, peak {arguments.learning_rate:g}")
+    if rate := _rate(recipe, arguments, steps):
+        plan.lines += chart(rate, steps.total)
+
+
+def _rate(recipe: Recipe, arguments: SFTConfig, steps: Steps) -> Callable[[int], float] | None:
+    """The learning rate at each step, from the scheduler that the trainer will use; None for one that follows
+    a metric.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    kwargs: Any = arguments.lr_scheduler_kwargs or {}
+    try:
+        schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, steps.warmup, steps.total, kwargs)
+    except (TypeError, ValueError) as error:
+        do = "its arguments are those of transformers/optimization.py"
+        raise RecipeError(
+            Problem(recipe.at("train", "lr_scheduler_kwargs"), f"the schedule refuses them: {error}", do)
+        ) from None
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        return None
+    return lambda step: arguments.learning_rate * schedule.lr_lambdas[0](step)

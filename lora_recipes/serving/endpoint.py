@@ -1,0 +1,125 @@
+"""A running vLLM server, as its clients see it: the OpenAI routes, /tokenize, and adding and removing
+adapters. Imports no torch.
+"""
+
+import http.client
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+from lora_recipes.core.errors import Problem, RecipeError
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The API key goes to the server that was named, to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Refuse: the answer is then an error."""
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)  # nor through a proxy
+
+
+class Endpoint:
+    """A vLLM server at `url` (`http://host:port`). The API key is that of VLLM_API_KEY. Errors of the server
+    are RecipeErrors.
+    """
+
+    def __init__(self, url: str, timeout: float = 120):
+        self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
+
+    def models(self) -> dict[str, str]:
+        """The names that a request may choose -> the folder or hub id behind each; the base comes first."""
+        answer = self._ask("/v1/models")
+        try:
+            return {model["id"]: model.get("root") or model["id"] for model in answer["data"]}
+        except (TypeError, KeyError, AttributeError):
+            raise RecipeError(
+                Problem(self.url, "what answers there is no vLLM server", "check host and port")
+            ) from None
+
+    def healthy(self) -> bool:
+        """Does it answer /health?"""
+        try:
+            self._ask("/health", timeout=5)
+        except RecipeError:
+            return False
+        return True
+
+    def logprobs(self, model: str, ids: list[int]) -> list[float]:
+        """The log-probability (nats) that `model` gives each token of `ids` but the first."""
+        asked = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        entries = self._ask("/v1/completions", asked)["choices"][0]["prompt_logprobs"]
+        return [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
+
+    def tokens(self, model: str, prompt: str | list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
+        """The tokens that the server makes of a text, or of messages by its chat template."""
+        asked = (
+            {"prompt": prompt}
+            if isinstance(prompt, str)
+            else {"messages": prompt, "add_generation_prompt": True, **options}
+        )
+        found: list[int] = self._ask("/tokenize", {"model": model, **asked})["tokens"]
+        return found
+
+    def write(
+        self, model: str, prompt: str | list[dict[str, Any]], options: dict[str, Any], max_tokens: int
+    ) -> str:
+        """What `model` answers, greedily: the continuation of a text, or the reply to messages."""
+        asked = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+        if isinstance(prompt, str):
+            return str(self._ask("/v1/completions", asked | {"prompt": prompt})["choices"][0]["text"])
+        return str(
+            self._ask("/v1/chat/completions", asked | {"messages": prompt, **options})["choices"][0][
+                "message"
+            ]["content"]
+        )
+
+    def load(self, name: str, path: str) -> None:
+        """Add an adapter. vLLM has this route only with VLLM_ALLOW_RUNTIME_LORA_UPDATING."""
+        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+    def unload(self, name: str) -> None:
+        """Remove an adapter."""
+        self._ask("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _ask(self, route: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("VLLM_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            request = urllib.request.Request(
+                self.url + route, None if body is None else json.dumps(body).encode(), headers
+            )
+            with _OPENER.open(request, timeout=timeout or self.timeout) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            raise RecipeError(Problem(self.url + route, *_refusal(error, route))) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise RecipeError(
+                Problem(
+                    self.url, f"no server answers: {reason}", "make serve starts one; check host and port"
+                )
+            ) from None
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+
+def _refusal(error: urllib.error.HTTPError, route: str) -> tuple[str, str]:
+    """(found, do) for an answer that is an error."""
+    text = error.read().decode(errors="replace")
+    try:
+        said = json.loads(text)
+        message = str((said.get("error") or said).get("message") or said.get("detail") or text)
+    except (json.JSONDecodeError, AttributeError):
+        message = text[:300]
+    if error.code == 401:
+        return "the server wants another API key", "set VLLM_API_KEY"
+    if error.code == 404 and "lora_adapter" in route and message == "Not Found":
+        return "the server does not let adapters be added or removed", "start it with DYNAMIC=1"
+    return f"the server answers {error.code}: {message}", ""

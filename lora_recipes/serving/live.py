@@ -1,0 +1,148 @@
+"""Is the adapter that answers the adapter that was trained? A server's answers against the base's and against
+PEFT's. Imports no torch.
+"""
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from lora_recipes.core.provenance import Probe, Provenance
+from lora_recipes.serving.endpoint import Endpoint
+
+# Asked where an adapter brings no probes: only whether it changes the base's answer can be seen then.
+GENERAL = (
+    "The",
+    "Once upon a time there was",
+    "Question: what is two and two? Answer:",
+    "Guten Morgen, wie geht es",
+)
+
+# share of the adapter's own effect by which the server may depart from PEFT, beside twice what the base
+# departs by
+FAR = 0.1
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured of one adapter: mean absolute differences of log-probabilities, nats a token.
+
+    `moved`: server with adapter against server's base. `repeat`: the server's base against itself, asked
+    again. `effect`: adapter against base by PEFT, at the end of training. `apart`: server with adapter
+    against PEFT with adapter. `noise`: the server's base against PEFT's base (other kernels, other dtype).
+    These three are None without provenance. `rendered`: does the server make the same tokens of the probes'
+    prompts? `by_default`: also for a request that sends no chat_template_kwargs?
+    """
+
+    name: str
+    moved: float
+    repeat: float = 0.0
+    effect: float | None = None
+    apart: float | None = None
+    noise: float | None = None
+    rendered: bool = True
+    by_default: bool = True
+
+    @property
+    def limit(self) -> float:
+        """The largest `apart` that is taken for the trained adapter."""
+        return FAR * (self.effect or 0.0) + 2 * (self.noise or 0.0)
+
+    @property
+    def fault(self) -> str | None:
+        """Why it is not the adapter that was trained; None when it is."""
+        if self.moved <= self.repeat:
+            return "not live: the server answers as the base does"
+        if self.effect is None or self.apart is None or self.noise is None:
+            return None
+        if not self.rendered:
+            return (
+                "the server renders another prompt than was trained: check --chat-template and its arguments"
+            )
+        if self.noise > self.effect:
+            return (
+                f"not proven: the server's base is {self.noise:.4f} from PEFT's, more than the adapter's"
+                " effect: another base?"
+            )
+        if self.apart > self.limit:
+            return f"not what was trained: {self.apart:.4f} from PEFT, at most {self.limit:.4f} allowed"
+        return None
+
+
+def prove(endpoint: Endpoint, base: str, adapters: dict[str, Provenance | None]) -> list[Proof]:
+    """Ask the server for each adapter (by name); `base` is the name of the base on it. RecipeError when it
+    does not answer.
+
+    What answers as the base itself can be a merged model, compared with PEFT's answers; a model that came
+    without any has no proof.
+    """
+    return [_prove(endpoint, base, name, known) for name, known in adapters.items() if known or name != base]
+
+
+def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -> Proof:
+    if known is None or not known.probes:
+        ids = [tokens for text in GENERAL if len(tokens := endpoint.tokens(base, text, {})) > 1]
+        alone = _answers(endpoint, base, ids)
+        return Proof(
+            name, apart(_answers(endpoint, name, ids), alone), apart(_answers(endpoint, base, ids), alone)
+        )
+    probes, ids = known.probes, [p.input_ids for p in known.probes]
+    trained, untrained = _of(probes, "adapter"), _of(probes, "base")
+    served = _answers(endpoint, name, ids)
+    alone, again = (
+        [_answers(endpoint, base, ids) for _ in range(2)] if base != name else [untrained, untrained]
+    )
+    rendered = all(
+        endpoint.tokens(name, p.prompt, p.options) == p.input_ids[: p.prompt_tokens] for p in probes
+    )
+    plain = [{k: v for k, v in p.options.items() if k != "chat_template_kwargs"} for p in probes]
+    by_default = all(
+        endpoint.tokens(name, p.prompt, o) == p.input_ids[: p.prompt_tokens]
+        for p, o in zip(probes, plain, strict=True)
+    )
+    return Proof(
+        name,
+        moved=apart(served, alone),
+        repeat=apart(alone, again),
+        effect=apart(trained, untrained),
+        apart=apart(served, trained),
+        noise=apart(alone, untrained),
+        rendered=rendered,
+        by_default=by_default,
+    )
+
+
+def _answers(endpoint: Endpoint, model: str, ids: list[list[int]]) -> list[float]:
+    return [x for tokens in ids for x in endpoint.logprobs(model, tokens)]
+
+
+def _of(probes: list[Probe], which: str) -> list[float]:
+    return [x for probe in probes for x in getattr(probe, which)]
+
+
+def apart(one: list[float], other: list[float]) -> float:
+    """Mean absolute difference."""
+    return fmean(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def table(proofs: list[Proof]) -> str:
+    """The proofs for a person, one a line."""
+    width = max(len("adapter"), *(len(p.name) for p in proofs))
+    lines = [
+        "mean |difference| of log-probabilities, nats a token",
+        (
+            f"{'adapter':<{width}}  {'from base':>9}  {'(by PEFT)':>9}  {'from PEFT':>9}  {'allowed':>8} "
+            f" {'noise':>7}  verdict"
+        ),
+    ]
+    for p in proofs:
+        numbers = [
+            (p.moved, 9),
+            (p.effect, 9),
+            (p.apart, 9),
+            (p.limit if p.effect is not None else None, 8),
+            (p.noise, 7),
+        ]
+        cells = "  ".join(f"{'-' if n is None else f'{n:.4f}':>{w}}" for n, w in numbers)
+        good = "live" if p.effect is not None else "live; not compared with PEFT (no provenance.json)"
+        good += "" if p.by_default else "; requests must send the chat_template_kwargs of training"
+        lines.append(f"{p.name:<{width}}  {cells}  {p.fault or good}")
+    return "\n".join(lines)

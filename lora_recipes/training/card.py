@@ -1,0 +1,85 @@
+"""The model card: README.md of an adapter, with the metadata that the Hub reads."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from lora_recipes.recipe.recipe import Recipe
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+
+
+def write(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+    """Write README.md into `folder`, from the recipe and the run's run.json (`record`)."""
+    ModelCard(f"---\n{metadata(recipe, record).to_yaml()}\n---\n{text(recipe, record)}").save(
+        folder / "README.md"
+    )
+
+
+def sources(recipe: Recipe) -> list[str]:
+    """The paths or hub ids of the training data."""
+    given = recipe.data["train"]
+    return [given] if isinstance(given, str) else [s if isinstance(s, str) else s["path"] for s in given]
+
+
+def metadata(recipe: Recipe, record: dict[str, Any]) -> ModelCardData:
+    """The Hub's fields. A base or a data set that is only a folder here is named in the text instead: the Hub
+    refuses it.
+    """
+    base, eval_loss = recipe.model.get("name_or_path") or "", record["metrics"].get("eval_loss")
+    results = None
+    if eval_loss is not None:
+        name = f"{recipe.name} eval"
+        results = [
+            EvalResult(
+                "text-generation", "held-out", name, metric_type="loss", metric_value=round(eval_loss, 4)
+            )
+        ]
+    lora = [] if recipe.whole else [recipe.settings.get("peft_type", "lora").lower()]
+    return ModelCardData(
+        base_model=base if HUB_ID.fullmatch(base) and recipe.model.get("weights") != "random" else None,
+        library_name="peft" if lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*lora, "sft", "trl", "lora-recipes"],
+        datasets=[s for s in sources(recipe) if HUB_ID.fullmatch(s) and not s.endswith(".jsonl")] or None,
+        metrics=["loss"] if results else None,
+        model_name=recipe.name,
+        eval_results=results,
+    )
+
+
+def text(recipe: Recipe, record: dict[str, Any]) -> str:
+    """What was trained, on what, with which figures and versions; and the recipe itself."""
+    plan, metrics = record["plan"], record["metrics"]
+    kind = "Model" if recipe.whole else f"{recipe.settings.get('peft_type', 'LoRA')} adapter"
+    base = recipe.model.get("name_or_path") or recipe.model.get("from_recipe") or "random weights"
+    losses = [
+        f"{label} loss {metrics[key]:.4f}"
+        for label, key in (("train", "train_loss"), ("eval", "eval_loss"))
+        if key in metrics
+    ]
+    lines = [
+        f"# {recipe.name}",
+        "",
+        f"{kind} trained on {base} with lora-recipes.",
+        "",
+        (
+            f"- trainable parameters: {plan['model']['trainable']:,} of {plan['model']['total']:,}"
+            f" ({plan['model']['share_percent']:.4f} %)"
+        ),
+        f"- data: {', '.join(sources(recipe))} ({plan['data']['train']['rows']:,} rows)",
+        f"- {record['steps']} steps, {', '.join(losses)}",
+        f"- versions: {', '.join(f'{k} {v}' for k, v in record['versions'].items())}",
+    ]
+    if rank := plan.get("adapter", {}).get("max_lora_rank"):
+        lines.append(f"- vLLM: `--enable-lora --max-lora-rank {rank}`")
+    if recipe.method == "lora":
+        lines.append(
+            "- provenance.json: which base it was trained on, and PEFT's answers to a few rows of the data,"
+            " which it quotes"
+        )
+    return "\n".join(
+        [*lines, "", "The recipe, as resolved:", "", "```yaml", recipe.to_yaml().strip(), "```", ""]
+    )

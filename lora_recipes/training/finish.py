@@ -1,0 +1,129 @@
+"""The end of a training run: verify what was learned, save it, move it into place, say what came of it."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from lora_recipes.core import adapter_folder
+from lora_recipes.core.errors import Problem, RecipeError, listed
+from lora_recipes.core.files import now, replace_folder
+from lora_recipes.core.locate import local
+from lora_recipes.core.provenance import Provenance
+from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.core.yamlfile import shown
+from lora_recipes.memory.fits import Memory
+from lora_recipes.model import answers, initialise, probes
+from lora_recipes.planning.plan import Plan
+from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.serving import export
+from lora_recipes.training import card, verify, watch
+
+
+@dataclass
+class Session:
+    """One training run while it lasts."""
+
+    recipe: Recipe
+    outputs: Path
+    folder: RunFolder
+    plan: Plan
+    expected: Memory
+    trainer: Any  # trl.SFTTrainer, whose `model` is typed as optional
+    facts: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the rows were made with."""
+        return self.plan.gate.tokenizer
+
+
+def say(text: str = "") -> None:
+    """Print on the first process only."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def finish(session: Session, record: dict[str, Any]) -> None:
+    """Verify, then move the result into place; run.json says `finished` only after that."""
+    recipe, folder, trainer = session.recipe, session.folder, session.trainer
+    sharded = session.plan.layout.sharded
+    if recipe.method == "lora" and not sharded:
+        _learned(recipe, verify.untrained(trainer.accelerator.unwrap_model(trainer.model)))
+    if sharded:  # only now are the weights where they can be used
+        with initialise.base_of(trainer.model):
+            record["probes"] = {"before": probes.probes(trainer.model, session.tokenizer, recipe)}
+    record["probes"]["after"] = probes.probes(trainer.model, session.tokenizer, recipe)
+    provenance = None if recipe.whole else _provenance(session)
+    final = folder.result(recipe.method)
+    temporary = final.with_name(f".{final.name}.tmp")
+    if PartialState().is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
+    PartialState().wait_for_everyone()
+    trainer.save_model(str(temporary))
+    if PartialState().is_main_process:
+        if sharded:
+            _learned(recipe, verify.incomplete(temporary, session.plan.facts["model"]["trainable"]))
+        initialise.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
+        (temporary / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle with this machine's paths; recipe.yaml says the same
+        record |= {"status": "finished", "ended": now()}
+        record["result_bytes"] = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
+        card.write(temporary, recipe, record)
+        if provenance:
+            provenance.save(temporary)
+            faults = export.check(
+                adapter_folder.read(temporary, anything=True),
+                local(provenance.name_or_path, provenance.revision),
+            )
+            record["not_servable"] = [f"{fault.found}: {fault.do}" for fault in faults]
+        replace_folder(temporary, final)
+        watch.draw(folder)
+        folder.write_record(record)
+        shutil.rmtree(folder.replaced, ignore_errors=True)
+
+
+def _learned(recipe: Recipe, wrong: list[str]) -> None:
+    """RecipeError when there is something `wrong` with A or B."""
+    if wrong:
+        do = (
+            "the adapter is not saved; look at the learning rate, the number of steps and whether these"
+            " modules are used at all"
+        )
+        raise RecipeError(Problem(recipe.at("lora", "target_modules"), f"not learned: {listed(wrong)}", do))
+
+
+def _provenance(session: Session) -> Provenance:
+    splits = session.plan.gate.splits
+    model, rows = (
+        session.trainer.accelerator.unwrap_model(session.trainer.model),
+        splits["eval"].rows or splits["train"].rows,
+    )
+    return answers.provenance(model, session.tokenizer, session.recipe, rows, session.outputs)
+
+
+def report(session: Session, record: dict[str, Any]) -> None:
+    """What came of it, for a person."""
+    metrics = record["metrics"]
+    losses = [
+        f"{name} {metrics[key]:.4f}"
+        for name, key in (("train loss", "train_loss"), ("eval loss", "eval_loss"))
+        if key in metrics
+    ]
+    say(f"\n{record['steps']} steps in {record['seconds']:.1f} s; {', '.join(losses)}")
+    if not session.recipe.whole:
+        lora = session.recipe.method == "lora"
+        said = "adapted module has finite, non-zero A and B" if lora else "trained tensor has changed"
+        say(f"every {said}")
+        faults = [f"WARNING     vLLM cannot serve it as it is: {fault}" for fault in record["not_servable"]]
+        say("\n".join(faults or ["the saved files pass vLLM's rules for adapters"]))
+    if lines := probes.table(record["probes"]["before"], record["probes"]["after"]):
+        say("\n" + "\n".join(lines))
+    final = session.folder.result(session.recipe.method)
+    say(
+        f"\n{shown(final)}/  {record['result_bytes']:,} bytes;  beside it run.json, metrics.jsonl, loss.png,"
+        " recipe.yaml"
+    )

@@ -1,0 +1,224 @@
+"""Start a run in several processes by accelerate's own launcher; and in each of them: does what was asked for
+run?
+
+accelerate 1.15 falls back in silence: `--cpu --num_processes 2` starts one process, FSDP without GPUs becomes
+plain DDP.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from lora_recipes.core.errors import Problem, RecipeError, nearest
+from lora_recipes.core.files import ROOT, now
+from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.planning import processes as layout
+from lora_recipes.planning.processes import Layout
+from lora_recipes.recipe.recipe import Recipe
+
+FILES = ROOT / "configs" / "accelerate"
+ASKED = "LORA_RECIPES_LAUNCH"  # the words of `accelerate launch`, for the processes that `start` starts
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "NCCL communicator was aborted",
+    "Broken pipe",
+)
+
+
+def words(name: str, processes: int | None, more: str = "") -> list[str]:
+    """The words for `accelerate launch`: the file `name` of configs/accelerate/ (or a path), as many
+    processes, and `more` of its options.
+
+    Without `processes`: as the file says, else one for each GPU.
+    """
+    file = FILES / f"{name}.yaml"
+    file = file if file.is_file() else Path(name)
+    known = sorted(p.stem for p in FILES.glob("*.yaml"))
+    if not file.is_file():
+        do = f"did you mean {nearest(name, known)}? There are {', '.join(known)}"
+        raise RecipeError(Problem("ACCELERATE", f"there is no {name}", do))
+    found = ["--config_file", str(file), *shlex.split(more)]
+    if (
+        processes is None
+        and "num_processes" not in file.read_text(encoding="utf-8")
+        and "--num_processes" not in found
+    ):
+        processes = torch.cuda.device_count()
+        if not processes:
+            do = "PROCESSES=2 starts two on the CPU (ddp and zero2)"
+            raise RecipeError(
+                Problem("PROCESSES", f"{name} takes one process a GPU, and there is no GPU here", do)
+            )
+    return [*found, "--num_processes", str(processes)] if processes else found
+
+
+def parsed(given: list[str]) -> Namespace:
+    """`given` as accelerate understands it, its configuration file included."""
+    logging.getLogger("accelerate.commands.launch").setLevel(
+        logging.ERROR
+    )  # names every default that it takes
+    try:
+        options, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    except (ValueError, OSError) as error:
+        raise RecipeError(
+            Problem(f"accelerate launch {shlex.join(given)}", f"accelerate refuses it: {error}")
+        ) from None
+    if options.deepspeed_config_file and not Path(options.deepspeed_config_file).is_file():
+        found = f"{options.deepspeed_config_file} is not there, seen from {Path.cwd()}"
+        raise RecipeError(
+            Problem(f"accelerate launch {shlex.join(given)}", found, "run it in the repository's root")
+        )
+    return options  # type: ignore[no-any-return]
+
+
+def wanted(given: list[str]) -> Layout:
+    """The layout that the words of `accelerate launch` ask for."""
+    options = parsed(given)
+    processes = max(options.num_processes or 1, 1)
+    if options.use_deepspeed:
+        stage = options.zero_stage
+        if options.deepspeed_config_file:
+            stage = json.loads(Path(options.deepspeed_config_file).read_text(encoding="utf-8"))[
+                "zero_optimization"
+            ]["stage"]
+        return Layout(f"ZeRO-{stage if stage is not None else 2}", processes)
+    return Layout(f"FSDP{options.fsdp_version}", processes) if options.use_fsdp else layout.of(processes)
+
+
+def asked() -> tuple[Layout, str] | None:
+    """What the `accelerate launch` that started this process was asked for, and its words; None when
+    something else started it.
+    """
+    given = shlex.split(os.environ[ASKED]) if ASKED in os.environ else None
+    for parent in psutil.Process().parents() if given is None else ():
+        try:
+            if (given := _after_launch(parent.cmdline())) is not None:
+                break
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    if given is None:
+        return None
+    options = given[: next((i for i, word in enumerate(given) if word.endswith(".py")), None)]
+    return wanted(given), f"accelerate launch {shlex.join(options)}"
+
+
+def _after_launch(command: list[str]) -> list[str] | None:
+    """The arguments of `accelerate launch` in a command line that is one."""
+    for i, word in enumerate(command[:4]):
+        if Path(word).name == "accelerate" and command[i + 1 : i + 2] == ["launch"]:
+            return command[i + 2 :]
+        if Path(word).name in ("accelerate-launch", "accelerate.commands.launch"):
+            return command[i + 1 :]
+    return None
+
+
+def runs(accelerator: Any) -> Layout:
+    """What runs: from the trainer's own `accelerate.Accelerator`."""
+    kind, processes = accelerator.distributed_type.value, accelerator.num_processes
+    if kind == "DEEPSPEED":
+        return Layout(f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}", processes)
+    return (
+        Layout(f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}", processes)
+        if kind == "FSDP"
+        else layout.of(processes)
+    )
+
+
+def planned() -> Layout:
+    """The layout to plan for: as asked, and as many processes as there are. RecipeError where those differ
+    already.
+    """
+    found, processes = asked(), PartialState().num_processes
+    if found is None:
+        return layout.of(processes)
+    real = Layout(found[0].kind if processes > 1 or found[0].processes == 1 else layout.ONE, processes)
+    _differ(found, real)
+    if found[0].kind == layout.FSDP2 and PartialState().device.type == "cpu":
+        _differ(found, layout.of(processes))  # what accelerate would make of it
+    return real
+
+
+def check(accelerator: Any) -> None:
+    """RecipeError when what runs is not what `accelerate launch` was asked for."""
+    if found := asked():
+        _differ(found, runs(accelerator))
+
+
+def _differ(found: tuple[Layout, str], real: Layout) -> None:
+    if found[0] != real:
+        do = "make train ACCELERATE=ddp PROCESSES=2 starts two processes on a CPU; FSDP2 needs GPUs"
+        raise RecipeError(Problem(found[1], f"asks for {found[0]}; what runs is {real}", do))
+
+
+def start(given: list[str], script: list[str], recipe: Recipe, folder: RunFolder) -> int:
+    """Run `script` under `accelerate launch` with the options `given`; its exit code.
+
+    When a process ends badly the launcher ends the others; what was said is here who it was, and run.json
+    says `failed`.
+    """
+    os.environ[ASKED] = shlex.join([*given, *script])
+    options = parsed([*given, *script])
+    if options.use_fsdp and not torch.cuda.is_available():
+        found = "accelerate would run plain DDP instead: FSDP2 needs GPUs"
+        raise RecipeError(
+            Problem(f"accelerate launch {shlex.join(given)}", found, "ACCELERATE=ddp runs on the CPU")
+        )
+    options.main_process_port = 0 if options.num_machines == 1 else options.main_process_port  # any free one
+    try:
+        launch_command(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code > 0:
+            how = f"ended with exit code {code}; what it said stands above"
+        else:
+            how = f"was ended by signal {-code} ({signal.Signals(-code).name})" + (
+                ", as by a lack of memory" if code == -9 else ""
+            )
+        text = f"process {rank} of {options.num_processes} {how}; the others were stopped"
+        _failed(folder, text)
+        if code == 2:  # a RecipeError, said already
+            return 2
+        raise RecipeError(
+            Problem(
+                recipe.name, text, "RESUME=1 continues from the newest whole checkpoint, FORCE=1 begins anew"
+            )
+        ) from None
+    except SignalException as error:
+        _failed(folder, f"stopped by {signal.Signals(error.sigval).name}")
+        raise KeyboardInterrupt from None
+    except ImportError as error:
+        raise RecipeError(
+            Problem("ACCELERATE", str(error).split(" =>")[0], "pip install -e '.[deepspeed]'")
+        ) from None
+    return 0
+
+
+def _failed(folder: RunFolder, text: str) -> None:
+    """Say in run.json what the processes themselves could not."""
+    if folder.record.get("status") == "running":
+        folder.write_record(folder.record | {"status": "failed", "error": text, "ended": now()})
+
+
+def lost(error: Exception, recipe: Recipe, step: int) -> Problem | None:
+    """What an error of the collective operations means: another process is gone. None for other errors, and
+    in one process.
+    """
+    if PartialState().num_processes == 1 or not any(word in str(error) for word in LOST):
+        return None
+    found = f"another process of this run is gone at step {step}: {str(error).splitlines()[0][:200]}"
+    return Problem(recipe.at("train"), found, "its own error stands above or below this one")

@@ -1,0 +1,86 @@
+"""May a run begin here, or go on? And what may not change in between. Imports no torch."""
+
+from typing import Any
+
+import yaml
+
+from lora_recipes.core.checkpoints import steps_of
+from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.run_folder import FILES, RunFolder
+from lora_recipes.core.yamlfile import shown
+from lora_recipes.recipe.recipe import Recipe
+
+# Keys of train: that change what is shown or kept, not what is trained.
+HARMLESS = {
+    "logging_steps",
+    "logging_strategy",
+    "logging_first_step",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "log_level",
+}
+
+
+def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
+    """Refuse to overwrite a run, or to continue one, unless that was asked for."""
+    where, saved = shown(folder.path), [p.name for p in steps_of(folder.checkpoints)]
+    if resume and force:
+        raise RecipeError(
+            Problem(where, "RESUME and FORCE exclude each other", "continue the run, or begin it anew")
+        )
+    if resume and not saved:
+        raise RecipeError(Problem(where, "there is no checkpoint to resume from", "run without RESUME=1"))
+    if force:
+        return
+    if folder.finished:
+        do = (
+            "FORCE=1 trains anew and replaces it; OUTPUTS=dir keeps it and trains elsewhere; or copy the"
+            " recipe to a new name"
+        )
+        raise RecipeError(Problem(where, "holds a finished run", do))
+    if saved and not resume:
+        raise RecipeError(
+            Problem(
+                where, f"holds an unfinished run ({saved[0]})", "RESUME=1 continues it, FORCE=1 begins anew"
+            )
+        )
+    found = [name for name in FILES if (folder.path / name).exists()]
+    if found and not folder.record:
+        raise RecipeError(
+            Problem(
+                where,
+                f"holds {', '.join(found)}, but no run.json",
+                "move them away, or FORCE=1 replaces them",
+            )
+        )
+
+
+def differences(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> list[str]:
+    """What a resumed run would silently ignore or mix: each value that differs from the run that is to be
+    continued.
+    """
+    try:
+        before = yaml.safe_load((folder.path / "recipe.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        do = "without it nobody knows what the run began with: FORCE=1 begins anew"
+        raise RecipeError(
+            Problem(shown(folder.path / "recipe.yaml"), f"cannot be read: {error}", do)
+        ) from None
+    found = []
+    for section in sorted((set(before) | set(recipe.sections)) - {"probes"}):
+        old, new = before.get(section) or {}, recipe.sections.get(section) or {}
+        for key in sorted(set(old) | set(new)):
+            if (
+                old.get(key) != new.get(key)
+                and not (section == "train" and key in HARMLESS)
+                and (section, key) != ("data", "kept")
+            ):
+                found.append(
+                    f"{section}.{key}: the run began with {old.get(key)!r}, now it is {new.get(key)!r}"
+                )
+    for key, value in facts.items():
+        if (old := folder.record.get("resume_facts", {}).get(key)) != value:
+            found.append(f"{key}: the run began with {old}, now it is {value}")
+    return found

@@ -1,0 +1,256 @@
+"""Train a recipe: plan, check, one SFTTrainer, verify, and leave a run folder. `make train RECIPE=x`."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, ProgressCallback
+
+from lora_recipes.core.checkpoints import newest_whole
+from lora_recipes.core.environment import environment
+from lora_recipes.core.errors import Problem, RecipeError, raise_if
+from lora_recipes.core.files import now, write
+from lora_recipes.core.run_folder import RunFolder, make_folder
+from lora_recipes.core.yamlfile import shown
+from lora_recipes.data import gate, read
+from lora_recipes.data.gate import Gate
+from lora_recipes.memory.fits import Memory
+from lora_recipes.model import answers, build, initialise, probes
+from lora_recipes.model import base as base_model
+from lora_recipes.planning import plan as plans
+from lora_recipes.planning.plan import Plan
+from lora_recipes.recipe import base as bases
+from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.training import launch, usage, verify, watch
+from lora_recipes.training.finish import Session, finish, report, say
+from lora_recipes.training.resume import differences, may_start
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What runs of one process need not make anew (ablate): who gives the tokenised rows and the base, and
+    the memory once planned.
+    """
+
+    rows: Callable[[Recipe, Path, bool], Gate] = gate.pass_through
+    model: Callable[[Recipe, Path], PreTrainedModel] = build.model
+    memory: Memory | None = None
+
+
+ALONE = Shared()
+
+
+def train(
+    recipe: Recipe, outputs: Path, resume: bool = False, force: bool = False, shared: Shared = ALONE
+) -> dict[str, Any]:
+    """Train `recipe` into `outputs/<name>/` and return its run.json. RecipeError when anything is not as the
+    recipe says.
+
+    `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is
+    assumed.
+    """
+    outputs = outputs.absolute()  # adapter_config.json names its base by it
+    make_folder(outputs)
+    PartialState(
+        cpu=recipe.train.get("use_cpu", not torch.cuda.is_available())
+    )  # joins the other processes, on the CPU too
+    folder = RunFolder(outputs / recipe.name)
+    may_start(folder, resume, force)
+    prepare_base(recipe, outputs)
+    raise_if(initialise.warm_ready(recipe, outputs))
+    plan = plans.make(recipe, outputs, launch.planned(), network=True, rows=shared.rows)
+    expected = plans.add_memory(plan, recipe, outputs, torch.cuda.is_available(), shared.memory)
+    say(plan.text())
+    if wrong := base_model.contract_differences(recipe, outputs):
+        do = "the plan describes another model: correct the contract, or name_or_path"
+        raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
+    facts = resume_facts(plan, recipe, outputs)
+    checkpoint = _checkpoint(folder, recipe, facts) if resume else None
+    arguments, base = build.sft_config(recipe, folder), shared.model(recipe, outputs)
+    callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe)]
+    rows, steps = (plan.gate.train, plan.gate.evaluation), plan.facts["steps"]["total"]
+    trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps, outputs)
+    launch.check(trainer.accelerator)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(watch.Progress())
+    session = Session(recipe, outputs, folder, plan, expected, trainer, facts)
+    verify.as_planned(trainer, recipe, plan.facts)
+    record = _continue(session, checkpoint) if checkpoint else _begin(session)
+    say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
+    try:
+        record |= _run(session, checkpoint)
+        finish(session, record)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk must not hide what filled it
+            _save(
+                folder,
+                record | {"status": "failed", "error": str(error) or type(error).__name__, "ended": now()},
+            )
+        if isinstance(error, KeyboardInterrupt):
+            say("\nwhere a checkpoint was saved, RESUME=1 continues from it")
+        if folder.replaced.exists():
+            say(f"the run that was to be replaced is kept in {shown(folder.replaced)}/")
+        raise
+    if PartialState().is_main_process:
+        report(session, record)
+    return record
+
+
+def _save(folder: RunFolder, record: dict[str, Any]) -> None:
+    if PartialState().is_main_process:
+        folder.write_record(record)
+
+
+def prepare_base(recipe: Recipe, outputs: Path) -> None:
+    """Make what the recipe builds on: a random checkpoint from the contract, or the model of another
+    recipe.
+    """
+    if recipe.model.get("weights") == "random":
+        with PartialState().main_process_first():
+            build.random_base(recipe, outputs)
+    if not recipe.model.get("from_recipe"):
+        return
+    base = bases.recipe_of(recipe)
+    folder = RunFolder(outputs / base.name)
+    if folder.finished:
+        changed = differences(folder, base, {"train data sha256": read.read(base, "train").sha256})
+        if changed:
+            do = f"make train RECIPE={base.name} FORCE=1, or set it back"
+            raise RecipeError(
+                [
+                    Problem(shown(folder.path), f"the base is from another {base.name}: {line}", do)
+                    for line in changed
+                ]
+            )
+        return
+    if PartialState().num_processes > 1:
+        do = f"train it first, in one process: make train RECIPE={base.name}"
+        raise RecipeError(
+            Problem(recipe.at("model", "from_recipe"), f"the base {base.name} is not trained yet", do)
+        )
+    say(f"the base {base.name} is not trained yet: training it first\n")
+    train(base, outputs)
+    say("\n")
+
+
+def resume_facts(plan: Plan, recipe: Recipe, outputs: Path) -> dict[str, Any]:
+    """What a resumed run must find as it was, beyond the recipe."""
+    return {
+        "train data sha256": plan.facts["data"]["train"]["sha256"],
+        "tokens sha256": watch.sha256(plan.gate.train),
+        "chat template sha256": watch.sha256(plan.gate.tokenizer.chat_template),
+        "base weights": answers.fingerprint(recipe, outputs),
+        "base revision": getattr(base_model.real_config(recipe, outputs), "_commit_hash", None),
+        "layout": str(plan.layout),
+    }
+
+
+def _checkpoint(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> Path:
+    if changed := differences(folder, recipe, facts):
+        do = "the trainer would ignore it and go on with the old value: set it back, or FORCE=1 to begin anew"
+        raise RecipeError([Problem(shown(folder.path), line, do) for line in changed])
+    checkpoint, skipped = newest_whole(folder.checkpoints, PartialState().num_processes)
+    for line in skipped:
+        say(f"WARNING     {line}")
+    if checkpoint is None:
+        raise RecipeError(
+            Problem(
+                shown(folder.checkpoints),
+                "no checkpoint is whole: " + "; ".join(skipped),
+                "FORCE=1 begins anew",
+            )
+        )
+    return checkpoint
+
+
+def _begin(session: Session) -> dict[str, Any]:
+    """Clear the folder (what was there was asked to go), and write recipe.yaml and the first run.json."""
+    PartialState().wait_for_everyone()  # all have looked at the folder before the first one changes it
+    recipe, folder, trainer = session.recipe, session.folder, session.trainer
+    config = base_model.real_config(recipe, session.outputs)
+    base = {
+        "name_or_path": bases.path(recipe, session.outputs),
+        "revision": getattr(config, "_commit_hash", None),
+    }
+    base |= {"config_sha256": watch.sha256(config.to_dict())}
+    record = {
+        "status": "running",
+        "recipe": recipe.name,
+        "started": now(),
+        **environment(),
+        "base": base,
+        "plan": session.plan.facts,
+    }
+    record["hardware"] |= {
+        "device": str(trainer.args.device),
+        "processes": PartialState().num_processes,
+        **watch.accelerator(),
+    }
+    record |= {"resume_facts": session.facts, "warnings": session.plan.warnings}
+    if lost := initialise.lost(trainer.model):
+        record["warm_start"] = lost
+        say(
+            f"\nwarm start  A and B leave out {lost['mean']:.1%} of the update (mean of modules;"
+            f" {lost['worst']:.1%} of {lost['module']})"
+        )
+    if not session.plan.layout.sharded:
+        trainer.model.to(trainer.args.device)  # DeepSpeed would do it later
+        record["probes"] = {"before": probes.probes(trainer.model, session.tokenizer, recipe)}
+    if PartialState().is_main_process:
+        folder.clear()
+        write(folder.path / "recipe.yaml", recipe.to_yaml())
+        folder.write_record(record)
+    PartialState().wait_for_everyone()
+    return record
+
+
+def _continue(session: Session, checkpoint: Path) -> dict[str, Any]:
+    record = session.folder.record
+    record.pop("error", None)
+    record |= {
+        "status": "running",
+        "resumed": [*record.get("resumed", []), {"from": checkpoint.name, "at": now()}],
+    }
+    _save(session.folder, record)
+    return record
+
+
+def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
+    began, trainer, before = time.monotonic(), session.trainer, usage.now()
+    try:
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        recipe, step = session.recipe, trainer.state.global_step
+        problem = usage.out_of_memory(
+            error, recipe, session.outputs, session.plan.gate, session.expected, step
+        )
+        if (
+            problem := problem
+            or launch.lost(error, recipe, step)
+            or watch.explained(error, recipe, session.folder, step)
+        ):
+            raise RecipeError(problem) from error
+        raise
+    seconds = time.monotonic() - began
+    metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
+    if trainer.eval_dataset is not None:
+        last: dict[str, Any] = next(
+            (log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {}
+        )
+        fresh = last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end
+        metrics |= last if fresh else trainer.evaluate()
+    peak = usage.measured(before)
+    say(f"\n{peak.line(session.expected)}")
+    steps, epochs = trainer.state.global_step, trainer.state.epoch
+    return {
+        "steps": steps,
+        "epochs": epochs,
+        "seconds": round(seconds, 2),
+        "metrics": metrics,
+        "memory": peak.facts(session.expected),
+    }

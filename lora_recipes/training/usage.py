@@ -1,0 +1,106 @@
+"""Memory while training runs: what was measured beside what was planned, and what to do when it did not
+suffice.
+"""
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from lora_recipes.core.errors import Problem
+from lora_recipes.data.gate import Gate
+from lora_recipes.memory import choices
+from lora_recipes.memory.fits import GIB, Memory, gib
+from lora_recipes.recipe.recipe import Recipe
+
+SAID = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA, and of the CPU's allocator
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes at their peak: what PyTorch had `allocated` and `reserved` on a GPU; `rss` of the process, and
+    `before` training began.
+    """
+
+    rss: int
+    before: int
+    allocated: int | None = None
+    reserved: int | None = None
+
+    def facts(self, planned: Memory) -> dict[str, int]:
+        """For run.json."""
+        found = {
+            "max_rss_bytes": self.rss,
+            "rss_before_bytes": self.before,
+            "planned_peak_bytes": planned.peak_bytes,
+        }
+        if self.allocated is not None and self.reserved is not None:
+            found |= {"max_allocated_bytes": self.allocated, "max_reserved_bytes": self.reserved}
+        return found
+
+    def line(self, planned: Memory) -> str:
+        """Planned against measured. RSS holds the libraries and PyTorch's caches too, so that it is no
+        measure of the plan.
+        """
+        if self.allocated is None or self.reserved is None:
+            grown = (
+                f"the process grew from {gib(self.before)} to {gib(self.rss)} GiB of RSS, libraries and"
+                " caches included"
+            )
+            return f"peak memory: {gib(planned.peak_bytes)} GiB of tensors planned; {grown}"
+        apart = 100 * (planned.peak_bytes / self.allocated - 1)
+        real = f"{gib(self.allocated)} allocated ({apart:+.1f} %), {gib(self.reserved)} reserved"
+        return f"peak memory: {gib(planned.peak_bytes)} GiB planned, {real}"
+
+
+def now() -> int:
+    """Resident bytes of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def measured(before: int) -> Usage:
+    """The peaks so far; `before` is what `now` said as training began."""
+    rss = max(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before
+    )  # the kernel counts the peak in batches, a little late
+    if not torch.cuda.is_available():
+        return Usage(rss, before)
+    return Usage(rss, before, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+
+
+def out_of_memory(
+    error: Exception, recipe: Recipe, outputs: Path, gate: Gate, planned: Memory, step: int
+) -> Problem | None:
+    """What an out-of-memory error means: when, planned against available, and the first settings that would
+    fit. None for other errors.
+    """
+    if not (
+        isinstance(error, torch.OutOfMemoryError | MemoryError | RuntimeError)
+        and any(word in str(error) for word in SAID)
+    ):
+        return None
+    if torch.cuda.is_available():
+        room, device = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
+    else:
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v; -1 where there is none
+        room, device = psutil.virtual_memory().available, "this machine"
+        room = min(room, limit) if limit > 0 else room
+    found = (
+        f"out of memory at step {step + 1}: {gib(planned.peak_bytes)} GiB planned, {room / GIB:.1f} GiB on"
+        f" {device}"
+    )
+    fitting = choices.fit(recipe, outputs, room / 10**9, gate)[:3]
+    do = (
+        "no batch, checkpointing or NF4 makes it fit: a shorter train.max_length, a smaller base or a larger"
+        " device"
+    )
+    settings = [
+        f"SET='{' '.join(o.overrides)}' ({gib(o.memory.peak_bytes)} GiB)" for o in fitting if o.overrides
+    ]
+    if settings:
+        do = "with the same examples a step would fit: " + "; ".join(settings)
+    elif fitting:
+        do = "by the plan it fits as it is: is something else using the device?"
+    return Problem(recipe.at("train"), found, do)

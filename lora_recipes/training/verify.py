@@ -1,0 +1,75 @@
+"""Does the trainer hold what was planned, and did every adapted module learn?"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.recipe.recipe import Recipe
+
+
+def as_planned(trainer: Any, recipe: Recipe, planned: dict[str, Any]) -> None:
+    """RecipeError unless the trainer holds what the plan (`planned`: its facts) said: trainable parameters,
+    and steps an epoch.
+    """
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    if not recipe.whole and trainable in (0, total):
+        found = (
+            f"{trainable:,} of {total:,} parameters are trainable: {'everything' if trainable else 'nothing'}"
+            " would be trained"
+        )
+        do = "an adapter trains a small share; look at target_modules and modules_to_save"
+        raise RecipeError(Problem(recipe.at(recipe.method), found, do))
+    if trainable != planned["model"]["trainable"]:
+        found = f"{trainable:,} trainable parameters, {planned['model']['trainable']:,} planned"
+        raise RecipeError(Problem(recipe.at(recipe.method), found, "please report this"))
+    steps = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    if steps != planned["steps"]["per_epoch"]:
+        found = (
+            f"{len(trainer.train_dataset):,} rows give {steps} steps an epoch,"
+            f" {planned['steps']['per_epoch']} planned"
+        )
+        raise RecipeError(Problem(recipe.at("train"), found, "please report this"))
+
+
+def untrained(model: torch.nn.Module) -> list[str]:
+    """The adapted modules whose A or B is not finite, or all zero: a zero factor means that nothing was
+    learned there.
+    """
+    found = []
+    for name, module in model.named_modules():
+        for kind in (
+            ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+            if isinstance(module, LoraLayer)
+            else ()
+        ):
+            for factor in getattr(module, kind).values():
+                weight = getattr(factor, "weight", factor)
+                if not weight.isfinite().all():
+                    found.append(f"{name}.{kind} is not finite")
+                elif not weight.any():
+                    found.append(f"{name}.{kind} is all zero")
+    return found
+
+
+def incomplete(folder: Path, planned: int) -> list[str]:
+    """What is wrong with a saved LoRA adapter, in the file: all `planned` numbers there, A and B finite and
+    not all zero?
+
+    Where weights are divided over processes the model in memory cannot be asked, and a save that did not
+    gather them is cut short.
+    """
+    saved = {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+    wrong = [f"{name} is not finite" for name, tensor in saved.items() if not tensor.isfinite().all()]
+    wrong += [f"{name} is all zero" for name, tensor in saved.items() if not tensor.any()]
+    count = sum(tensor.numel() for tensor in saved.values())
+    return [*wrong, f"{count:,} of {planned:,} numbers were saved"] if count != planned else wrong

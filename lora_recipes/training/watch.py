@@ -1,0 +1,172 @@
+"""What is seen and kept while training runs: the progress line, metrics.jsonl, the loss curve, and a stop
+when a number is no number.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from lora_recipes.core.checkpoints import newest_whole, seal
+from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.run_folder import RunFolder, logged
+from lora_recipes.core.yamlfile import shown
+from lora_recipes.data.render import Example
+from lora_recipes.recipe.recipe import Recipe
+
+SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar, with one readable line a logging step instead of a dictionary. No bar where
+    no terminal is.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        if state.is_world_process_zero:
+            self.training_bar: Any = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
+        self.current_step = 0
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """A bar for the evaluation, on a terminal only."""
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Print the line above the bar."""
+        if (
+            state.is_world_process_zero
+            and self.training_bar is not None
+            and logs
+            and "train_runtime" not in logs
+        ):
+            values = [f"{key} {float(logs[key]):.4g}" for key in SHOWN if key in logs]
+            self.training_bar.write(
+                f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {'  '.join(values)}"
+            )
+
+
+class Record(TrainerCallback):
+    """Appends every log to metrics.jsonl. When a run is resumed, lines after the checkpoint's step are
+    dropped first.
+    """
+
+    def __init__(self, folder: RunFolder, checkpoint: Path | None):
+        self.file = folder.metrics
+        if checkpoint and self.file.is_file() and PartialState().is_main_process:
+            step = int(checkpoint.name.split("-")[1])
+            kept = [log for log in logged(self.file) if log["step"] <= step]
+            self.file.write_text("".join(f"{json.dumps(log)}\n" for log in kept))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """One line of JSON."""
+        if state.is_world_process_zero and logs:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Seal(TrainerCallback):
+    """Closes each checkpoint with the hashes of its weights."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the trainer has written the checkpoint."""
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class Finite(TrainerCallback):
+    """Stops when a loss or a gradient norm is NaN or infinite; the trainer would go on to the end."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Look at what is logged."""
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if logs and key in logs and not math.isfinite(float(logs[key])):
+                do = "lower train.learning_rate, set train.max_grad_norm, or use float32"
+                found = f"{key} is {logs[key]} at step {state.global_step}"
+                raise RecipeError(Problem(self.recipe.at("train", "learning_rate"), found, do))
+
+
+def explained(error: Exception, recipe: Recipe, folder: RunFolder, step: int) -> Problem | None:
+    """What an exception out of the trainer means to a user, or None when it is a bug.
+
+    A full disk comes as OSError 28, as a bare Exception of safetensors or, from torch.save, as a RuntimeError
+    that does not say so. A missing package, or an argument that does not go with the others, comes before the
+    first step.
+    """
+    if isinstance(error, ImportError | ValueError) and not isinstance(error, RecipeError) and step == 0:
+        do = "install what it names, or choose another value"
+        return Problem(recipe.at("train"), f"the trainer cannot begin: {str(error).splitlines()[0]}", do)
+    existing = next(p for p in (folder.checkpoints, *folder.checkpoints.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if not (
+        full or "No space left" in str(error) or ("inline_container" in str(error) and free < 64 * 2**20)
+    ):
+        return None
+    whole, _ = newest_whole(folder.checkpoints, PartialState().num_processes)
+    kept = f"{whole.name} is whole: RESUME=1" if whole else "no checkpoint is whole yet: FORCE=1"
+    found = f"the disk is full ({free / 2**20:.1f} MiB free) while saving at step {step}"
+    return Problem(shown(folder.checkpoints), found, f"free some space; {kept}")
+
+
+def sha256(value: Any) -> str:
+    """Hash of tokens and labels (a list of Example), or of anything JSON can hold."""
+    if isinstance(value, list) and value and isinstance(value[0], Example):
+        value = [(e.input_ids, e.labels) for e in value]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def accelerator() -> dict[str, Any]:
+    """Name and memory of the GPU, empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+
+
+def draw(folder: RunFolder) -> None:
+    """loss.png: training and evaluation loss, and the learning rate, over the steps of metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logs = logged(folder.metrics)
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "train loss"), ("eval_loss", "eval loss")):
+        points = [(log["step"], log[key]) for log in logs if key in log]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
+    axis.set(xlabel="step", ylabel="loss (nats a token)", title=folder.path.name)
+    rates = [(log["step"], log["learning_rate"]) for log in logs if "learning_rate" in log]
+    if rates:
+        other = axis.twinx()
+        other.plot(*zip(*rates, strict=True), color="0.7", linestyle="--", label="learning rate")
+        other.set_ylabel("learning rate")
+        other.set_ylim(0, None)
+    if any(drawn.get_legend_handles_labels()[0] for drawn in figure.axes):
+        figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(folder.path / "loss.png", dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,303 @@
+"""A real vLLM server on the CPU: what answers is what was trained, and what is not is caught."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_recipes.core import files, provenance
+from lora_recipes.core.errors import RecipeError
+from lora_recipes.model.merge import merge
+from lora_recipes.recipe import recipe as recipes
+from lora_recipes.serving import command as vllm_command
+from lora_recipes.serving import live, serve
+from lora_recipes.serving.chat import chat
+from lora_recipes.serving.endpoint import Endpoint
+from lora_recipes.training.train import train
+
+UNAVAILABLE = vllm_command.ENVIRONMENT / ".unavailable"
+READY = vllm_command.ENVIRONMENT / ".ready"
+if UNAVAILABLE.exists() or not READY.exists():
+    pytest.skip(
+        UNAVAILABLE.read_text() if UNAVAILABLE.exists() else "vLLM is not installed: make setup-serve",
+        allow_module_level=True,
+    )
+
+SCRIPT = str(files.ROOT / "scripts" / "serve.py")
+QUESTIONS = [
+    "Die Katze schläft auf dem",
+    "Der Zug fährt nach",
+    "Der Schlüssel liegt unter der",
+    "Das Bild hängt in dem",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Running:
+    """scripts/serve.py in the background, until it says that Ctrl-C ends it."""
+
+    def __init__(self, folder: Path, *arguments: str, **environment: str):
+        self.port = free_port()
+        self.log = folder / f"{self.port}.txt"
+        command = [sys.executable, SCRIPT, *arguments]
+        command[2:2] = ["--port", str(self.port), "--outputs", str(folder)]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+            )
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def up(self) -> "Running":
+        until = time.monotonic() + 400
+        while "Ctrl-C ends it" not in self.said:
+            assert self.process.poll() is None and time.monotonic() < until, self.said
+            time.sleep(0.3)
+        return self
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def end(self) -> list[psutil.Process]:
+        """Ctrl-C; returns what is still alive of the tree."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        assert any("vllm" in " ".join(p.cmdline()) for p in family)
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(60)
+        return [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, trained):
+    """The trained default with a second adapter on the same base, and its merged model."""
+    train(
+        recipes.load("tiny_facts", ["train.seed=7", "lora.r=12", "train.max_steps=20"]),
+        _beside(trained, tmp_path_factory),
+    )
+    merge(trained / "tiny_facts" / "adapter", trained / "tiny_facts" / "merged")
+    return trained
+
+
+def _beside(trained: Path, tmp_path_factory) -> Path:
+    other = trained / "other"
+    other.mkdir()
+    (other / "tiny_base").symlink_to(trained / "tiny_base")
+    return other
+
+
+@pytest.fixture(scope="module")
+def dense(work):
+    other = f"other={work / 'other' / 'tiny_facts' / 'adapter'}"
+    server = Running(work, "--dynamic", "--base", str(work / "tiny_base" / "model"), "tiny_facts", other).up()
+    yield server
+    assert server.end() == [], "the whole process tree ends with Ctrl-C"
+    assert server.process.returncode == 130
+
+
+def copied(source: Path, folder: Path, change=None, **config) -> Path:
+    """A copy of an adapter with other values in its config, or other tensors."""
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    if change:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file(
+            {name: change(value) for name, value in tensors.items()}, folder / "adapter_model.safetensors"
+        )
+    return folder
+
+
+def continuations(model, tokenizer, count: int = 8) -> list[str]:
+    """The greedy continuation of each question, by transformers itself."""
+    answers = []
+    for question in QUESTIONS:
+        ids = tokenizer(question, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            written = model.generate(ids, max_new_tokens=count, do_sample=False)
+        answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return answers
+
+
+def asked(url: str, model: str) -> list[str]:
+    """The greedy continuation of each question, by the server."""
+    return [Endpoint(url).write(model, question, {}, 8).strip() for question in QUESTIONS]
+
+
+def test_two_adapters_on_one_server_are_proven_live(dense):
+    assert re.search(r"tiny_facts +\d\.\d+ .* live\n", dense.said) and re.search(
+        r"other +\d\.\d+ .* live\n", dense.said
+    )
+    assert "--max-lora-rank 16" in dense.said, "the largest adapter, r 12, counts"
+
+
+def test_the_proof_is_tight_in_float32(dense, work):
+    known = provenance.read(work / "tiny_facts" / "adapter")
+    proof = live.prove(Endpoint(dense.url), "base", {"tiny_facts": known})[0]
+    assert proof.fault is None and proof.apart < 1e-3 < 0.1 < proof.moved
+    assert abs(proof.moved - proof.effect) < 1e-3 and proof.noise < 1e-3
+
+
+def test_the_server_writes_what_peft_writes_for_base_and_adapter(dense, work):
+    base = AutoModelForCausalLM.from_pretrained(work / "tiny_base" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(work / "tiny_base" / "model")
+    assert asked(dense.url, "base") == continuations(base, tokenizer)
+    attached = PeftModel.from_pretrained(base, work / "tiny_facts" / "adapter").eval()
+    assert asked(dense.url, "tiny_facts") == continuations(attached, tokenizer)
+
+
+def test_an_adapter_is_checked_again_on_demand(dense, work, capsys):
+    assert serve.check(dense.url, [], work) == 0
+    assert capsys.readouterr().out.count("live") == 2
+    assert serve.check(dense.url, ["tiny_facts"], work) == 0
+    with pytest.raises(RecipeError, match="serves no mine"):
+        serve.check(dense.url, [f"mine={work / 'tiny_facts' / 'adapter'}"], work)
+
+
+def test_an_adapter_of_another_scaling_is_caught(dense, work, tmp_path):
+    """lora_alpha doubled in the file: vLLM takes it, no shape tells; only the answers do."""
+    broken = copied(work / "tiny_facts" / "adapter", tmp_path / "doubled", lora_alpha=8)
+    endpoint = Endpoint(dense.url)
+    with pytest.raises(RecipeError):
+        endpoint.load("doubled", str(tmp_path / "none"))
+    endpoint.load("doubled", str(broken))
+    proof = live.prove(endpoint, "base", {"doubled": provenance.read(broken)})[0]
+    endpoint.unload("doubled")
+    assert (
+        "not what was trained" in proof.fault
+        and f"{proof.apart:.4f}" in proof.fault
+        and f"{proof.limit:.4f}" in proof.fault
+    )
+    assert serve.add(dense.url, [f"doubled={broken}"], work) == serve.NOT_LIVE
+    assert "doubled" not in endpoint.models(), "what fails its proof is taken off again"
+
+
+def test_bad_adapters_are_refused_without_disturbing_the_rest(dense, work, tmp_path):
+    source, endpoint = work / "tiny_facts" / "adapter", Endpoint(dense.url)
+    before = endpoint.write("tiny_facts", QUESTIONS[0], {}, 4)
+    nan = copied(source, tmp_path / "nan", lambda value: value * float("nan"))
+    with pytest.raises(RecipeError, match="NaN or infinity"):
+        serve.add(dense.url, [f"nan={nan}"], work)
+    wide = copied(source, tmp_path / "wide", use_dora=True)
+    with pytest.raises(RecipeError, match="DoRA"):
+        serve.add(dense.url, [f"wide={wide}"], work)
+    with pytest.raises(RecipeError, match="already serves a model named other"):
+        serve.add(dense.url, [f"other={source}"], work)
+    assert list(endpoint.models()) == ["base", "tiny_facts", "other"]
+    assert endpoint.write("tiny_facts", QUESTIONS[0], {}, 4) == before
+
+
+def test_adapters_come_and_go(dense, work, capsys):
+    assert serve.add(dense.url, [f"again={work / 'tiny_facts' / 'adapter'}"], work) == 0
+    assert "again" in Endpoint(dense.url).models()
+    assert serve.remove(dense.url, ["again"]) == 0
+    assert "again" not in Endpoint(dense.url).models()
+    with pytest.raises(RecipeError, match=r"serves no again\n    -> it has base, tiny_facts, other"):
+        serve.remove(dense.url, ["again"])
+
+
+def test_a_rank_above_the_server_s_is_refused_by_it_and_said(dense, work, tmp_path):
+    big = train(recipes.load("tiny_facts", ["lora.r=32", "train.max_steps=2"]), _symlinked(work, tmp_path))
+    assert big["status"] == "finished"
+    with pytest.raises(RecipeError, match=r"LoRA rank 32 is greater than max_lora_rank 16"):
+        serve.add(dense.url, [f"big={tmp_path / 'tiny_facts' / 'adapter'}"], work)
+
+
+def _symlinked(work: Path, folder: Path) -> Path:
+    (folder / "tiny_base").symlink_to(work / "tiny_base")
+    return folder
+
+
+def test_base_and_adapter_answer_side_by_side(dense):
+    said = chat(dense.url, "tiny_facts", [QUESTIONS[0]])
+    assert said.splitlines()[0] == f"> {QUESTIONS[0]}"
+    assert re.search(r"base  Tisch", said) and re.search(r"tiny_facts  Sofa", said)
+    assert chat(dense.url, "tiny_facts", []).count("> ") == 4, "without a question those of training"
+    with pytest.raises(RecipeError, match="MODEL=one of base, tiny_facts, other"):
+        chat(dense.url, "nobody", [])
+
+
+def test_a_taken_port_is_said_at_once(dense, work):
+    done = script("--port", str(dense.port), "--outputs", str(work), timeout=60)
+    assert done.returncode == 2 and "cannot be listened on" in done.stderr and "Traceback" not in done.stderr
+
+
+def script(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_a_merged_model_answers_as_the_adapter_does_and_wants_the_key(work, dense, monkeypatch):
+    """Its server has an API key: another one, or none, is told so."""
+    server = Running(work, str(work / "tiny_facts" / "merged"), VLLM_API_KEY="secret").up()
+    try:
+        assert re.search(r"tiny_facts +\d\.\d+ .* live\n", server.said)
+        with pytest.raises(RecipeError, match=r"another API key\n    -> set VLLM_API_KEY"):
+            Endpoint(server.url).models()
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+        merged = asked(server.url, "tiny_facts")
+        monkeypatch.delenv("VLLM_API_KEY")
+        assert merged == asked(dense.url, "tiny_facts")
+        base = AutoModelForCausalLM.from_pretrained(work / "tiny_base" / "model")
+        attached = PeftModel.from_pretrained(base, work / "tiny_facts" / "adapter").eval()
+        assert merged == continuations(attached, AutoTokenizer.from_pretrained(work / "tiny_base" / "model"))
+    finally:
+        assert server.end() == []
+
+
+def test_a_server_that_dies_at_start_leaves_its_last_error(work):
+    """max_position_embeddings is 128."""
+    done = script("--port", str(free_port()), "--outputs", str(work), "--", "--max-model-len", "4096")
+    assert done.returncode == 2 and "vLLM: ended at start (exit 1): " in done.stderr
+    assert "max_model_len" in done.stderr and "Traceback" not in done.stderr and len(done.stderr) < 1500
+
+
+def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it_is_caught(tmp_path):
+    """To both vLLM says `Loaded new LoRA adapter` and answers 200."""
+    train(recipes.load("tiny_qwen35_style", ["train.max_steps=20"]), tmp_path)
+    server = Running(tmp_path, "--dynamic", "tiny_qwen35_style", "--", "--max-model-len", "512").up()
+    try:
+        assert re.search(r"tiny_qwen35_style +\d\.\d+ .* live\n", server.said)
+        saved = tmp_path / "tiny_qwen35_style" / "adapter"
+        endpoint = Endpoint(server.url)
+        endpoint.load("as_saved", str(saved))
+        proof = live.prove(endpoint, "base", {"as_saved": provenance.read(saved)})[0]
+        assert proof.moved == 0 and "not live" in proof.fault and proof.rendered
+        unknown = live.prove(endpoint, "base", {"as_saved": None, "tiny_qwen35_style": None})
+        assert "not live" in unknown[0].fault and unknown[1].fault is None, (
+            "seen without PEFT's answers as well"
+        )
+        assert serve.check(server.url, [], tmp_path) == serve.NOT_LIVE
+        assert '"enable_thinking": false' in server.said, (
+            "the server renders as training did, without being told by each request"
+        )
+        ids = endpoint.tokens("base", [{"role": "user", "content": "Hello"}], {})
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+        messages = [{"role": "user", "content": "Hello"}]
+        assert (
+            ids
+            == tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=False, return_dict=True
+            )["input_ids"]
+        )
+    finally:
+        assert server.end() == []
