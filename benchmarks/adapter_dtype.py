@@ -22,7 +22,8 @@ from lora_recipes.core.files import ROOT, write
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import gate
 from lora_recipes.model import build
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
 
 RECIPES = {"tiny_facts": 40, "tiny_qwen35_style": 20}  # steps
@@ -33,9 +34,14 @@ SEEDS = (1, 2, 3)
 def initial(name: str, overrides: list[str], outputs: Path) -> dict[str, torch.Tensor]:
     """The adapter before its first step, as the trainer makes it from the seed."""
     recipe = recipes.load(name, overrides)
-    rows = gate.pass_through(recipe, outputs, False)
-    arguments, base = build.sft_config(recipe, RunFolder(outputs / "none")), build.model(recipe, outputs)
-    made: Any = build.trainer(recipe, arguments, base, rows.tokenizer, rows.train[:4], [], [])
+    rows = gate.pass_through(resolve(recipe, outputs), False)
+    arguments, base = (
+        build.sft_config(recipe, RunFolder(outputs / "none")),
+        build.model(resolve(recipe, outputs)),
+    )
+    made: Any = build.trainer(
+        resolve(recipe, outputs), arguments, base, rows.tokenizer, rows.train[:4], [], []
+    )[0]
     return {
         n.replace(".default", ""): p.detach().float()
         for n, p in made.model.named_parameters()
@@ -54,7 +60,7 @@ def arm(name: str, rate: str, seed: int, dtype: str, outputs: Path) -> dict[str,
     overrides += [f"train.max_steps={RECIPES[name]}", "train.eval_strategy='no'", "train.save_strategy='no'"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         before = initial(name, overrides, outputs)
-        record = train(recipes.load(name, overrides), outputs, force=True)
+        record = train(resolve(recipes.load(name, overrides), outputs), force=True)
         after = load_file(outputs / name / "adapter" / "adapter_model.safetensors")
     moved = [(after[n].float() != before[n]).float().mean().item() for n in after if "lora_A" in n]
     return {"loss": record["metrics"]["train_loss"], "moved": statistics.fmean(moved)}
@@ -64,9 +70,9 @@ def main() -> None:
     """Run every arm, print and write the table."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        train(recipes.load("tiny_base"), Path(folder))
+        train(resolve(recipes.load("tiny_base"), Path(folder)))
         for name in RECIPES:
-            build.random_base(recipes.load("tiny_qwen35_style"), Path(folder))
+            build.random_base(resolve(recipes.load("tiny_qwen35_style"), Path(folder)))
             for rate in RATES:
                 for dtype in ("bfloat16", "float32"):
                     runs = [arm(name, rate, seed, dtype, Path(folder)) for seed in SEEDS]

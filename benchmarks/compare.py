@@ -30,7 +30,8 @@ from lora_recipes.ablation import interval
 from lora_recipes.core.files import ROOT, write
 from lora_recipes.evaluation.evaluate import evaluation
 from lora_recipes.recipe import check
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -78,7 +79,7 @@ def base(seed: int, outputs: Path) -> Path:
     """The tiny base, trained in the order that `seed` gives, in a folder of its own. All start from the same
     random weights.
     """
-    train(recipes.load("tiny_base", [f"train.seed={seed}"]), outputs)
+    train(resolve(recipes.load("tiny_base", [f"train.seed={seed}"]), outputs))
     return outputs / "tiny_base" / "model"
 
 
@@ -103,7 +104,7 @@ def run(section: dict[str, Any], rate: float, seed: int, outputs: Path) -> dict[
     }
     file = outputs / "arm.yaml"
     write(file, yaml.safe_dump(sections, allow_unicode=True))
-    record = train(recipes.load(str(file)), outputs, force=True)
+    record = train(resolve(recipes.load(str(file)), outputs), force=True)
     kept = evaluation("arm", outputs)["sets"]["kept"]
     answers = record["probes"]["after"]
     change, keep = ([a for a in answers if a["kind"] == kind] for kind in ("change", "keep"))

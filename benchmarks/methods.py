@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lora_recipes.memory import fits, memory
 from lora_recipes.planning import plan
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.recipe.recipe import METHODS, Recipe
 
 
@@ -20,7 +21,7 @@ def on_8b(recipe: Recipe) -> Recipe:
     large = recipes.load("qwen3_8b_fact")
     sections = {name: section for name, section in large.sections.items() if name not in METHODS}
     model = large.model | {
-        key: recipe.model[key] for key in ("quantize", "new_tokens") if key in recipe.model
+        key: recipe.model.given[key] for key in ("quantize", "new_tokens") if key in recipe.model.given
     }
     # Prefix tuning cannot be checkpointed; without it the activations of 36 layers are kept.
     train = large.train | (
@@ -37,7 +38,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted((recipes.RECIPES / "methods").glob("*.yaml")):
             recipe = recipes.load(file.stem)
-            facts, peak = plan.make(recipe, Path(folder)).facts, memory.plan(on_8b(recipe), Path(folder))
+            facts, peak = (
+                plan.make(resolve(recipe, Path(folder))).facts,
+                memory.plan(resolve(on_8b(recipe), Path(folder))),
+            )
             adapter = facts.get("adapter")
             served = "whole model" if adapter is None else "yes" if adapter["max_lora_rank"] else "no"
             merges = "-" if adapter is None else "yes" if adapter["merges"] else "no"

@@ -20,7 +20,8 @@ from lora_recipes.core import cli, files
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
 from lora_recipes.core.run_folder import RunFolder
-from lora_recipes.recipe import recipe
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command as vllm_command
 from lora_recipes.serving import live
 from lora_recipes.serving import server as process
@@ -150,7 +151,7 @@ def prepared(outputs: Path) -> dict[str, Path]:
 
     run = RunFolder(outputs / RECIPE)
     if not run.finished:
-        train(recipe.load(RECIPE), outputs)
+        train(resolve(recipes.load(RECIPE), outputs))
     if not (run.path / "merged").is_dir():
         merge(run.result("lora"), run.path / "merged")
     folders = {
@@ -165,7 +166,7 @@ def prepared(outputs: Path) -> dict[str, Path]:
             if not (beside / "tiny_base").exists():
                 (beside / "tiny_base").symlink_to((outputs / "tiny_base").resolve())
             train(
-                recipe.load(RECIPE, [f"train.seed={seed}", "train.max_steps=20"]), beside
+                resolve(recipes.load(RECIPE, [f"train.seed={seed}", "train.max_steps=20"]), beside)
             )  # its cost is not in what it has learned
         folders[f"seed_{seed}"] = RunFolder(beside / RECIPE).result("lora")
     return folders

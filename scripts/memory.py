@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from lora_recipes.core import cli
-from lora_recipes.recipe import recipe
+from lora_recipes.recipe import load
+from lora_recipes.recipe.base import resolve
 
 # (recipe, method of choices.compare) -> what the chapter on LLM fine-tuning says, GB, and why ours is another
 # figure
@@ -45,7 +46,7 @@ def main() -> int:
 
         print(f"{'recipe':<18}{'method':<8}{'predicted GB':>13}{'document GB':>13}  parts, GB")
         for name in dict.fromkeys(name for name, _ in DOCUMENTS):
-            for method, memory in choices.compare(recipe.load(name), Path("outputs")).items():
+            for method, memory in choices.compare(resolve(load.load(name), Path("outputs"))).items():
                 document, why = DOCUMENTS.get((name, method), ("-", ""))
                 parts = ", ".join(
                     f"{part} {size / 1e9:.1f}" for part, size in memory.parts.items() if size >= 5e7

@@ -6,7 +6,8 @@ import json
 import sys
 
 from lora_recipes.core import cli
-from lora_recipes.recipe import recipe
+from lora_recipes.recipe import layout, load
+from lora_recipes.recipe.base import resolve
 
 
 def main() -> int:
@@ -35,23 +36,23 @@ def main() -> int:
     given = parser.parse_args()
 
     def action() -> None:
-        checked = recipe.load(given.recipe, given.overrides)
+        resolved = resolve(load.load(given.recipe, given.overrides), given.outputs)
         from lora_recipes.memory import choices, fits
-        from lora_recipes.planning import plan, processes
+        from lora_recipes.planning import plan
 
-        chosen = processes.of(given.devices or 1)
+        chosen = layout.of(given.devices or 1)
         if given.accelerate:
             from lora_recipes.training import launch
 
             chosen = launch.wanted([*launch.words(given.accelerate, given.devices), "scripts/train.py"])
-        made = plan.make(checked, given.outputs, chosen)
+        made = plan.make(resolved, chosen)
         if given.compare:
-            print("\n".join(fits.comparison(choices.compare(checked, given.outputs, made.gate))))
+            print("\n".join(fits.comparison(choices.compare(resolved, made.gate))))
         if given.fit:
-            print("\n".join(fits.table(choices.fit(checked, given.outputs, given.fit, made.gate), given.fit)))
+            print("\n".join(fits.table(choices.fit(resolved, given.fit, made.gate), given.fit)))
         if given.compare or given.fit:
             return
-        plan.beside_lora(made, checked, given.outputs, plan.add_memory(made, checked, given.outputs))
+        plan.beside_lora(made, resolved, plan.add_memory(made, resolved))
         print(
             json.dumps(made.facts | {"warnings": made.warnings}, indent=2, ensure_ascii=False)
             if given.json

@@ -6,7 +6,8 @@ import sys
 
 from lora_recipes.core import cli
 from lora_recipes.core.run_folder import RunFolder
-from lora_recipes.recipe import recipe
+from lora_recipes.recipe import load
+from lora_recipes.recipe.base import resolve
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
     given = parser.parse_args()
 
     def action() -> int | None:
-        checked = recipe.load(given.recipe, given.overrides)
+        checked = load.load(given.recipe, given.overrides)
         if given.accelerate:
             from lora_recipes.training import launch
 
@@ -36,7 +37,7 @@ def main() -> int:
             return launch.start(words, script, checked, RunFolder(given.outputs / checked.name))
         from lora_recipes.training.train import train
 
-        train(checked, given.outputs, given.resume, given.force)
+        train(resolve(checked, given.outputs), given.resume, given.force)
         return None
 
     return cli.run(action, given.traceback)

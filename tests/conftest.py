@@ -10,7 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import yaml
 
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def trained(tmp_path_factory):
     from lora_recipes.training.train import train
 
     outputs = tmp_path_factory.mktemp("outputs")
-    train(recipes.load("tiny_facts"), outputs)
+    train(resolve(recipes.load("tiny_facts"), outputs))
     return outputs
 
 

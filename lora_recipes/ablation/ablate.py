@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from lora_recipes.ablation.spec import FILE, Ablation, Run
 from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.files import write
-from lora_recipes.core.run_folder import RunFolder, make_folder
+from lora_recipes.core.run_folder import make_folder
 from lora_recipes.memory.fits import CARDS, NOT, Memory, gib
 from lora_recipes.planning.plan import Plan
-from lora_recipes.recipe import base as bases
+from lora_recipes.recipe.base import Resolved
 from lora_recipes.training import train
 from lora_recipes.training.resume import differences
 
@@ -52,13 +52,14 @@ def ablate(
         )
     outputs, runs, cuda = outputs.absolute(), _chosen(ablation, only), dry or torch.cuda.is_available()
     make_folder(outputs)
-    plans = arms.planned(runs, outputs, not dry, cuda)
+    found = arms.resolved(runs, outputs)
+    plans = arms.planned(found, not dry, cuda)
     print("\n".join(arms.table(ablation, plans, cuda)), flush=True)
     if dry:
         return 0
-    if _prepare(ablation, runs, outputs):
-        plans = arms.planned(runs, outputs, True, cuda)  # with the tokenizer that is beside the base now
-    todo = list(_todo(runs, plans, outputs, force))
+    if _prepare(ablation, found, outputs):
+        plans = arms.planned(found, True, cuda)  # with the tokenizer that is beside the base now
+    todo = list(_todo(runs, plans, found, force))
     own, free, memories = (
         psutil.Process().memory_info().rss,
         psutil.virtual_memory().available,
@@ -83,7 +84,7 @@ def spread(
     do with them.
     """
     outputs, runs = outputs.absolute(), _chosen(ablation, only)
-    plans = arms.planned(runs, outputs, False, cuda=True)
+    plans = arms.planned(arms.resolved(runs, outputs), False, cuda=True)
     print("\n".join(arms.table(ablation, plans, cuda=True)), flush=True)
     most = max((found for _, found in plans.values()), key=lambda found: found.peak_bytes)
     card = next(
@@ -109,37 +110,37 @@ def _chosen(ablation: Ablation, only: Sequence[str]) -> list[Run]:
     return [run for run in runs if not only or {run.arm, str(run)} & set(only)]
 
 
-def _prepare(ablation: Ablation, runs: Sequence[Run], outputs: Path) -> bool:
+def _prepare(ablation: Ablation, found: Mapping[str, Resolved], outputs: Path) -> bool:
     """Write ablation.json, and make or check the bases once before any arm; was any made?
 
     One command at a time: the jobs of a cluster share one file system, and each would train the base.
     """
     PartialState(cpu=not torch.cuda.is_available())
-    recipes = {bases.path(run.recipe, outputs): run.recipe for run in runs}
-    resolved = json.dumps(ablation.resolved(), indent=1, ensure_ascii=False) + "\n"
+    bases = {resolved.base.weights: resolved for resolved in found.values()}
+    text = json.dumps(ablation.resolved(), indent=1, ensure_ascii=False) + "\n"
     with (outputs / ".bases.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        missing = any(
-            not Path(path).is_dir() for path, recipe in recipes.items() if "name_or_path" not in recipe.model
-        )
-        for recipe in recipes.values():
-            train.prepare_base(recipe, outputs)
+        made = [path for path, one in bases.items() if one.recipe.model.name_or_path is None]
+        missing = any(not Path(path).is_dir() for path in made)
+        for one in bases.values():
+            train.prepare_base(one)
         file = ablation.folder(outputs) / FILE
-        if not file.is_file() or file.read_text(encoding="utf-8") != resolved:
-            write(file, resolved)
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write(file, text)
     return missing
 
 
 def _todo(
-    runs: Sequence[Run], plans: dict[str, tuple[Plan, Memory]], outputs: Path, force: bool
+    runs: Sequence[Run], plans: dict[str, tuple[Plan, Memory]], found: Mapping[str, Resolved], force: bool
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """What is still to be trained, and how: `resume` from a checkpoint, or `force` in place of what no longer
     holds.
     """
     finished = 0
     for run in runs:
-        folder = RunFolder(outputs / run.recipe.name)
-        how, why = ("anew", "FORCE=1") if force else state(run, plans[run.arm][0], outputs)
+        resolved = found[run.arm].by(run.recipe)
+        folder = resolved.folder
+        how, why = ("anew", "FORCE=1") if force else state(resolved, plans[run.arm][0])
         finished += how == "finished"
         if why:
             print(f"{how:<12}{run}: {why}")
@@ -152,21 +153,22 @@ def _todo(
     )
 
 
-def state(run: Run, made: Plan, outputs: Path) -> tuple[str, str]:
+def state(resolved: Resolved, made: Plan) -> tuple[str, str]:
     """`finished`, `continues`, `anew` or `new`, and why: what is in the run's folder against what would be
     trained now.
     """
-    folder = RunFolder(outputs / run.recipe.name)
+    folder = resolved.folder
     try:
         record = folder.record
         if not record:
             return "new", ""
-        changed = differences(folder, run.recipe, train.resume_facts(made, run.recipe, outputs))
+        facts = train.resume_facts(made, resolved, resolved.base.real_config())
+        changed = differences(folder, resolved.recipe, facts)
         before, now = record["plan"]["data"]["eval"]["sha256"], made.facts["data"]["eval"]["sha256"]
         changed += ["eval data: other rows than it was evaluated on"] if before != now else []
         if changed:
             return "anew", f"{changed[0]}" + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
-        if folder.finished and folder.result(run.recipe.method).is_dir():
+        if folder.finished and resolved.result.is_dir():
             return "finished", ""
         checkpoint, _ = newest_whole(folder.checkpoints)
     except (RecipeError, KeyError) as error:  # not as any run leaves it

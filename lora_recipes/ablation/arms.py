@@ -4,7 +4,7 @@ once.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from lora_recipes.memory import memory
 from lora_recipes.memory.fits import GIB, RESERVED_WORST, Memory, gib
 from lora_recipes.planning import plan
 from lora_recipes.planning.plan import Plan
+from lora_recipes.recipe.base import Resolved, resolve
 from lora_recipes.recipe.recipe import Recipe
 
 # What changes the numbers in the tensors, not their shapes: arms that differ in nothing else share one
@@ -41,28 +42,33 @@ SHAPELESS |= {
 }
 
 
-def planned(runs: Sequence[Run], outputs: Path, network: bool, cuda: bool) -> dict[str, tuple[Plan, Memory]]:
-    """The plan of each arm among `runs`, and its predicted peak on a GPU (`cuda`) or this CPU. RecipeError:
-    what is wrong with any.
+def resolved(runs: Sequence[Run], outputs: Path) -> dict[str, Resolved]:
+    """Each arm's recipe with what it names; the runs of an arm differ in their seed alone."""
+    first = {run.arm: run.recipe for run in reversed(runs)}
+    return {arm: resolve(first[arm], outputs) for arm in dict.fromkeys(run.arm for run in runs)}
+
+
+def planned(arms: Mapping[str, Resolved], network: bool, cuda: bool) -> dict[str, tuple[Plan, Memory]]:
+    """The plan of each of `arms`, and its predicted peak on a GPU (`cuda`) or this CPU. RecipeError: what is
+    wrong with any.
     """
     plans: dict[str, Plan] = {}
     problems: list[Problem] = []
     kept: dict[str, Kept] = {}
-    first = {run.arm: run.recipe for run in reversed(runs)}
-    for arm in dict.fromkeys(run.arm for run in runs):
+    for arm, resolved in arms.items():
         try:
-            rows = kept.setdefault(group(first[arm]), Kept()).rows
-            plans[arm] = plan.make(first[arm], outputs, network=network, rows=rows)
+            rows = kept.setdefault(group(resolved.recipe), Kept()).rows
+            plans[arm] = plan.make(resolved, network=network, rows=rows)
         except RecipeError as error:
             problems += [Problem(f"arm {arm}: {p.where}", p.found, p.do) for p in error.problems]
     raise_if(problems)
-    shapes = {arm: _shape(first[arm]) for arm in plans}
+    shapes = {arm: _shape(resolved.recipe) for arm, resolved in arms.items()}
     distinct = {shape: arm for arm, shape in shapes.items()}
-    setups = [memory.of_recipe(first[arm], outputs, plans[arm].gate, cuda) for arm in distinct.values()]
+    setups = [memory.of_recipe(arms[arm], plans[arm].gate, cuda) for arm in distinct.values()]
     with memory.Rehearsals(setups, memory.SECONDS) as rehearsals:
         peaks = {shape: rehearsals[number] for number, shape in enumerate(distinct)}
     for arm, made in plans.items():
-        plan.add_memory(made, first[arm], outputs, cuda, peaks[shapes[arm]])
+        plan.add_memory(made, arms[arm], cuda, peaks[shapes[arm]])
     return {arm: (made, peaks[shapes[arm]]) for arm, made in plans.items()}
 
 

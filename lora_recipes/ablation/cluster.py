@@ -89,9 +89,9 @@ def _skypilot(
 ) -> dict[str, str]:
     """A managed job of a task for each run; they share a bucket, and each machine makes its own .venv."""
     made = {
-        arm.recipe.model.get("from_recipe") or "random weights"
+        arm.recipe.model.from_recipe or "random weights"
         for arm in ablation.arms
-        if "name_or_path" not in arm.recipe.model
+        if arm.recipe.model.name_or_path is None
     }
     do = (
         "train it first, put it where every machine reads it, and name it by model.name_or_path; or ON=slurm,"

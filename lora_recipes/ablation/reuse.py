@@ -20,6 +20,7 @@ from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import gate
 from lora_recipes.data.gate import Gate
 from lora_recipes.model import build
+from lora_recipes.recipe.base import Resolved, resolve
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.training.resume import HARMLESS
 from lora_recipes.training.train import Shared, train
@@ -60,12 +61,12 @@ class Kept:
         self.gate: Gate | None = None
         self.base: PreTrainedModel | None = None
 
-    def rows(self, recipe: Recipe, outputs: Path, network: bool) -> Gate:
+    def rows(self, resolved: Resolved, network: bool) -> Gate:
         """The rows, read and tokenised once; the tokenizer, which TRL writes to, is each run's own."""
-        self.gate = self.gate or gate.pass_through(recipe, outputs, network)
+        self.gate = self.gate or gate.pass_through(resolved, network)
         return dataclasses.replace(self.gate, tokenizer=copy.deepcopy(self.gate.tokenizer))
 
-    def model(self, recipe: Recipe, outputs: Path) -> PreTrainedModel:
+    def model(self, resolved: Resolved) -> PreTrainedModel:
         """A copy of the base, loaded once: PEFT changes the model it adapts, so the loaded one is never
         handed out.
 
@@ -73,7 +74,7 @@ class Kept:
         two of them there would be more than any plan has counted.
         """
         if self.base is None:
-            loaded = build.model(recipe, outputs)
+            loaded = build.model(resolved)
             if loaded.device.type != "cpu":
                 return loaded
             self.base = loaded
@@ -92,7 +93,8 @@ class Kept:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            record = train(run.recipe, outputs, how.get("resume", False), how.get("force", False), shared)
+            resolved = resolve(run.recipe, outputs)
+            record = train(resolved, how.get("resume", False), how.get("force", False), shared)
         except RecipeError as error:
             return Outcome(name, True, f"FAILED: {error}")
         except Exception as error:
@@ -111,5 +113,5 @@ class Kept:
 def group(recipe: Recipe) -> str:
     """Runs with the same text may share a process: all but lora: and the FREE keys of train: agree."""
     sections = {name: section for name, section in recipe.sections.items() if name not in ("lora", "probes")}
-    sections["train"] = {key: value for key, value in recipe.train.items() if key not in FREE}
+    sections["train"] = {key: value for key, value in recipe.train.given.items() if key not in FREE}
     return json.dumps(sections, sort_keys=True)

@@ -24,7 +24,7 @@ from lora_recipes.core import yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.files import ROOT, rooted
 from lora_recipes.core.yamlfile import Key, dotted, shown
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.recipe import Recipe
 
 FOLDER = ROOT / "configs" / "ablations"
@@ -94,7 +94,7 @@ def seeded(ablation: str, arm: Arm, seed: int) -> Recipe:
     """The recipe of one run. Named so that it lands in outputs/ablations/<ablation>/<arm>/s<seed>/, and
     shares the bases in outputs/.
     """
-    text, train = f"train.seed={seed}", arm.recipe.train | {"seed": seed}
+    text, train = f"train.seed={seed}", arm.recipe.train.given | {"seed": seed}
     return dataclasses.replace(
         arm.recipe,
         name=f"ablations/{ablation}/{arm.name}/s{seed}",
@@ -165,7 +165,7 @@ def quick(recipe: str, over: Sequence[str], seeds: Sequence[int] = ()) -> Ablati
             else f"{ {'recipe': 'RECIPE', 'seeds': 'SEEDS'}.get(str(key[0]), 'OVER') }"
         )
 
-    own = recipes.load(recipe).train.get("seed", 42)  # transformers' own default
+    own = recipes.load(recipe).train.seed
     raise_if(list(_shape(content | {"seeds": list(seeds) or [own]}, at)))
     varied = [short for key, short in grid.short(content["grid"]).items() if len(content["grid"][key]) > 1]
     name = "-".join([Path(recipe).stem, *varied])
@@ -270,9 +270,9 @@ def _ablation(name: str, question: str, content: dict[str, Any], at: At) -> Abla
             problems += [_moved(p, written, where, at) for p in error.problems]
             continue
         for named in (
-            loaded.model.get("name_or_path"),
-            loaded.model.get("from_recipe"),
-            loaded.warm_start.get("from_recipe"),
+            loaded.model.name_or_path,
+            loaded.model.from_recipe,
+            loaded.warm_start and loaded.warm_start.from_recipe,
         ):
             problems += _output(rooted(named), where) if named else []
         if same := next((a.name for a in arms.values() if a.recipe.sections == loaded.sections), None):

@@ -3,7 +3,6 @@ any weight is loaded.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
@@ -15,7 +14,7 @@ from lora_recipes.data import read, render
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.read import Split
 from lora_recipes.data.render import Characters, Counts, Example
-from lora_recipes.recipe import base as bases
+from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import Recipe
 
 UNFAITHFUL = (
@@ -70,17 +69,18 @@ class Gate:
     warnings: list[str] = field(default_factory=list)
 
 
-def pass_through(recipe: Recipe, outputs: Path, network: bool) -> Gate:
+def pass_through(resolved: Resolved, network: bool) -> Gate:
     """Take the recipe's data through the gate. RecipeError lists faulty rows, or the limits that are
     exceeded.
 
     `network`: may the tokenizer be fetched? Without one at hand the chat template alone is compared, and
     tokens are not counted.
     """
+    recipe = resolved.recipe
     splits = _read(recipe)
-    if recipe.data.get("rows") == "assistant_turn":
+    if recipe.data.rows == "assistant_turn":
         splits = {which: read.by_assistant_turn(split) for which, split in splits.items()}
-    tokenizer = _tokenizer(recipe, outputs, network)
+    tokenizer = _tokenizer(resolved, network)
     raise_if(_unknown_kwargs(recipe, tokenizer))
     train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
     gate = Gate(tokenizer, splits, train, evaluation, render.counts(train, tokenizer, recipe))
@@ -141,7 +141,7 @@ def _unknown_kwargs(recipe: Recipe, tokenizer: Any) -> list[Problem]:
     """Template arguments that the chat template never looks at: a typo there is accepted by everybody and
     does nothing.
     """
-    given = recipe.data.get("chat_template_kwargs", {})
+    given = recipe.data.chat_template_kwargs
     if not given or not tokenizer.chat_template:
         return []
     try:
@@ -162,33 +162,29 @@ def _unknown_kwargs(recipe: Recipe, tokenizer: Any) -> list[Problem]:
     ]
 
 
-def _tokenizer(recipe: Recipe, outputs: Path, network: bool) -> Any:
+def _tokenizer(resolved: Resolved, network: bool) -> Any:
     """The tokenizer; or, when it is neither cached nor to be fetched, characters under the contract's chat
     template.
     """
-    has_contract = bases.contract_of(recipe) is not None
-    local = rooted(recipe.model.get("tokenizer") or bases.path(recipe, outputs)).is_dir()
+    has_contract = resolved.base.contract is not None
+    local = rooted(resolved.recipe.model.tokenizer or resolved.base.weights).is_dir()
     try:
-        return tokenizing.load(recipe, outputs, local_files_only=has_contract and not network)
+        return tokenizing.load(resolved, local_files_only=has_contract and not network)
     except RecipeError:
         if network or local or not has_contract:
             raise
-        return tokenizing.stand_in(recipe)
+        return tokenizing.stand_in(resolved)
 
 
 def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], rows: dict[str, list[read.Row]]) -> None:
     problems = []
     for name, share in shares.items():
         limit, warn, found, do = LIMITS[name]
-        limit = recipe.data.get("limits", {}).get(name, limit)
+        limit = recipe.data.limits.get(name, limit)
         first = f", first {rows[name][0].where}" if rows.get(name) else ""
         text = f"{100 * share:.1f} % {found}{first}"
         if share > limit:
-            where = (
-                recipe.at("data", "limits", name)
-                if name in recipe.data.get("limits", {})
-                else recipe.at("data")
-            )
+            where = recipe.at("data", "limits", name) if name in recipe.data.limits else recipe.at("data")
             problems.append(Problem(where, text, f"{do}; or raise data.limits.{name} (now {limit:g})"))
         elif share > warn:
             gate.warnings.append(f"{text}: {do}")
@@ -200,7 +196,7 @@ def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
     counts, rows = gate.counts, gate.splits["train"].rows
     said = [("data", f"train {counts.rows:,} rows ({rows[0].format}), eval {len(gate.evaluation):,} rows")]
     if counts.tokens is None:
-        name = recipe.model.get("tokenizer") or recipe.model.get("name_or_path")
+        name = recipe.model.tokenizer or recipe.model.name_or_path
         said.append(
             (
                 "tokens",
@@ -228,7 +224,7 @@ def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
             f" ({share:.1f} %)"
         )
         said.append(("turns", text))
-    if kwargs := recipe.data.get("chat_template_kwargs"):
+    if kwargs := recipe.data.chat_template_kwargs:
         said.append(("serve with", f"chat_template_kwargs {kwargs}, as trained"))
     return said + [("note", note) for split in gate.splits.values() for note in split.notes]
 

@@ -9,43 +9,9 @@ from lora_recipes.data.render import Example
 from lora_recipes.recipe.recipe import Recipe
 
 
-def problems(recipe: Recipe) -> list[Problem]:
-    """New tokens that would not be trained, or are given twice."""
-    new, where = recipe.model.get("new_tokens", []), recipe.at("model", "new_tokens")
-    if not new:
-        return []
-    found = []
-    if twice := {token for token in new if new.count(token) > 1}:
-        found.append(Problem(where, f"{listed(map(repr, sorted(twice)))} is listed twice", "keep one"))
-    if recipe.method == "peft":
-        found.append(
-            Problem(
-                where,
-                "peft: does not train new embeddings",
-                "write lora:, full:, or freeze: with embeddings: true",
-            )
-        )
-    if recipe.method == "freeze" and not recipe.freeze.get("embeddings"):
-        found.append(
-            Problem(
-                where, "the embeddings are frozen: new ones would stay noise", "set freeze.embeddings: true"
-            )
-        )
-    if "quantize" in recipe.model:
-        found.append(Problem(where, "new tokens on a 4-bit base are not tried here", "remove model.quantize"))
-    given = [key for key in ("trainable_token_indices", "modules_to_save") if recipe.lora.get(key)]
-    found += [
-        Problem(
-            recipe.at("lora", key), "new_tokens chooses the rows that are trained", "remove one of the two"
-        )
-        for key in given
-    ]
-    return found
-
-
 def add(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     """Add the recipe's new tokens to `tokenizer`. RecipeError for one that it has already."""
-    new, known = recipe.model.get("new_tokens", []), tokenizer.get_vocab()
+    new, known = recipe.model.new_tokens, tokenizer.get_vocab()
     at = recipe.at("model", "new_tokens")
     raise_if(
         [
@@ -66,7 +32,7 @@ def add(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
 
 def ids(tokenizer: Any, recipe: Recipe, rows: int) -> list[int]:
     """The ids of the new tokens; after the `rows` of the embedding where the tokenizer is not at hand."""
-    new = recipe.model.get("new_tokens", [])
+    new = recipe.model.new_tokens
     known = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
     return [known.get(token, rows + i) for i, token in enumerate(new)]
 
@@ -74,9 +40,7 @@ def ids(tokenizer: Any, recipe: Recipe, rows: int) -> list[int]:
 def unseen(rows: list[Example], indices: list[int], recipe: Recipe) -> list[str]:
     """A warning about new tokens that stand in no training row: their embeddings stay noise."""
     have = {i for row in rows for i in row.input_ids}
-    missing = [
-        token for token, i in zip(recipe.model.get("new_tokens", []), indices, strict=True) if i not in have
-    ]
+    missing = [token for token, i in zip(recipe.model.new_tokens, indices, strict=True) if i not in have]
     return (
         [f"model.new_tokens: {listed(map(repr, missing))} in no training row: the embedding stays noise"]
         if missing

@@ -51,7 +51,7 @@ def read(recipe: Recipe, which: str) -> Split:
     """The rows of `data.train` or `data.eval` (`which`), checked; RecipeError lists the first 20 faults and
     counts the rest.
     """
-    sources, text_field = recipe.data.get(which) or [], recipe.train.get("dataset_text_field", "text")
+    sources, text_field = getattr(recipe.data, which) or [], recipe.train.dataset_text_field
     split, first = Split(), None
     faults: list[Problem] = []
     for number, source in enumerate([sources] if isinstance(sources, str) else sources):

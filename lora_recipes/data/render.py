@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
@@ -144,12 +143,12 @@ def _check_losses(row: Row, tokenizer: Any, recipe: Recipe) -> None:
                 do,
             )
         )
-    if recipe.train.get("assistant_only_loss") and not row.conversational:
+    if recipe.train.assistant_only_loss and not row.conversational:
         do = "it needs messages; prompt/completion rows train the completion only by themselves"
         raise RecipeError(
             Problem(recipe.at("train", "assistant_only_loss"), f"{row.where} is no conversation", do)
         )
-    if recipe.train.get("completion_only_loss") and "prompt" not in row.value:
+    if recipe.train.completion_only_loss and "prompt" not in row.value:
         do = (
             "set data.rows: assistant_turn"
             if row.conversational
@@ -163,7 +162,7 @@ def _training_template(tokenizer: Any, recipe: Recipe) -> str | None:
     """The template that TRL swaps in to know which tokens are the assistant's; None where it keeps the
     tokenizer's own.
     """
-    if not recipe.train.get("assistant_only_loss") or has_generation_markers(tokenizer.chat_template):
+    if not recipe.train.assistant_only_loss or has_generation_markers(tokenizer.chat_template):
         return None
     try:
         return get_training_chat_template(tokenizer)
@@ -183,18 +182,18 @@ def _plain(row: Row, tokenizer: Any, recipe: Recipe) -> Example:
         return Example(row.where, ids, list(ids))
     prompt_ids = tokenizer(prompt)["input_ids"]
     start = common_prefix_length(prompt_ids, ids)  # shorter than the prompt where a token spans its end
-    skip = 0 if recipe.train.get("completion_only_loss") is False else start
+    skip = 0 if recipe.train.completion_only_loss is False else start
     return Example(
         row.where, ids, [IGNORED] * skip + ids[skip:], [Turn(start, len(ids) - 1, start == len(prompt_ids))]
     )
 
 
 def _conversation(row: Row, tokenizer: Any, recipe: Recipe, training_template: str | None) -> Example:
-    kwargs = recipe.data.get("chat_template_kwargs", {}) | row.value.get("chat_template_kwargs", {})
+    kwargs = recipe.data.chat_template_kwargs | row.value.get("chat_template_kwargs", {})
     serving = {"tokenize": True, "return_dict": True, "tools": row.value.get("tools"), **kwargs}
     trained = {"chat_template": training_template, **serving}
-    assistant_only = recipe.train.get("assistant_only_loss", False)
-    trains_prompt = recipe.train.get("completion_only_loss") is False
+    assistant_only = recipe.train.assistant_only_loss
+    trains_prompt = recipe.train.completion_only_loss is False
 
     output = tokenizer.apply_chat_template(
         row.messages, return_assistant_tokens_mask=assistant_only, **trained
@@ -268,12 +267,11 @@ def _kept(example: Example, recipe: Recipe) -> range:
     bfd) splits instead.
     """
     train, whole = recipe.train, len(example.input_ids)
-    length = train.get("max_length", SFTConfig.max_length)
-    packing = train.get("packing", SFTConfig.packing)
-    splits = packing and train.get("packing_strategy", SFTConfig.packing_strategy) != "bfd"
+    length = train.max_length
+    splits = train.packing and train.packing_strategy != "bfd"
     if length is None or length >= whole or splits:
         return range(whole)
-    keep_end = not packing and train.get("truncation_mode", SFTConfig.truncation_mode) == "keep_end"
+    keep_end = not train.packing and train.truncation_mode == "keep_end"
     return range(whole - length, whole) if keep_end else range(length)
 
 
@@ -286,9 +284,7 @@ def truncated(example: Example, recipe: Recipe) -> tuple[list[int], list[int]]:
 def counts(done: list[Example], tokenizer: Any, recipe: Recipe) -> Counts:
     """Tokens, truncation and turns of a split, as trained."""
     counted = not isinstance(tokenizer, Characters)  # characters are not truncated: max_length counts tokens
-    drops = recipe.train.get("max_length", SFTConfig.max_length) is not None and not recipe.train.get(
-        "packing"
-    )
+    drops = recipe.train.max_length is not None and not recipe.train.packing
     result, lengths, supervised = Counts(rows=len(done)), [], 0
     for example in done:
         kept = _kept(example, recipe) if counted else range(len(example.input_ids))

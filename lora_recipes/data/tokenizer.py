@@ -15,30 +15,27 @@ from lora_recipes.core.files import rooted
 from lora_recipes.data import new_tokens
 from lora_recipes.data.render import chat_template
 from lora_recipes.data.stand_in import Characters
-from lora_recipes.recipe import base as bases
-from lora_recipes.recipe import contract as contracts
+from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.contract import Contract
 from lora_recipes.recipe.recipe import Recipe
 
 
-def load(recipe: Recipe, outputs: Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+def load(resolved: Resolved, local_files_only: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that training and serving use, with model.chat_template and train.eos_token applied.
 
     `local_files_only`: look in the folder and the cache, never on the hub.
     """
-    contract, name = bases.contract_of(recipe), recipe.model.get("tokenizer")
-    if name in contracts.names():
-        contract = contracts.load(name)
-    saved = (
-        not name and (Path(bases.path(recipe, outputs)) / "tokenizer.json").is_file()
-    )  # beside the weights: theirs, whatever changed
-    if contract and contract.tokenizer and name in (None, contract.name) and not saved:
+    recipe, contract, weights = resolved.recipe, resolved.tokenizer, resolved.base.weights
+    name = recipe.model.tokenizer
+    # Beside the weights: theirs, whatever changed.
+    saved = not name and (Path(weights) / "tokenizer.json").is_file()
+    if contract and contract.tokenizer and not saved:
         result: PreTrainedTokenizerBase = make(contract)
     else:
-        result = _pretrained(recipe, name or bases.path(recipe, outputs), local_files_only)
-    if template := recipe.model.get("chat_template"):
+        result = _pretrained(recipe, name or weights, local_files_only)
+    if template := recipe.model.chat_template:
         result.chat_template = chat_template(template, recipe.at("model", "chat_template"))
-    if eos := recipe.train.get("eos_token"):
+    if eos := recipe.train.eos_token:
         if eos not in result.get_vocab():
             do = f"the tokenizer's own is {result.eos_token!r}"
             raise RecipeError(
@@ -50,7 +47,7 @@ def load(recipe: Recipe, outputs: Path, local_files_only: bool = False) -> PreTr
 
 
 def _pretrained(recipe: Recipe, path: str, local_files_only: bool) -> PreTrainedTokenizerBase:
-    revision = "main" if recipe.model.get("tokenizer") else recipe.model.get("revision", "main")
+    revision = "main" if recipe.model.tokenizer else recipe.model.revision or "main"
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
@@ -60,12 +57,12 @@ def _pretrained(recipe: Recipe, path: str, local_files_only: bool) -> PreTrained
         ) from None
 
 
-def stand_in(recipe: Recipe) -> Characters:
+def stand_in(resolved: Resolved) -> Characters:
     """The stand-in for a tokenizer that is not at hand: the contract's published chat template, over
     characters.
     """
-    contract = bases.contract_of(recipe)
-    name = recipe.model.get("chat_template") or (contract and contract.chat_template)
+    recipe, contract = resolved.recipe, resolved.base.contract
+    name = recipe.model.chat_template or (contract and contract.chat_template)
     return Characters(chat_template(name, recipe.at("model")) if name else None)
 
 

@@ -26,8 +26,8 @@ from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import new_tokens, read, render
 from lora_recipes.data.render import IGNORED
 from lora_recipes.model import answers, attach, embeddings, probes
-from lora_recipes.recipe import base as bases
-from lora_recipes.recipe import recipe
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import Resolved, resolve
 from lora_recipes.recipe.recipe import Recipe
 
 SETS = {"eval": "held out", "kept": "kept"}  # data.<key> -> how it is called
@@ -76,7 +76,7 @@ def evaluation(
     run = RunFolder(outputs / name)
     asked = _recipe(run, name, overrides)
     sets = _rows(asked)
-    pair = _pair(asked, outputs, adapter or run.result(asked.method), base)
+    pair = _pair(resolve(asked, outputs), adapter or run.result(asked.method), base)
     raise_if(probes.problems(pair.tokenizer, asked))
     found: dict[str, Any] = {"at": now(), "overrides": list(overrides), **pair.facts, "sets": {}}
     for which, split in sets.items():
@@ -109,15 +109,15 @@ def _recipe(run: RunFolder, name: str, overrides: Sequence[str]) -> Recipe:
         if not text.startswith(("data.eval=", "data.kept=", "probes.")):
             do = "an evaluation takes data.eval=, data.kept= and probes.; the rest is what was trained"
             raise RecipeError(Problem(f"override {text!r}", "would change nothing", do))
-    return dataclasses.replace(recipe.load(str(file), overrides), name=name)
+    return dataclasses.replace(recipes.load(str(file), overrides), name=name)
 
 
 def _rows(asked: Recipe) -> dict[str, read.Split]:
     """The rows of data.eval and data.kept, as far as the recipe names them; kept ones must not have been
     trained on.
     """
-    sets = {which: read.read(asked, which) for which in SETS if asked.data.get(which)}
-    if not (sets or asked.probes):
+    sets = {which: read.read(asked, which) for which in SETS if getattr(asked.data, which)}
+    if not (sets or asked.probes.given):
         do = (
             "name held-out rows, e.g. SET=data.eval=data/x/eval.jsonl, or rows that should be kept:"
             " SET=data.kept=..."
@@ -134,13 +134,14 @@ def _rows(asked: Recipe) -> dict[str, read.Split]:
                 asked.at("data", "kept"), found, "what is forgotten shows on rows that the training never saw"
             )
         )
-    if asked.data.get("rows") == "assistant_turn":
+    if asked.data.rows == "assistant_turn":
         sets = {which: read.by_assistant_turn(split) for which, split in sets.items()}
     return sets
 
 
-def _pair(asked: Recipe, outputs: Path, result: Path, base: Path | None) -> Pair:
+def _pair(resolved: Resolved, result: Path, base: Path | None) -> Pair:
     """Load both models; the adapter's tensors, base and weights are checked first."""
+    asked, weights = resolved.recipe, resolved.base.weights
     if not result.is_dir():
         raise RecipeError(
             Problem(
@@ -151,9 +152,9 @@ def _pair(asked: Recipe, outputs: Path, result: Path, base: Path | None) -> Pair
         )
     facts: dict[str, Any] = {"result": shown(result)}
     if locate.is_model(result):
-        source = base or locate.local(bases.path(asked, outputs), asked.model.get("revision"))
+        source = base or locate.local(weights, resolved.base.revision)
         if source is None or not (source / "config.json").is_file():
-            found = f"its base {source or bases.path(asked, outputs)} is not on this machine"
+            found = f"its base {source or weights} is not on this machine"
             raise RecipeError(Problem(shown(result), found, "give its folder: BASE=path"))
         tokenizer = attach.tokenizer(result, source)
         untrained = _grown(attach.base(source, None), tokenizer, asked)
@@ -175,7 +176,7 @@ def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
     """The base with its new tokens as training began with them; it has no others."""
     if new := new_tokens.ids(tokenizer, asked, 0):
         embeddings.grow(base, new)
-        embeddings.begin(base, new, asked.train.get("seed", 42))
+        embeddings.begin(base, new, asked.train.seed)
     return base
 
 
@@ -221,9 +222,8 @@ def _generations(pair: Pair, asked: Recipe, split: read.Split | None) -> list[di
     prompts = [said[2] for said in served if said]
     texts: list[Any] = [row.history for row in rows if not row.conversational]
     if not rows:
-        texts = [
-            probe["prompt"] for kind in ("change", "keep") for probe in asked.probes.get(kind, [])[:PROMPTS]
-        ]
+        asked_for = (asked.probes.change, asked.probes.keep)
+        texts = [probe["prompt"] for kind in asked_for for probe in kind[:PROMPTS]]
     prompts += [list(pair.tokenizer(text)["input_ids"]) for text in texts]
     written: list[dict[str, Any]] = [{"prompt": pair.tokenizer.decode(ids)} for ids in prompts]
     for side in SIDES:

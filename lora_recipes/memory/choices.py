@@ -2,28 +2,28 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import fits, memory
 from lora_recipes.memory.fits import FITS, NOT, Memory, Option
+from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import METHODS, Recipe
 
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}  # for a recipe that has none
 
 
 def fit(
-    recipe: Recipe, outputs: Path, card_gb: float, gate: Gate | None = None, seconds: float = memory.SECONDS
+    resolved: Resolved, card_gb: float, gate: Gate | None = None, seconds: float = memory.SECONDS
 ) -> list[Option]:
-    """The settings of `recipe` that fit a card of `card_gb` x 10^9 bytes, fastest first, all with the same
+    """The settings of a recipe that fit a card of `card_gb` x 10^9 bytes, fastest first, all with the same
     examples a step.
 
     For each base (as it is, and in NF4 for an adapter) and with and without checkpointing: the largest batch
     that fits, and the largest that is likely to where that is larger. `gate` as in memory.plan.
     """
-    options = _options(recipe)
-    setups = [memory.of_recipe(varied, outputs, gate) for varied, _ in options]
+    options = _options(resolved.recipe)
+    setups = [memory.of_recipe(resolved.by(varied), gate) for varied, _ in options]
     found: list[Option] = []
     with memory.Rehearsals(setups, seconds) as rehearsals:
         for kind in sorted({(o.checkpointing, o.quantised) for _, o in options}):
@@ -53,8 +53,8 @@ def _options(recipe: Recipe) -> list[tuple[Recipe, Option]]:
     """Every batch size, with and without checkpointing, on the base as it is and in NF4; memories are not
     known yet.
     """
-    train, model = recipe.train, recipe.model
-    effective = train.get("per_device_train_batch_size", 8) * train.get("gradient_accumulation_steps", 1)
+    train = recipe.train
+    effective = train.per_device_train_batch_size * train.gradient_accumulation_steps
     nothing = Memory({}, "", 0, 0)
     found = []
     for quantised in (False, True) if recipe.method == "lora" else (False,):
@@ -65,13 +65,10 @@ def _options(recipe: Recipe) -> list[tuple[Recipe, Option]]:
                     "gradient_accumulation_steps": effective // batch,
                     "gradient_checkpointing": checkpointing,
                 }
-                now = {
-                    "per_device_train_batch_size": 8,
-                    "gradient_accumulation_steps": 1,
-                    "gradient_checkpointing": True,
-                } | train
-                overrides = [f"train.{k}={str(v).lower()}" for k, v in wanted.items() if now[k] != v]
-                if quantised != ("quantize" in model):
+                overrides = [
+                    f"train.{k}={str(v).lower()}" for k, v in wanted.items() if getattr(train, k) != v
+                ]
+                if quantised != (recipe.model.quantize is not None):
                     overrides.append(f"model.quantize={'nf4' if quantised else 'null'}")
                 option = Option(
                     tuple(overrides), batch, effective // batch, checkpointing, quantised, nothing
@@ -86,27 +83,27 @@ def varied(recipe: Recipe, method: str, quantised: bool, train: dict[str, Any] |
     """
     sections = {name: section for name, section in recipe.sections.items() if name not in METHODS}
     sections[method] = recipe.sections.get(method) or ({} if method == "full" else ADAPTER)
-    sections["model"] = {k: v for k, v in recipe.model.items() if k != "quantize"} | (
+    sections["model"] = {k: v for k, v in recipe.model.given.items() if k != "quantize"} | (
         {"quantize": "nf4"} if quantised else {}
     )
-    sections["train"] = recipe.train | (train or {})
+    sections["train"] = recipe.train.given | (train or {})
     return replace(recipe, sections=sections)
 
 
 def plain(recipe: Recipe) -> Recipe | None:
     """`recipe` as LoRA without a variant; None where it is that."""
-    if recipe.method != "lora":
-        return varied(recipe, "lora", "quantize" in recipe.model)
+    if recipe.lora is None:
+        return varied(recipe, "lora", recipe.model.quantize is not None)
     variants = ("use_dora", "use_rslora", "init_lora_weights")
-    kept = {key: value for key, value in recipe.lora.items() if key not in variants}
-    return replace(recipe, sections=recipe.sections | {"lora": kept}) if kept != recipe.lora else None
+    kept = {key: value for key, value in recipe.lora.given.items() if key not in variants}
+    return replace(recipe, sections=recipe.sections | {"lora": kept}) if kept != recipe.lora.given else None
 
 
 def compare(
-    recipe: Recipe, outputs: Path, gate: Gate | None = None, seconds: float = memory.SECONDS
+    resolved: Resolved, gate: Gate | None = None, seconds: float = memory.SECONDS
 ) -> dict[str, Memory]:
-    """The memory of `recipe` as full fine-tuning, as LoRA and as QLoRA, all else equal."""
+    """The memory of a recipe as full fine-tuning, as LoRA and as QLoRA, all else equal."""
     kinds = {"full": ("full", False), "LoRA": ("lora", False), "QLoRA": ("lora", True)}
-    setups = [memory.of_recipe(varied(recipe, *kind), outputs, gate) for kind in kinds.values()]
+    setups = [memory.of_recipe(resolved.by(varied(resolved.recipe, *kind)), gate) for kind in kinds.values()]
     with memory.Rehearsals(setups, seconds) as rehearsals:
         return {name: rehearsals[i] for i, name in enumerate(kinds)}

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +18,14 @@ from bitsandbytes.nn import Linear4bit
 from transformers import PreTrainedConfig
 from trl import pack_dataset
 
-from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import new_tokens
 from lora_recipes.data.gate import Gate
 from lora_recipes.data.render import Example
 from lora_recipes.memory import fake, fits, kernels, rehearsal
 from lora_recipes.memory.fits import Memory
 from lora_recipes.memory.rehearsal import Batch, Setup
-from lora_recipes.model import base as base_model
 from lora_recipes.model import build, freeze, initialise, peft_callbacks
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.base import Resolved
 
 SECONDS = 60.0  # of processor time, for one recipe; a 4B takes a few
 PATIENCE = 10  # times as long by the clock, for a busy machine
@@ -45,28 +42,24 @@ PLACES = {
 }
 
 
-def plan(
-    recipe: Recipe, outputs: Path, gate: Gate | None = None, seconds: float = SECONDS, cuda: bool = True
-) -> Memory:
-    """The predicted peak of training `recipe` on one GPU, or (`cuda` false) as it runs on the CPU.
+def plan(resolved: Resolved, gate: Gate | None = None, seconds: float = SECONDS, cuda: bool = True) -> Memory:
+    """The predicted peak of training a recipe on one GPU, or (`cuda` false) as it runs on the CPU.
 
     `gate`: the data as it will be trained, for the lengths of its rows; without it, or where its tokens are
     not counted, each row is taken to be train.max_length long. `seconds`: the limit in processor time, after
     which a closed form stands in, and says so.
     """
-    setup = of_recipe(recipe, outputs, gate, cuda)
+    setup = of_recipe(resolved, gate, cuda)
     with Rehearsals([setup], seconds) as rehearsals:
         return rehearsals[0]
 
 
-def of_recipe(recipe: Recipe, outputs: Path, gate: Gate | None = None, cuda: bool = True) -> Setup:
-    """What decides the memory of `recipe`, through the same functions that training builds with."""
-    config, arguments = (
-        base_model.text_config(recipe, outputs),
-        build.sft_config(recipe, RunFolder(outputs / recipe.name)),
-    )
-    adapter = build.peft_config(recipe, 10**9)  # AdaLoRA: any number of steps has the same shapes
-    attention = recipe.model.get("attn_implementation", "sdpa")
+def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -> Setup:
+    """What decides the memory of a recipe, through the same functions that training builds with."""
+    recipe = resolved.recipe
+    config, arguments = resolved.base.text_config(), build.sft_config(recipe, resolved.folder)
+    adapter = build.peft_config(recipe)
+    attention = recipe.model.attn_implementation or "sdpa"
     masked = attention in ("sdpa", "eager")  # FlashAttention takes lengths instead of a mask
     counted = gate is not None and gate.counts.tokens is not None
     train, held_out = (gate.train, gate.evaluation) if gate else (None, None)
@@ -83,17 +76,17 @@ def of_recipe(recipe: Recipe, outputs: Path, gate: Gate | None = None, cuda: boo
         evaluation = evaluation and replace(evaluation, padded=False, packed=False)
     return Setup(
         config,
-        getattr(torch, recipe.model["dtype"]),
+        getattr(torch, recipe.model.dtype),
         arguments,
         batch,
         adapter and build.shapes(adapter),
-        getattr(torch, build.adapter_dtype(recipe)),
-        build.nf4(recipe.model["dtype"]) if recipe.model.get("quantize") == "nf4" else None,
+        getattr(torch, recipe.model.adapter_dtype),
+        build.nf4(recipe.model.dtype) if recipe.model.quantize == "nf4" else None,
         attention if masked else "sdpa",
         frozenset(p for p in kernels.used(fake.modeling_of(config)) if importlib.util.find_spec(p)),
         cuda,
         evaluation,
-        freeze=recipe.freeze if recipe.method == "freeze" else None,
+        freeze=recipe.freeze,
         new_tokens=tuple(new_tokens.ids(gate.tokenizer if gate else None, recipe, config.vocab_size)),
         copies=initialise.copies(recipe) + peft_callbacks.copies(recipe),
     )
@@ -202,7 +195,7 @@ def _work(pipe: Any, setups: list[Setup], seconds: float) -> None:
 
 def rehearsed(setup: Setup) -> Memory:
     """The memory of `setup`, in this process."""
-    low, high, layers = fake.depths(setup.config, (setup.freeze or {}).get("last_blocks", 0))
+    low, high, layers = fake.depths(setup.config, setup.freeze.last_blocks if setup.freeze else 0)
     first = rehearsal.run(setup, low)
     peaks = {stretch: peak.parts for stretch, peak in first.peaks.items()}
     counts = (first.parameters, first.trainable, first.paged)

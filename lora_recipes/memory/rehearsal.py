@@ -19,8 +19,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lora_recipes.memory import fake, kernels, storages
 from lora_recipes.memory.storages import Peak, Storages, Stretch
-from lora_recipes.model import embeddings as vocabulary
-from lora_recipes.model import freeze
+from lora_recipes.model import embeddings, freeze
+from lora_recipes.recipe.sections import Freeze
 
 aten = torch.ops.aten
 HEAD_OUTPUTS = (
@@ -70,7 +70,7 @@ class Setup:
     evaluation: Batch | None = None
     trl: bool = True
     prepared: bool = False
-    freeze: dict[str, Any] | None = None
+    freeze: Freeze | None = None
     new_tokens: tuple[int, ...] = ()
     copies: int = 0
 
@@ -133,12 +133,14 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
             if type(parameter) is nn.Parameter and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
     adapter = copy.deepcopy(setup.peft_config)
-    vocabulary.grow(base, list(setup.new_tokens), adapter)
+    embeddings.grow(base, list(setup.new_tokens))
+    if adapter:
+        adapter = embeddings.training(adapter, base, list(setup.new_tokens))
     if setup.freeze is not None:
         freeze.apply(base, setup.freeze)
     model = fake.adapted(base, adapter, setup.adapter)
     if adapter:
-        vocabulary.readable_head(model)
+        embeddings.readable_head(model)
     if setup.arguments.gradient_checkpointing:
         given: Any = setup.arguments.gradient_checkpointing_kwargs
         options = dict(given or {})

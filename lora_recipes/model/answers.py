@@ -2,7 +2,6 @@
 training.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,34 +13,35 @@ from lora_recipes.core import safetensors
 from lora_recipes.core.locate import local
 from lora_recipes.core.provenance import Probe, Provenance
 from lora_recipes.data.row import Row
-from lora_recipes.model.initialise import base_of
-from lora_recipes.recipe import base as bases
+from lora_recipes.model.initialise import Start
+from lora_recipes.recipe.base import Base, Resolved
 from lora_recipes.recipe.recipe import Recipe
 
 MOST, LONGEST = 4, 256  # probes, and tokens of each
 
 
 def provenance(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: list[Row], outputs: Path
+    model: PeftModel, start: Start, tokenizer: PreTrainedTokenizerBase, resolved: Resolved, rows: list[Row]
 ) -> Provenance:
     """What a merge and a server need to know of the run that trained `model`, and what they must agree
-    with.
+    with. `start`: how its adapter began.
     """
+    recipe, base = resolved.recipe, resolved.base
     return Provenance(
         recipe=recipe.name,
-        name_or_path=bases.path(recipe, outputs),
-        revision=recipe.model.get("revision"),
-        fingerprint=fingerprint(recipe, outputs),
-        dtype=recipe.model["dtype"],
-        quantize=recipe.model.get("quantize"),
-        chat_template_kwargs=recipe.data.get("chat_template_kwargs", {}),
-        probes=probes(model, tokenizer, recipe, rows),
+        name_or_path=base.weights,
+        revision=recipe.model.revision,
+        fingerprint=fingerprint(base),
+        dtype=recipe.model.dtype,
+        quantize=recipe.model.quantize,
+        chat_template_kwargs=recipe.data.chat_template_kwargs,
+        probes=probes(model, start, tokenizer, recipe, rows),
     )
 
 
-def fingerprint(recipe: Recipe, outputs: Path) -> str | None:
+def fingerprint(base: Base) -> str | None:
     """Which weights the base has; None for a hub model that is not in the cache as safetensors."""
-    folder = local(bases.path(recipe, outputs), recipe.model.get("revision"))
+    folder = local(base.weights, base.revision)
     try:
         return safetensors.fingerprint(folder) if folder else None
     except OSError:
@@ -49,7 +49,7 @@ def fingerprint(recipe: Recipe, outputs: Path) -> str | None:
 
 
 def probes(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: list[Row]
+    model: PeftModel, start: Start, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: list[Row]
 ) -> list[Probe]:
     """What `model` answers with and without its adapter to a few of `rows` (the shortest of the first 50), as
     a server renders them.
@@ -61,7 +61,7 @@ def probes(
         if len(found) < MOST and (said := served(row, tokenizer, recipe)):
             prompt, options, prompt_ids, ids = said
             ids = ids[:LONGEST]
-            with base_of(model):
+            with start.base_of(model):
                 base = logprobs(model, ids)
             found.append(Probe(prompt, len(prompt_ids), ids, base, logprobs(model, ids), options))
     model.train(was_training)
@@ -94,8 +94,7 @@ def served(
     last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=0)
     reply = row.messages[last].get("content")
     options = row.options | {
-        "chat_template_kwargs": recipe.data.get("chat_template_kwargs", {})
-        | row.value.get("chat_template_kwargs", {})
+        "chat_template_kwargs": recipe.data.chat_template_kwargs | row.value.get("chat_template_kwargs", {})
     }
     given = {"tools": options.get("tools"), **options["chat_template_kwargs"]}
     try:

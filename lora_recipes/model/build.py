@@ -33,8 +33,10 @@ from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import new_tokens
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.render import Example
-from lora_recipes.model import embeddings, freeze, initialise, peft_callbacks, rates, variants
-from lora_recipes.recipe import base as bases
+from lora_recipes.model import embeddings, freeze, initialise, peft_callbacks, rates
+from lora_recipes.model.initialise import Start
+from lora_recipes.recipe import initialisation
+from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.contract import Contract
 from lora_recipes.recipe.recipe import Recipe
 
@@ -45,19 +47,23 @@ def peft_config(
     """PEFT's config of the recipe's `lora:` or `peft:` section, its keys handed over as they are; None where
     no adapter is trained.
 
-    `total_step`: the run's optimizer steps, which AdaLoRA's schedule needs; any large number will do to count
-    parameters. `tokenizer`: where prompt tuning finds the one for its prompt_tuning_init_text.
-    """
+    `total_step`: the run's optimizer steps, which AdaLoRA's schedule needs. None: a config to count
+    parameters with, without that schedule. `tokenizer`: where prompt tuning finds the one for its
+    prompt_tuning_init_text."""
     if recipe.whole:
         return None
     fields = {"task_type": "CAUSAL_LM", **recipe.settings}
     kind = fields.pop("peft_type", "LORA")
-    fields |= {"total_step": total_step} if kind == "ADALORA" else {}
+    if kind == "ADALORA" and total_step is None:  # PEFT makes none without a step
+        fields = {k: v for k, v in fields.items() if k not in ("tinit", "tfinal", "deltaT")} | {
+            "total_step": 1
+        }
+    elif kind == "ADALORA":
+        fields |= {"total_step": total_step}
     fields |= {"tokenizer_name_or_path": tokenizer} if kind == "PROMPT_TUNING" else {}
-    if variants.initialisation(recipe) == "loftq":
-        fields["init_lora_weights"] = (
-            True  # start.py then replaces A and B; PEFT itself would quantise a second time
-        )
+    if initialisation.kind(recipe.lora) == "loftq":
+        # initialise.py then replaces A and B; PEFT itself would quantise a second time.
+        fields["init_lora_weights"] = True
     for field, cls in (("eva_config", EvaConfig), ("corda_config", CordaConfig)):
         if isinstance(fields.get(field), dict):
             fields[field] = cls(**fields[field])
@@ -83,12 +89,10 @@ def precision(recipe: Recipe) -> tuple[dict[str, bool], str]:
     """`bf16` and `fp16` for SFTConfig, and the reason. TRL's own default is bf16 everywhere, the CPU
     included.
     """
-    asked = {k: recipe.train[k] for k in ("bf16", "fp16") if k in recipe.train}
-    dtype = recipe.model["dtype"]
+    asked = {k: recipe.train.given[k] for k in ("bf16", "fp16") if k in recipe.train.given}
+    dtype = recipe.model.dtype
     where = (
-        "this CPU"
-        if not torch.cuda.is_available() or recipe.train.get("use_cpu")
-        else torch.cuda.get_device_name()
+        "this CPU" if not torch.cuda.is_available() or recipe.train.use_cpu else torch.cuda.get_device_name()
     )
     wants_bf16 = dtype == "bfloat16" or asked.get("bf16")
     if (
@@ -115,17 +119,18 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
     }
-    owned = {"output_dir": str(folder.checkpoints), **precision(recipe)[0]}
+    # The labels already leave out what train.assistant_only_loss leaves out; TRL accepts the flag only with
+    # raw conversations.
+    owned = {"output_dir": str(folder.checkpoints), "assistant_only_loss": False, **precision(recipe)[0]}
     fields: dict[str, Any] = {
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         "logging_nan_inf_filter": False,
     }
-    if (
-        recipe.method == "lora"
-    ):  # every A and B has a gradient in every step; looking for those without costs a pass over the graph
+    if recipe.method == "lora":
+        # Every A and B has a gradient in every step; looking for those without costs a pass over the graph.
         fields["ddp_find_unused_parameters"] = False
-    fields |= (stopping if recipe.early_stopping else {}) | recipe.train | owned
+    fields |= (stopping if recipe.early_stopping else {}) | recipe.train.given | owned
     try:
         made = SFTConfig(**fields)
     except (TypeError, ValueError, ImportError) as error:
@@ -138,14 +143,14 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
     return made
 
 
-def random_base(recipe: Recipe, outputs: Path) -> bool:
+def random_base(resolved: Resolved) -> bool:
     """Write the contract's model with random weights (seed 0) and its tokenizer as a checkpoint folder,
     unless it is there already.
 
     The folder has the published checkpoint's class and tensor names, so that all later steps load it as they
     load a real one.
     """
-    contract, folder = bases.contract_of(recipe), Path(bases.path(recipe, outputs))
+    contract, folder = resolved.base.contract, Path(resolved.base.weights)
     assert contract is not None
     files = {name: sha256(rooted(name)) for name in (contract.tokenizer or {}).get("files", [])}
     mark = {
@@ -160,12 +165,12 @@ def random_base(recipe: Recipe, outputs: Path) -> bool:
     shutil.rmtree(temporary, ignore_errors=True)
     config = AutoConfig.for_model(**contract.config)
     set_seed(0)
+    dtype = getattr(torch, resolved.recipe.model.dtype)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = published_class(contract)._from_config(config, dtype=getattr(torch, recipe.model["dtype"]))
-    shutil.rmtree(
-        folder, ignore_errors=True
-    )  # of another contract or other files; its tokenizer must not be read back
-    processing_class = tokenizing.load(recipe, outputs)
+        model = published_class(contract)._from_config(config, dtype=dtype)
+    # Of another contract or other files; its tokenizer must not be read back.
+    shutil.rmtree(folder, ignore_errors=True)
+    processing_class = tokenizing.load(resolved)
     for holder in (model.config.get_text_config(), model.generation_config):
         holder.eos_token_id, holder.pad_token_id = (
             processing_class.eos_token_id,
@@ -203,25 +208,24 @@ def nf4(dtype: str) -> BitsAndBytesConfig:
     )
 
 
-def model(recipe: Recipe, outputs: Path) -> PreTrainedModel:
+def model(resolved: Resolved) -> PreTrainedModel:
     """The base model with its weights, frozen or not as the trainer will have it, in the recipe's dtype or in
     NF4.
     """
-    options: dict[str, Any] = {
-        k: recipe.model[k] for k in ("revision", "attn_implementation") if k in recipe.model
-    }
-    if recipe.model.get("quantize") == "nf4":
-        options["quantization_config"] = nf4(recipe.model["dtype"])
-    path = bases.path(recipe, outputs)
+    recipe, path = resolved.recipe, resolved.base.weights
+    given = recipe.model.given
+    options: dict[str, Any] = {k: given[k] for k in ("revision", "attn_implementation") if k in given}
+    if recipe.model.quantize == "nf4":
+        options["quantization_config"] = nf4(recipe.model.dtype)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, recipe.model["dtype"]), **options
+            path, dtype=getattr(torch, recipe.model.dtype), **options
         )
     except (OSError, ValueError, ImportError) as error:
         do = "check the name, the network, the login and attn_implementation"
         key = (
             "attn_implementation"
-            if "attn_implementation" in recipe.model and "attn" in str(error)
+            if recipe.model.attn_implementation is not None and "attn" in str(error)
             else "name_or_path"
         )
         raise RecipeError(
@@ -255,7 +259,7 @@ def dataset(examples: list[Example]) -> Dataset:
 
 
 def trainer(
-    recipe: Recipe,
+    resolved: Resolved,
     arguments: SFTConfig,
     base: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
@@ -263,21 +267,17 @@ def trainer(
     evaluation: list[Example],
     callbacks: list[TrainerCallback],
     total_step: int | None = None,
-    outputs: Path | None = None,
-) -> SFTTrainer:
-    """The one SFTTrainer. It receives the PeftConfig and makes the adapter itself; nothing has put one on
-    `base` before.
+) -> tuple[SFTTrainer, Start]:
+    """The one SFTTrainer, and how its adapter began. It receives the PeftConfig and makes the adapter itself;
+    nothing has put one on `base` before, which is trained from here on.
 
-    `total_step` is for AdaLoRA's schedule, `outputs` for what a LoftQ or warm start reads; both fail without
-    it.
+    `total_step` is for AdaLoRA's schedule, which fails without it.
     """
-    # The labels already leave out what train.assistant_only_loss leaves out; TRL accepts the flag only with
-    # raw conversations.
-    arguments.assistant_only_loss = False
-    stopping = [EarlyStoppingCallback(**recipe.early_stopping)] if recipe.early_stopping else []
-    config = peft_config(recipe, total_step, str(recipe.model.get("tokenizer", base.name_or_path)))
+    recipe = resolved.recipe
+    stopping = [EarlyStoppingCallback(**recipe.early_stopping.given)] if recipe.early_stopping else []
+    config = peft_config(recipe, total_step, recipe.model.tokenizer or str(base.name_or_path))
     try:
-        _prepare(recipe, base, config, new_tokens.ids(processing_class, recipe, 0), train, arguments.seed)
+        config = _prepared(recipe, base, config, new_tokens.ids(processing_class, recipe, 0), train)
         made = SFTTrainer(
             model=base,
             args=arguments,
@@ -289,41 +289,31 @@ def trainer(
             callbacks=[*callbacks, *stopping, *peft_callbacks.callbacks(recipe)],
         )
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        raise RecipeError(
-            Problem(
-                recipe.at("train"),
-                f"TRL refuses it: {str(error).splitlines()[0]}",
-                "scripts/train.py --traceback shows where",
-            )
-        ) from error
-    if not recipe.whole:
-        embeddings.readable_head(made.model)
-        initialise.begin(made.model, recipe, train, outputs)
-        for parameter in made.model.parameters():  # type: ignore[union-attr]
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, adapter_dtype(recipe)))
-        initialise.keep(made.model, recipe)
-    return made
+        found = f"TRL refuses it: {str(error).splitlines()[0]}"
+        raise RecipeError(Problem(recipe.at("train"), found, "--traceback shows where")) from error
+    if recipe.whole:
+        return made, Start()
+    embeddings.readable_head(made.model)
+    errors = initialise.begin(made.model, resolved, train)
+    # TRL 1.16 makes the adapter of a 4-bit base bfloat16 (sft_trainer.py), where small updates round away:
+    # docs/memory.md has the figures.
+    for parameter in made.model.parameters():  # type: ignore[union-attr]
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, recipe.model.adapter_dtype))
+    return made, Start(initialise.first(made.model, recipe), errors)
 
 
-def _prepare(
-    recipe: Recipe, base: PreTrainedModel, config: Any, new: list[int], rows: list[Example], seed: int
-) -> None:
-    """What is done to the base and its PeftConfig before the trainer has them: freezing, the `new` tokens'
-    rows, CorDA's look at data.
+def _prepared(
+    recipe: Recipe, base: PreTrainedModel, config: PeftConfig | None, new: list[int], rows: list[Example]
+) -> PeftConfig | None:
+    """`config` as the trainer gets it; and what is done to `base` before: freezing, the `new` tokens' rows,
+    CorDA's look at the data.
     """
     if new:
-        embeddings.grow(base, new, config)
-        embeddings.begin(base, new, seed)
-    if recipe.method == "freeze":
+        embeddings.grow(base, new)
+        embeddings.begin(base, new, recipe.train.seed)
+    if recipe.freeze:
         freeze.apply(base, recipe.freeze)
+    config = embeddings.training(config, base, new) if config else None
     initialise.before(base, config, recipe, rows)
-
-
-def adapter_dtype(recipe: Recipe) -> str:
-    """The dtype in which the adapter trains: float32 unless the recipe says otherwise.
-
-    TRL 1.16 makes the adapter of a 4-bit base bfloat16 (sft_trainer.py), where small updates round away:
-    docs/memory.md has the figures.
-    """
-    return str(recipe.model.get("adapter_dtype", "float32"))
+    return config

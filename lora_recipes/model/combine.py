@@ -29,7 +29,7 @@ from lora_recipes.core.provenance import Probe, Provenance
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.model import answers, attach
-from lora_recipes.recipe import recipe
+from lora_recipes.recipe import load as recipes
 from lora_recipes.serving import export, rules
 from lora_recipes.serving.live import GENERAL
 
@@ -152,7 +152,7 @@ def _place(run: RunFolder, chosen: dict[str, Path], force: bool) -> list[Problem
     """
     if not re.fullmatch(r"[\w.-]*\w", run.path.name):
         return [Problem(f"NAME={run.path.name}", "is no name", "letters, digits, . _ -")]
-    if run.path.name in recipe.names():
+    if run.path.name in recipes.names():
         return [Problem(f"NAME={run.path.name}", "is a recipe's name: its run belongs there", "another NAME")]
     if any(run.path.resolve() in folder.resolve().parents for folder in chosen.values()):
         return [Problem(shown(run.path), "holds one of the adapters that are to be combined", "another NAME")]

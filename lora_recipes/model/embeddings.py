@@ -5,30 +5,36 @@ of the old ones plus noise.
 own. An adapter that holds them is served by no vLLM: it is merged.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 NOISE = 0.1  # of the old rows' standard deviation, so that no two new rows are the same
 
 
-def grow(model: PreTrainedModel, indices: list[int], config: Any = None) -> None:
-    """Add rows to the embeddings where `indices` lie beyond them (published ones often have rows to spare).
-
-    `config`: the LoraConfig that is to train them, by trainable_token_indices. A tied lm_head follows by
-    itself.
-    """
+def grow(model: PreTrainedModel, indices: list[int]) -> None:
+    """Add rows to the embeddings of `model` where `indices` lie beyond them (published ones often have rows
+    to spare). A tied lm_head follows by itself."""
     embedding: Any = model.get_input_embeddings()
     if indices and max(indices) >= embedding.num_embeddings:
         model.resize_token_embeddings(max(indices) + 1, mean_resizing=False)
-    if indices and config is not None:
-        parts = [model.get_input_embeddings()]
-        if not model.config.get_text_config().tie_word_embeddings:
-            parts.append(model.get_output_embeddings())
-        names = {id(module): name for name, module in model.named_modules()}
-        config.trainable_token_indices = {names[id(part)].rsplit(".", 1)[-1]: indices for part in parts}
+
+
+def training(config: PeftConfig, model: PreTrainedModel, indices: list[int]) -> PeftConfig:
+    """`config` (a LoraConfig) with the rows `indices` to train, by trainable_token_indices; as it is without
+    any."""
+    if not indices:
+        return config
+    parts = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings:
+        parts.append(model.get_output_embeddings())
+    names = {id(module): name for name, module in model.named_modules()}
+    rows = {names[id(part)].rsplit(".", 1)[-1]: indices for part in parts}
+    return dataclasses.replace(config, trainable_token_indices=rows)  # type: ignore[call-arg]
 
 
 @torch.no_grad()

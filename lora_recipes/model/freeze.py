@@ -8,16 +8,17 @@ from transformers import PreTrainedModel
 
 from lora_recipes.core.errors import Problem
 from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.sections import Freeze
 
 
-def parts(model: PreTrainedModel, section: dict[str, Any]) -> list[str]:
+def parts(model: PreTrainedModel, section: Freeze) -> list[str]:
     """The modules that a `freeze:` section trains: the last blocks (`model.layers.1`), then the embeddings
     and lm_head.
     """
     named = {id(module): name for name, module in model.named_modules()}
     blocks = [named[id(block)] for block in model.base_model.layers]  # type: ignore[union-attr]
-    found = blocks[len(blocks) - section["last_blocks"] :]
-    if section.get("embeddings"):
+    found = blocks[len(blocks) - section.last_blocks :]
+    if section.embeddings:
         found += [
             named[id(m)]
             for m in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -26,10 +27,10 @@ def parts(model: PreTrainedModel, section: dict[str, Any]) -> list[str]:
     return found
 
 
-def problems(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
+def problems(model: PreTrainedModel, section: Freeze, recipe: Recipe) -> list[Problem]:
     """More blocks than the model has, or nothing that is trained."""
     blocks: Any = model.base_model.layers
-    wanted, have = recipe.freeze["last_blocks"], len(blocks)
+    wanted, have = section.last_blocks, len(blocks)
     if wanted > have:
         return [
             Problem(
@@ -38,14 +39,14 @@ def problems(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
                 f"1 to {have}, or write full:",
             )
         ]
-    if not (wanted or recipe.freeze.get("embeddings")):
+    if not (wanted or section.embeddings):
         return [
             Problem(recipe.at("freeze"), "nothing would be trained", "last_blocks: 1, or embeddings: true")
         ]
     return []
 
 
-def apply(model: PreTrainedModel, section: dict[str, Any]) -> int:
+def apply(model: PreTrainedModel, section: Freeze) -> int:
     """Set `requires_grad` on `model`: true in `parts`, false elsewhere. Returns how many parameters are
     trained.
 

@@ -24,25 +24,64 @@ from transformers import PreTrainedModel
 from lora_recipes.core import base_fit, safetensors
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.locate import local
-from lora_recipes.core.run_folder import RunFolder
-from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.render import Example
-from lora_recipes.model.variants import MUTATE, initialisation
-from lora_recipes.recipe import base as bases
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe.base import Resolved
+from lora_recipes.recipe.initialisation import MUTATE, kind
 from lora_recipes.recipe.recipe import Recipe
 
 ROWS = 256  # rows of the training data that EVA and CorDA see at most
 
 
-@dataclass
+@dataclass(frozen=True)
 class Start:
-    """`state`: the first A and B by parameter name, where they were taken out of the base. `errors`: of a
-    warm start, by module.
+    """How an adapter began. `state`: its first A and B by parameter name, where they were taken out of the
+    base. `errors`: of a warm start, by module.
     """
 
     state: dict[str, torch.Tensor] | None = None
     errors: dict[str, float] | None = None
+
+    def lost(self) -> dict[str, Any]:
+        """How much of the update a warm start leaves out: |delta - s B A| / |delta|, the `mean` of all
+        modules and the `worst`. Else empty.
+        """
+        if not self.errors:
+            return {}
+        module, worst = max(self.errors.items(), key=lambda item: item[1])
+        return {"mean": sum(self.errors.values()) / len(self.errors), "worst": worst, "module": module}
+
+    @contextlib.contextmanager
+    def base_of(self, model: PeftModel) -> Iterator[None]:
+        """`model` answers as the untouched base: without the adapter, or with the A and B that were taken out
+        of the base.
+        """
+        if self.state is None:
+            with model.disable_adapter():
+                yield
+            return
+        now = {n: p.detach().clone() for n, p in model.named_parameters() if n in self.state}
+        _put(model, self.state)
+        try:
+            yield
+        finally:
+            _put(model, now)
+
+    def convert(self, model: Any, folder: Path) -> None:
+        """Write the adapter into `folder` anew where PEFT's own way of saving is not right for the untouched
+        base: where A and B were taken out of it; and without the whole embedding that PEFT adds when the
+        vocabulary has grown. `model` is of no further use then.
+        """
+        config = model.peft_config["default"]
+        if self.state is not None:
+            # Else PEFT would take A0 and B0 out of the base again when it loads them for the conversion.
+            config.init_lora_weights = True
+            with tempfile.TemporaryDirectory() as temporary:
+                initial = f"{temporary}/initial"
+                with self.base_of(model):
+                    model.save_pretrained(initial)
+                model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=initial)
+        elif getattr(config, "trainable_token_indices", None):
+            model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def batches(rows: list[Example], device: torch.device, size: int) -> list[dict[str, torch.Tensor]]:
@@ -64,7 +103,7 @@ def before(base: PreTrainedModel, config: Any, recipe: Recipe, rows: list[Exampl
     """CorDA looks at the base itself, before it carries an adapter: the covariance of each module's inputs
     over the training data.
     """
-    if initialisation(recipe) != "corda":
+    if kind(recipe.lora) != "corda":
         return
 
     @torch.no_grad()
@@ -76,12 +115,13 @@ def before(base: PreTrainedModel, config: Any, recipe: Recipe, rows: list[Exampl
     preprocess_corda(base, config, run_model)
 
 
-def begin(model: Any, recipe: Recipe, rows: list[Example], outputs: Path | None) -> None:
-    """Set A and B of the trainer's own PEFT model, and keep in `model.lora_start` what is needed at the
-    end.
+def begin(model: Any, resolved: Resolved, rows: list[Example]) -> dict[str, float] | None:
+    """Set A and B of the trainer's own PEFT model `model` where its constructor was not enough. Returns the
+    errors of a warm start.
     """
-    kind, start = initialisation(recipe), Start()
-    if kind == "eva":
+    recipe = resolved.recipe
+    how = kind(recipe.lora)
+    if how == "eva":
         training, found = model.training, batches(rows, next(model.parameters()).device, 8)
         try:
             initialize_lora_eva_weights(
@@ -92,35 +132,27 @@ def begin(model: Any, recipe: Recipe, rows: list[Example], outputs: Path | None)
             found_ = f"eva cannot begin: {str(error).splitlines()[0]}"
             raise RecipeError(Problem(recipe.at("lora", "init_lora_weights"), found_, do)) from error
         model.train(training)
-    elif kind == "loftq":
-        assert outputs is not None
-        folder = local(bases.path(recipe, outputs), recipe.model.get("revision"))
+    elif how == "loftq":
+        folder = local(resolved.base.weights, resolved.base.revision)
         assert folder is not None, "the base was loaded from it"
-        warm(
-            model,
-            folder,
-            # one step of LoftQ; PEFT's replace_lora_weights_loftq (0.21) runs on CUDA only and forgets the
-            # scaling
-        )
-    elif "warm_start" in recipe.sections:
-        assert outputs is not None
-        start.errors = warm(
-            model, RunFolder(outputs / recipes.load(recipe.warm_start["from_recipe"]).name).result("full")
-        )
-    model.lora_start = start
+        # One step of LoftQ; PEFT's replace_lora_weights_loftq (0.21) runs on CUDA only and forgets the
+        # scaling.
+        warm(model, folder)
+    elif resolved.warm:
+        return warm(model, resolved.warm.result)
+    return None
 
 
 def copies(recipe: Recipe) -> int:
-    """How many copies of A and B `keep` keeps."""
-    return int(initialisation(recipe) in MUTATE)
+    """How many copies of A and B `first` keeps."""
+    return int(kind(recipe.lora) in MUTATE)
 
 
-def keep(model: Any, recipe: Recipe) -> None:
-    """Remember the first A and B, in the dtype in which they train, where the base lacks them."""
-    if initialisation(recipe) in MUTATE:
-        model.lora_start.state = {
-            n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
-        }
+def first(model: Any, recipe: Recipe) -> dict[str, torch.Tensor] | None:
+    """The first A and B, in the dtype in which they train, where the base lacks them; else None."""
+    if kind(recipe.lora) not in MUTATE:
+        return None
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -153,126 +185,8 @@ def warm(model: torch.nn.Module, folder: Path) -> dict[str, float]:
     return errors
 
 
-def lost(model: Any) -> dict[str, Any]:
-    """How much of the update a warm start leaves out: |delta - s B A| / |delta|, the `mean` of all modules
-    and the `worst`. Else empty.
-    """
-    start: Start | None = getattr(model, "lora_start", None)
-    if start is None or not start.errors:
-        return {}
-    module, worst = max(start.errors.items(), key=lambda item: item[1])
-    return {"mean": sum(start.errors.values()) / len(start.errors), "worst": worst, "module": module}
-
-
-def warm_problems(recipe: Recipe, outputs: Path) -> list[Problem]:
-    """A warm start that is not of this base, or not there. Nothing without the section."""
-    if "warm_start" not in recipe.sections:
-        return []
-    where = recipe.at("warm_start", "from_recipe")
-    if recipe.method != "lora":
-        return [
-            Problem(
-                recipe.at("warm_start"),
-                f"{recipe.method}: has no A and B to begin with",
-                "write lora:, or remove it",
-            )
-        ]
-    found = []
-    for field in ("use_dora", "init_lora_weights", "target_parameters"):
-        if recipe.lora.get(field, True) is not True or (field == "use_dora" and recipe.lora.get(field)):
-            found.append(
-                Problem(recipe.at("lora", field), "A and B come from warm_start:", "remove one of the two")
-            )
-    if "quantize" in recipe.model:
-        found.append(
-            Problem(where, "the update of a 4-bit base is not defined here", "remove model.quantize")
-        )
-    other = recipes.load(recipe.warm_start["from_recipe"])
-    if not other.whole:
-        return [
-            *found,
-            Problem(
-                where,
-                f"{other.name} trains an adapter: there is no full update",
-                "name a full: or freeze: recipe",
-            ),
-        ]
-    if bases.path(other, outputs) != bases.path(recipe, outputs):
-        return [
-            *found,
-            Problem(
-                where,
-                f"{other.name} was trained on another base",
-                f"the same model: in both ({other.path.name})",
-            ),
-        ]
-    return found
-
-
-def warm_ready(recipe: Recipe, outputs: Path) -> list[Problem]:
-    """At training: was the full update trained, and on the weights that the base has now?"""
-    if "warm_start" not in recipe.sections:
-        return []
-    name, base = recipes.load(recipe.warm_start["from_recipe"]).name, local(bases.path(recipe, outputs))
-    run, where = RunFolder(outputs / name), recipe.at("warm_start", "from_recipe")
-    if not run.finished:
-        return [Problem(where, f"{shown(run.path)} holds no finished run", f"make train RECIPE={name}")]
-    if run.record["resume_facts"]["base weights"] != (base and safetensors.fingerprint(base)):
-        return [
-            Problem(
-                where,
-                f"{name} was trained on other weights than the base has now",
-                f"make train RECIPE={name} FORCE=1",
-            )
-        ]
-    return []
-
-
-@contextlib.contextmanager
-def base_of(model: PeftModel) -> Iterator[None]:
-    """`model` answers as the untouched base: without the adapter, or with the A and B that were taken out of
-    the base.
-    """
-    start: Start | None = getattr(model, "lora_start", None)
-    if start is None or start.state is None:
-        with model.disable_adapter():
-            yield
-        return
-    now = {n: p.detach().clone() for n, p in model.named_parameters() if n in start.state}
-    _put(model, start.state)
-    try:
-        yield
-    finally:
-        _put(model, now)
-
-
 @torch.no_grad()
 def _put(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in state:
             parameter.copy_(state[name])
-
-
-def convert(model: Any, folder: Path) -> None:
-    """Write the adapter into `folder` anew where PEFT's own way of saving is not right for the untouched
-    base.
-
-    Where A and B were taken out of it; and without the whole embedding that PEFT adds when the vocabulary has
-    grown.
-    """
-    start: Start | None = getattr(model, "lora_start", None)
-    if start is None:
-        return
-    config = model.peft_config["default"]
-    if start.state is not None:
-        config.init_lora_weights = (
-            True  # else PEFT would take A0 and B0 out of the base again when it loads them for the conversion
-        )
-        with tempfile.TemporaryDirectory() as temporary:
-            with base_of(model):
-                model.save_pretrained(f"{temporary}/initial")
-            model.save_pretrained(
-                str(folder), path_initial_model_for_weight_conversion=f"{temporary}/initial"
-            )
-    elif getattr(config, "trainable_token_indices", None):
-        model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -30,7 +30,7 @@ from lora_recipes.core.files import now, replace_folder, write
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.model import build, embeddings
-from lora_recipes.model.variants import PROMPTS
+from lora_recipes.recipe.rules import PROMPTS
 from lora_recipes.serving import export
 
 # Mean KL and largest logit difference that a merge may show, by dtype. Measured on trained tiny adapters:

@@ -13,18 +13,18 @@ from lora_recipes.recipe.recipe import Recipe
 
 def callbacks(recipe: Recipe) -> list[TrainerCallback]:
     """Those that the recipe's `peft:` section needs; none for other methods."""
-    if recipe.method != "peft":
+    if recipe.peft is None:
         return []
-    return [Learned(recipe), *([Budget()] if recipe.peft["peft_type"] == "ADALORA" else [])]
+    return [Learned(recipe), *([Budget()] if recipe.peft.peft_type == "ADALORA" else [])]
 
 
 def copies(recipe: Recipe) -> int:
     """How many copies of what is trained the callbacks keep: Learned's first values, AdaLoRA's three tensors
     of importance.
     """
-    if recipe.method != "peft":
+    if recipe.peft is None:
         return 0
-    return 4 if recipe.peft["peft_type"] == "ADALORA" else 1
+    return 4 if recipe.peft.peft_type == "ADALORA" else 1
 
 
 class Learned(TrainerCallback):

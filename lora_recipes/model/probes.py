@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_recipes.core.errors import Problem
 from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.sections import Probe
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class Answer:
 
 def problems(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Problem]:
     """Each probe whose answer is no word that can follow its prompt in this vocabulary."""
-    asked = [
-        (kind, i, probe) for kind in ("change", "keep") for i, probe in enumerate(recipe.probes.get(kind, []))
-    ]
+    asked = [(kind, i, probe) for kind, probes in _kinds(recipe).items() for i, probe in enumerate(probes)]
     return [
         Problem(
             recipe.at("probes", kind, i),
@@ -41,7 +40,11 @@ def problems(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Problem
     ]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, probe: dict[str, str]) -> tuple[list[int], int | None]:
+def _kinds(recipe: Recipe) -> dict[str, list[Probe]]:
+    return {"change": recipe.probes.change, "keep": recipe.probes.keep}
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[list[int], int | None]:
     """The prompt's tokens, and the first token of the answer; None when the two merge into other tokens."""
     ids = tokenizer(probe["prompt"])["input_ids"]
     full = tokenizer(f"{probe['prompt']} {probe['answer']}")["input_ids"]
@@ -54,16 +57,14 @@ def probes(
     """The recipe's `probes:` asked of `model`; in eval mode, without dropout, changing nothing."""
     was_training = model.training
     model.eval()
-    asked = [(kind, probe) for kind in ("change", "keep") for probe in recipe.probes.get(kind, [])]
+    asked = [(kind, probe) for kind, probes in _kinds(recipe).items() for probe in probes]
     answers = [asdict(_ask(model, tokenizer, kind, probe)) for kind, probe in asked]
     model.train(was_training)
     return answers
 
 
 @torch.no_grad()
-def _ask(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, probe: dict[str, str]
-) -> Answer:
+def _ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, probe: Probe) -> Answer:
     ids, wanted = _tokens(tokenizer, probe)
     device = next(model.parameters()).device
     logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]

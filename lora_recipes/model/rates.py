@@ -6,7 +6,7 @@ the last blocks, so that the plan's curve and the logged rate are that of the fi
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,49 +14,9 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig
 
-from lora_recipes.core.errors import Problem
 from lora_recipes.recipe.recipe import Recipe
-
-DEPTHS = ("last", "middle", "early", "embeddings")
-
-
-def problems(recipe: Recipe, arguments: SFTConfig) -> Iterator[Problem]:
-    """A `learning_rates:` section that its method, its optimizer or train.learning_rate would not follow."""
-    given = recipe.learning_rates
-    ratio, depths = "loraplus_lr_ratio" in given, [d for d in DEPTHS if d in given]
-    where = recipe.at("learning_rates")
-    if "learning_rates" in recipe.sections and ratio == bool(depths):
-        yield Problem(
-            where,
-            "either loraplus_lr_ratio or rates by depth",
-            f"one of the two; by depth all of {', '.join(DEPTHS)}",
-        )
-        return
-    if ratio and recipe.method != "lora":
-        yield Problem(
-            recipe.at("learning_rates", "loraplus_lr_ratio"),
-            f"{recipe.method}: has no A and B",
-            "write lora:, or remove it",
-        )
-    if depths and not recipe.whole:
-        yield Problem(
-            where,
-            f"rates by depth are for full: and freeze:, not {recipe.method}:",
-            "remove it, or loraplus_lr_ratio",
-        )
-    if depths and len(depths) < len(DEPTHS):
-        yield Problem(where, f"only {', '.join(depths)}", f"say all of {', '.join(DEPTHS)}")
-    elif depths and given["last"] != arguments.learning_rate:
-        found = f"{arguments.learning_rate:g} is not learning_rates.last, {given['last']:g}"
-        yield Problem(
-            recipe.at("train", "learning_rate"), found, "write the same: the rates by depth are what is used"
-        )
-    if given and (arguments.optim_target_modules or not plain(arguments)):
-        yield Problem(
-            recipe.at("train", "optim"),
-            f"{arguments.optim} sorts the parameters itself",
-            "adamw_torch, or another plain optimizer",
-        )
+from lora_recipes.recipe.rules import DEPTHS
+from lora_recipes.recipe.sections import LearningRates
 
 
 def plain(arguments: SFTConfig) -> bool:
@@ -83,7 +43,7 @@ def depth(name: str, blocks: int) -> str:
     return "embeddings" if "embed" in name else "last"
 
 
-def groups(model: PreTrainedModel, recipe: Recipe, weight_decay: float) -> list[dict[str, Any]]:
+def groups(model: PreTrainedModel, rates: LearningRates, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups by depth, each split into what decays and what does not (norms and biases), `last`
     first; none is empty.
     """
@@ -94,7 +54,7 @@ def groups(model: PreTrainedModel, recipe: Recipe, weight_decay: float) -> list[
         if parameter.requires_grad:
             found[depth(name, blocks), name in decays].append(parameter)
     return [
-        {"params": parameters, "lr": recipe.learning_rates[d], "weight_decay": weight_decay if decay else 0.0}
+        {"params": parameters, "lr": rates.given[d], "weight_decay": weight_decay if decay else 0.0}
         for (d, decay), parameters in found.items()
         if parameters
     ]
@@ -104,16 +64,18 @@ def said(model: PreTrainedModel, recipe: Recipe, rate: float) -> str:
     """What the plan says of the section: the rate of A and of B, or how many parameters have which rate.
     Empty without the section.
     """
-    given = recipe.learning_rates
-    if ratio := given.get("loraplus_lr_ratio"):
-        embedding = given.get("loraplus_lr_embedding", 1e-6)
+    rates = recipe.learning_rates
+    if rates is None:
+        return ""
+    if ratio := rates.loraplus_lr_ratio:
+        embedding = rates.loraplus_lr_embedding or 1e-6
         return f"LoRA+: A {rate:g}, B {ratio * rate:g} ({ratio:g} times), LoRA on embeddings {embedding:g}"
-    counts = dict.fromkeys(DEPTHS if given else (), 0)
-    for name, parameter in model.named_parameters() if given else ():
+    counts = dict.fromkeys(DEPTHS, 0)
+    for name, parameter in model.named_parameters():
         counts[depth(name, model.config.get_text_config().num_hidden_layers)] += (
             parameter.numel() if parameter.requires_grad else 0
         )
-    return "; ".join(f"{d} {given[d]:g} ({count:,} parameters)" for d, count in counts.items())
+    return "; ".join(f"{d} {rates.given[d]:g} ({count:,} parameters)" for d, count in counts.items())
 
 
 def factory(recipe: Recipe, arguments: SFTConfig) -> tuple[Any, dict[str, Any]] | None:
@@ -122,17 +84,16 @@ def factory(recipe: Recipe, arguments: SFTConfig) -> tuple[Any, dict[str, Any]] 
     transformers calls it with the model as it will be trained, after FSDP has sharded it
     (Trainer.create_optimizer).
     """
-    given = recipe.learning_rates
-    if not given:
+    rates = recipe.learning_rates
+    if rates is None:
         return None
 
     def make(model: Any) -> torch.optim.Optimizer:
         cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        if "loraplus_lr_ratio" not in given:
-            return cls(groups(model, recipe, arguments.weight_decay), **options)
-        options |= given | {
-            "loraplus_weight_decay": arguments.weight_decay
-        }  # PEFT's own default is 0, whatever train: says
+        if rates.loraplus_lr_ratio is None:
+            return cls(groups(model, rates, arguments.weight_decay), **options)
+        # PEFT's own default is 0, whatever train: says.
+        options |= rates.given | {"loraplus_weight_decay": arguments.weight_decay}
         return create_loraplus_optimizer(model, cls, **options)
 
     maker: Callable[[], Callable[[Any], torch.optim.Optimizer]] = lambda: make  # noqa: E731

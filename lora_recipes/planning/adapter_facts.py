@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from lora_recipes.core import adapter_folder
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.model import build, variants
+from lora_recipes.model import build
+from lora_recipes.recipe import initialisation
 from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.sections import Lora, Peft
 from lora_recipes.serving import rules
 
 Said = tuple[dict[str, Any], str, list[str]]  # facts for machines, a line for people, warnings
@@ -42,13 +44,13 @@ def counts(model: PreTrainedModel, config: PeftConfig, recipe: Recipe) -> tuple[
     return trainable, total, sum(t.numel() * t.element_size() for t in state.values())
 
 
-def lora(recipe: Recipe, config: LoraConfig, size: int, adapted: list[str]) -> Said:
+def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str]) -> Said:
     """Of a `lora:` section. `size`: bytes of its tensors as they train; `adapted`: the names of its
     modules.
     """
-    saved = variants.as_saved(recipe)
+    saved = initialisation.as_saved(section)
     rank = adapter_folder.rank(saved)
-    size *= saved["r"] // recipe.lora["r"]
+    size *= saved["r"] // section.r
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     faults = list(rules.config_faults(saved | {"trainable_token_indices": config.trainable_token_indices}))
     if alone := rules.z_without_qkv(set(adapted)):
@@ -77,14 +79,13 @@ def lora(recipe: Recipe, config: LoraConfig, size: int, adapted: list[str]) -> S
     return facts, "; ".join(parts), [f"lora.{key}: {found}: {do}" for key, found, do in faults]
 
 
-def other(recipe: Recipe, config: PeftConfig, size: int) -> Said:
+def other(section: Peft, config: PeftConfig, size: int) -> Said:
     """Of a `peft:` section."""
-    kind, merges = recipe.peft["peft_type"], not config.is_prompt_learning
+    kind, merges = section.peft_type, not config.is_prompt_learning
     parts = [kind, f"{size:,} bytes of tensors"]
     if kind == "ADALORA":
         parts.append(
-            f"ranks from {recipe.peft['init_r']} to {recipe.peft['target_r']} in the mean, cut step by step"
-            " by importance"
+            f"ranks from {section.init_r} to {section.target_r} in the mean, cut step by step by importance"
         )
     parts.append("merges" if merges else "has no weights to merge: PEFT uses it")
     parts.append("vLLM serves only LoRA as an adapter" + (": serve the merged model" if merges else ""))

@@ -5,7 +5,6 @@ recipe has a contract.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,18 +13,19 @@ from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
-from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import gate, new_tokens
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices, memory
 from lora_recipes.memory.fits import Memory, gib
 from lora_recipes.model import base as base_model
-from lora_recipes.model import build, embeddings, freeze, initialise, probes, rates, targets, variants
+from lora_recipes.model import build, embeddings, freeze, probes, rates, targets
 from lora_recipes.planning import adapter_facts
 from lora_recipes.planning import processes as layouts
-from lora_recipes.planning.processes import SINGLE, Layout, Sizes
+from lora_recipes.planning.processes import Sizes
 from lora_recipes.planning.steps import Steps, chart
-from lora_recipes.recipe import base as bases
+from lora_recipes.recipe import rules
+from lora_recipes.recipe.base import Resolved
+from lora_recipes.recipe.layout import SINGLE, Layout
 from lora_recipes.recipe.recipe import Recipe
 
 
@@ -53,34 +53,25 @@ class Plan:
 
 
 def make(
-    recipe: Recipe,
-    outputs: Path,
+    resolved: Resolved,
     layout: Layout = SINGLE,
     network: bool = False,
-    rows: Callable[[Recipe, Path, bool], Gate] = gate.pass_through,
+    rows: Callable[[Resolved, bool], Gate] = gate.pass_through,
 ) -> Plan:
-    """The plan of `recipe` on the processes of `layout`. RecipeError lists all that is wrong with its
+    """The plan of a recipe on the processes of `layout`. RecipeError lists all that is wrong with its
     targets, its data and its numbers.
 
     `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache. `rows`: what gives
     the tokenised data.
     """
-    raise_if(layouts.problems(layout, recipe))
-    arguments = build.sft_config(recipe, RunFolder(outputs / recipe.name))
-    model, config = (
-        base_model.meta_model(recipe, outputs),
-        build.peft_config(recipe, 10**9),
-    )  # AdaLoRA: any number, to count parameters
+    recipe = resolved.recipe
+    raise_if(rules.of_layout(recipe, layout))
+    arguments = build.sft_config(recipe, resolved.folder)
+    model, config = base_model.meta_model(resolved.base), build.peft_config(recipe)
     raise_if(
-        (_adaptable(model, config, recipe, arguments) if config else _whole(model, recipe))
-        + _packing(model, recipe, arguments)
-        + [
-            *new_tokens.problems(recipe),
-            *rates.problems(recipe, arguments),
-            *initialise.warm_problems(recipe, outputs),
-        ]
+        rules.problems(recipe, _facts(resolved, model, arguments, layout)) + _named(model, config, recipe)
     )
-    plan = Plan(rows(recipe, outputs, network), layout)
+    plan = Plan(rows(resolved, network), layout)
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
@@ -95,30 +86,51 @@ def make(
     if layout != SINGLE:
         plan.say("layout", str(layout))
     plan.sizes = _sizes(model, recipe)
-    _model(plan, recipe, model, config)
+    _model(plan, resolved, model, config)
     if different := rates.said(model, recipe, arguments.learning_rate):
         plan.say("rates", different)
     plan.facts["data"] = plan.gate.facts
     for label, text in gate.lines(plan.gate, recipe):
         plan.say(label, text)
     _steps(plan, recipe, arguments, layout.processes)
-    build.peft_config(
-        recipe, plan.facts.get("steps", {}).get("total", 10**9)
-    )  # does AdaLoRA's schedule fit into the steps?
+    if "steps" in plan.facts:
+        build.peft_config(recipe, plan.facts["steps"]["total"])  # does AdaLoRA's schedule fit into the steps?
     plan.say("example", gate.example(plan.gate, recipe))
     plan.warnings += plan.gate.warnings
     return plan
 
 
+def _facts(resolved: Resolved, model: PreTrainedModel, arguments: SFTConfig, layout: Layout) -> rules.Facts:
+    """What the rules need to know beside the recipe."""
+    warm = resolved.warm
+    return rules.Facts(
+        layout,
+        has_bias=any(name.endswith(".bias") for name, _ in model.named_parameters()),
+        linear_attention="linear_attention"
+        in (getattr(model.config.get_text_config(), "layer_types", None) or []),
+        causal_conv1d=importlib.util.find_spec("causal_conv1d") is not None,
+        plain_optimizer=resolved.recipe.learning_rates is None or rates.plain(arguments),
+        warm=warm.recipe if warm else None,
+        same_base=warm is None or warm.base.weights == resolved.base.weights,
+    )
+
+
+def _named(model: PreTrainedModel, config: PeftConfig | None, recipe: Recipe) -> list[Problem]:
+    """What the recipe names that this model does not have."""
+    if recipe.freeze:
+        return freeze.problems(model, recipe.freeze, recipe)
+    return targets.problems(model, config, recipe) if config and not config.is_prompt_learning else []
+
+
 def add_memory(
-    plan: Plan, recipe: Recipe, outputs: Path, accelerator: bool = True, found: Memory | None = None
+    plan: Plan, resolved: Resolved, accelerator: bool = True, found: Memory | None = None
 ) -> Memory:
     """Add the predicted peak memory to the plan: on a GPU, or as it runs on this CPU.
 
     It takes seconds for a model of billions of parameters, so it is asked for apart; `found` where that was
     done before.
     """
-    found = found or memory.plan(recipe, outputs, plan.gate, cuda=accelerator)
+    found = found or memory.plan(resolved, plan.gate, cuda=accelerator)
     if plan.layout != SINGLE:
         assert plan.sizes
         sizes = replace(plan.sizes, trainable=found.trainable)
@@ -144,45 +156,48 @@ def add_memory(
     return found
 
 
-def beside_lora(plan: Plan, recipe: Recipe, outputs: Path, here: Memory) -> None:
+def beside_lora(plan: Plan, resolved: Resolved, here: Memory) -> None:
     """Add the peak memory of the same recipe as plain LoRA; nothing where it is that already. `here`: the
     recipe's own.
     """
-    if (plain := choices.plain(recipe)) is None:
+    if (plain := choices.plain(resolved.recipe)) is None:
         return
-    peak = memory.plan(plain, outputs, plan.gate).peak_bytes
+    peak = memory.plan(resolved.by(plain), plan.gate).peak_bytes
     plan.facts["memory"]["lora_peak_bytes"] = peak
-    kind = "the same without its variant" if recipe.method == "lora" else "r 16 on all linear modules"
+    kind = "the same without its variant" if resolved.recipe.lora else "r 16 on all linear modules"
     plan.say("with LoRA", f"peak {gib(peak)} GiB ({kind}): here {100 * (here.peak_bytes / peak - 1):+.1f} %")
 
 
-def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: PeftConfig | None) -> None:
-    base, kind, contract = model.num_parameters(), type(model).__name__, bases.contract_of(recipe)
+def _model(plan: Plan, resolved: Resolved, model: PreTrainedModel, config: PeftConfig | None) -> None:
+    """Counts and coverage; `model`, on the meta device, gets the new tokens' rows and the adapter."""
+    recipe, contract = resolved.recipe, resolved.base.contract
+    base, kind = model.num_parameters(), type(model).__name__
     indices = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
-    embeddings.grow(model, indices, config)
+    embeddings.grow(model, indices)
     plan.warnings += (
         new_tokens.unseen(plan.gate.train, indices, recipe) if plan.gate.counts.tokens is not None else []
     )
-    source = recipe.model.get("name_or_path") or recipe.model.get("from_recipe")
-    source = "random weights" if recipe.model.get("weights") == "random" else source
+    source = recipe.model.name_or_path or recipe.model.from_recipe
+    source = "random weights" if recipe.model.weights == "random" else source
     words, why = build.precision(recipe)
     compute = next((k for k, on in words.items() if on), "float32")
     known = f", contract {contract.name}" if contract else ""
-    weights = recipe.model.get("quantize", recipe.model["dtype"])
+    weights = recipe.model.quantize or recipe.model.dtype
     plan.say("base", f"{source}{known}: {kind}, weights in {weights}, compute in {compute} ({why})")
     total = trainable = model.num_parameters()
     size, found, adapted = 0, [], []
-    if recipe.method == "freeze":
+    if recipe.freeze:
         trainable = freeze.apply(model, recipe.freeze)
     if config:
+        config = embeddings.training(config, model, indices)
         adapted = [] if config.is_prompt_learning else targets.matched(model, config)
         found = targets.coverage(model, adapted) if adapted else []
         trainable, total, size = adapter_facts.counts(model, config, recipe)
     share = 100 * trainable / total
-    facts = {"name_or_path": source, "class": kind, "dtype": recipe.model["dtype"], "base": base}
+    facts = {"name_or_path": source, "class": kind, "dtype": recipe.model.dtype, "base": base}
     plan.facts["model"] = facts | {"trainable": trainable, "total": total, "share_percent": share}
     if config is None:
-        parts = freeze.parts(model, recipe.freeze) if recipe.method == "freeze" else []
+        parts = freeze.parts(model, recipe.freeze) if recipe.freeze else []
         base = model.num_parameters()  # new tokens included
         said = (
             f"trainable {trainable:,} ({share:.4f} %): {', '.join(parts)}"
@@ -193,10 +208,10 @@ def _model(plan: Plan, recipe: Recipe, model: PreTrainedModel, config: PeftConfi
         plan.say("parameters", f"{base:,}, {said}")
         return
     plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
-    if recipe.method == "lora":
-        facts, said, faults = adapter_facts.lora(recipe, cast(LoraConfig, config), size, adapted)
-    else:
-        facts, said, faults = adapter_facts.other(recipe, config, size)
+    if recipe.lora:
+        facts, said, faults = adapter_facts.lora(recipe.lora, cast(LoraConfig, config), size, adapted)
+    elif recipe.peft:
+        facts, said, faults = adapter_facts.other(recipe.peft, config, size)
     plan.facts["adapter"] = facts
     plan.say("adapter", said)
     plan.warnings += faults
@@ -212,8 +227,8 @@ def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
         m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
     ]
     ends = {id(m.weight): m.weight.numel() for m in tied}
-    width = getattr(torch, recipe.model["dtype"]).itemsize
-    trained = width if recipe.whole else getattr(torch, build.adapter_dtype(recipe)).itemsize
+    width = getattr(torch, recipe.model.dtype).itemsize
+    trained = width if recipe.whole else getattr(torch, recipe.model.adapter_dtype).itemsize
     return Sizes(
         0,
         max(sum(p.numel() for p in layer.parameters()) for layer in layers),
@@ -221,55 +236,6 @@ def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
         width,
         trained,
     )
-
-
-def _adaptable(
-    model: PreTrainedModel, config: PeftConfig, recipe: Recipe, arguments: SFTConfig
-) -> list[Problem]:
-    linear = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
-    if recipe.method == "peft":
-        found = [] if config.is_prompt_learning else targets.problems(model, config, recipe)
-        return [*variants.peft_problems(recipe, arguments, linear), *found]
-    has_bias = any(name.endswith(".bias") for name, _ in model.named_parameters())
-    return [*variants.problems(recipe, has_bias), *targets.problems(model, config, recipe)]
-
-
-def _whole(model: PreTrainedModel, recipe: Recipe) -> list[Problem]:
-    """Where the base itself is trained: 4-bit weights cannot be; and what `freeze:` names must be there."""
-    found = freeze.problems(model, recipe) if recipe.method == "freeze" else []
-    if "quantize" not in recipe.model:
-        return found
-    frozen = f"4-bit weights are frozen, {recipe.method}: trains them"
-    return [*found, Problem(recipe.at("model", "quantize"), frozen, "remove it, or write lora:")]
-
-
-def _packing(model: PreTrainedModel, recipe: Recipe, arguments: SFTConfig) -> list[Problem]:
-    """Packed rows on linear attention: refused by transformers in the first step, so refused here
-    (hub_kernels.py).
-    """
-    train = recipe.train
-    if arguments.packing and arguments.max_length is None:
-        return [
-            Problem(recipe.at("train", "max_length"), "packing needs a length to pack to", "give a number")
-        ]
-    bfd = train.get("packing") and train.get("packing_strategy", "bfd") != "wrapped"
-    types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    if not ((bfd or train.get("padding_free")) and "linear_attention" in types) or importlib.util.find_spec(
-        "causal_conv1d"
-    ):
-        return []
-    do = (
-        "install causal-conv1d (CUDA), or set train.packing: false; packing_strategy: wrapped runs, but lets"
-        " rows see each other"
-    )
-    key = "packing" if bfd else "padding_free"
-    return [
-        Problem(
-            recipe.at("train", key),
-            "linear-attention layers cannot keep packed rows apart without causal-conv1d",
-            do,
-        )
-    ]
 
 
 def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int) -> None:

@@ -1,62 +1,147 @@
-"""The base of a recipe: its contract, where its weights are, the recipe that makes it. Imports no torch."""
+"""A recipe with everything that it names found: a verb resolves it once and passes it down."""
 
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.files import rooted
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.recipe import contract as contracts
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.contract import Contract
 from lora_recipes.recipe.recipe import Recipe
 
 
-def contract_of(recipe: Recipe) -> Contract | None:
-    """The recipe's contract; a base that another recipe trains has that recipe's."""
-    if name := recipe.model.get("contract"):
-        return contracts.load(name, recipe.at("model", "contract"))
-    return contract_of(recipe_of(recipe)) if recipe.model.get("from_recipe") else None
+@dataclass(frozen=True)
+class Base:
+    """The base that `recipe` names. `weights`: where they are, a folder or a hub id. `maker`: the recipe that
+    trains it (model.from_recipe), resolved.
+    """
+
+    recipe: Recipe
+    weights: str
+    contract: Contract | None = None
+    maker: "Resolved | None" = None
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit on the hub."""
+        return self.recipe.model.revision
+
+    def text_config(self) -> Any:
+        """The transformers.PreTrainedConfig of the text model: from the contract where there is one (no
+        network), else from the folder or the hub. Read once; each call gives a copy, as libraries write into
+        it."""
+        return copy.deepcopy(self._text_config)
+
+    @cached_property
+    def _text_config(self) -> Any:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+
+        if self.contract is None:
+            if self.maker and not Path(self.weights).is_dir():
+                return self.maker.base.text_config()
+            return self.real_config().get_text_config()
+        try:
+            return AutoConfig.for_model(**self.contract.config).get_text_config()
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            found = f"transformers cannot build {self.contract.name}: {error}"
+            raise RecipeError(Problem(self.recipe.at("model", "contract"), found)) from None
+
+    def real_config(self) -> Any:
+        """The transformers.PreTrainedConfig of the weights themselves: the folder's, or the hub's."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.weights, revision=self.revision or "main")
+        except (OSError, ValueError) as error:
+            do = "check the name, the network and the login; with model.contract a plan needs neither"
+            found = f"the config of {self.weights} cannot be read: {str(error).splitlines()[0]}"
+            raise RecipeError(Problem(self.recipe.at("model", "name_or_path"), found, do)) from None
 
 
-def recipe_of(recipe: Recipe) -> Recipe:
-    """The recipe named by model.from_recipe. It must be a `full:` or `freeze:` one: what it leaves is a whole
+@dataclass(frozen=True)
+class Resolved:
+    """`recipe`, and what it names. `outputs`: the folder of all runs. `tokenizer`: the contract whose
+    tokenizer is used, if one is. `warm`: the full update that A and B begin from (warm_start.from_recipe).
+    """
+
+    recipe: Recipe
+    outputs: Path
+    base: Base
+    tokenizer: Contract | None = None
+    warm: "Resolved | None" = None
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run is."""
+        return RunFolder(self.outputs / self.recipe.name)
+
+    @property
+    def result(self) -> Path:
+        """What the run leaves."""
+        return self.folder.result(self.recipe.method)
+
+    def by(self, recipe: Recipe) -> "Resolved":
+        """The same base under another recipe, whose `model:` names the same."""
+        return replace(self, recipe=recipe)
+
+
+def resolve(recipe: Recipe, outputs: Path) -> Resolved:
+    """Find everything that `recipe` names. RecipeError for a contract, a recipe or a base that is none."""
+    return _resolve(recipe, outputs.absolute(), [])  # adapter_config.json names its base by it
+
+
+def _resolve(recipe: Recipe, outputs: Path, chain: list[str]) -> Resolved:
+    model, chain = recipe.model, [*chain, recipe.name]
+    maker = _maker(recipe, model.from_recipe, outputs, chain) if model.from_recipe else None
+    contract = contracts.load(model.contract, recipe.at("model", "contract")) if model.contract else None
+    contract = contract or (maker.base.contract if maker else None)
+    tokenizer = None
+    if model.tokenizer is None or (contract and model.tokenizer == contract.name):
+        tokenizer = contract
+    elif model.tokenizer in contracts.names():
+        tokenizer = contracts.load(model.tokenizer)
+    warm = None
+    if recipe.warm_start:
+        warm = _resolve(recipes.load(recipe.warm_start.from_recipe), outputs, chain)
+    return Resolved(
+        recipe, outputs, Base(recipe, _weights(recipe, outputs, maker), contract, maker), tokenizer, warm
+    )
+
+
+def _maker(recipe: Recipe, name: str, outputs: Path, chain: list[str]) -> Resolved:
+    """The recipe that trains the base, resolved. It must be a `full:` or `freeze:` one, which leaves a whole
     model.
     """
-    where, chain, last = recipe.at("model", "from_recipe"), [recipe.name], recipe
-    while name := last.model.get("from_recipe"):
-        last = recipes.load(name)
-        if not last.whole:
-            raise RecipeError(
-                Problem(
-                    where,
-                    f"{name} trains an adapter, not a model",
-                    "name a full: or freeze: recipe, or merge the adapter first",
-                )
-            )
-        if name in chain:
-            raise RecipeError(
-                Problem(
-                    where,
-                    f"the recipes build on each other in a circle: {' -> '.join([*chain, name])}",
-                    "break it",
-                )
-            )
-        chain.append(name)
-    return recipes.load(recipe.model["from_recipe"])
+    where, maker = recipe.at("model", "from_recipe"), recipes.load(name)
+    if not maker.whole:
+        do = "name a full: or freeze: recipe, or merge the adapter first"
+        raise RecipeError(Problem(where, f"{name} trains an adapter, not a model", do))
+    if maker.name in chain:
+        circle = " -> ".join([*chain, maker.name])
+        raise RecipeError(
+            Problem(where, f"the recipes build on each other in a circle: {circle}", "break it")
+        )
+    return _resolve(maker, outputs, chain)
 
 
-def path(recipe: Recipe, outputs: Path) -> str:
-    """Where the base's weights are: a hub id or a folder. RecipeError when the folder holds an adapter."""
+def _weights(recipe: Recipe, outputs: Path, maker: Resolved | None) -> str:
+    """Where the base's weights are. RecipeError when the folder holds an adapter."""
     model = recipe.model
-    if name := model.get("from_recipe"):
-        return str(RunFolder(outputs / name).result("full"))
-    if model.get("weights") == "random":
-        return str(outputs / "_bases" / f"{model['contract']}-{model['dtype']}")
-    path = rooted(model["name_or_path"])
+    if maker:
+        return str(maker.result)
+    if model.weights == "random":
+        return str(outputs / "_bases" / f"{model.contract}-{model.dtype}")
+    assert model.name_or_path is not None, "rules.py asks for one of the three"
+    path = rooted(model.name_or_path)
     if (path / "adapter_config.json").is_file():
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
-        raise RecipeError(
-            Problem(recipe.at("model", "name_or_path"), f"{shown(path)} is an adapter, not a base model", do)
-        )
-    return str(path) if path.is_dir() else model["name_or_path"]
+        found = f"{shown(path)} is an adapter, not a base model"
+        raise RecipeError(Problem(recipe.at("model", "name_or_path"), found, do))
+    return str(path) if path.is_dir() else model.name_or_path

@@ -5,6 +5,7 @@ the loader reads the file.
 import dataclasses
 import enum
 import inspect
+import json
 import types
 import typing
 from typing import Any
@@ -133,7 +134,8 @@ OURS: dict[str, dict[str, Any]] = {
             ),
             "weights": {
                 "enum": ["pretrained", "random"],
-                "description": "random: built from the contract (default: pretrained)",
+                "default": "pretrained",
+                "description": "random: built from the contract",
             },
             "dtype": {
                 "enum": ["float32", "bfloat16", "float16"],
@@ -145,6 +147,7 @@ OURS: dict[str, dict[str, Any]] = {
             },
             "adapter_dtype": {
                 "enum": ["float32", "bfloat16"],
+                "default": "float32",
                 "description": "dtype of the adapter's weights while it trains",
             },
             "attn_implementation": _TEXT,
@@ -156,6 +159,7 @@ OURS: dict[str, dict[str, Any]] = {
                 "type": "array",
                 "items": _TEXT,
                 "minItems": 1,
+                "default": [],
                 "description": "added to the vocabulary and trained",
             },
             "chat_template": (
@@ -180,13 +184,12 @@ OURS: dict[str, dict[str, Any]] = {
             },
             "rows": {
                 "enum": ["conversation", "assistant_turn"],
-                "description": (
-                    "assistant_turn: one row for each assistant turn, its history as the prompt (default:"
-                    " conversation)"
-                ),
+                "default": "conversation",
+                "description": "assistant_turn: one row for each assistant turn, its history as the prompt",
             },
             "chat_template_kwargs": {
                 "type": "object",
+                "default": {},
                 "description": "given to the chat template here and, by you, to the server",
             },
             "limits": _object(
@@ -199,7 +202,8 @@ OURS: dict[str, dict[str, Any]] = {
                     "no_end_of_turn": _SHARE,
                 },
                 description="share above which training stops; any share above 0 warns",
-            ),
+            )
+            | {"default": {}},
         },
         ["train"],
     ),
@@ -213,7 +217,8 @@ OURS: dict[str, dict[str, Any]] = {
             },
             "embeddings": {
                 "type": "boolean",
-                "description": "train the input embeddings and lm_head too (default: false)",
+                "default": False,
+                "description": "train the input embeddings and lm_head too",
             },
         },
         ["last_blocks"],
@@ -254,7 +259,7 @@ OURS: dict[str, dict[str, Any]] = {
         description="learning rates that differ between parameters: LoRA+, or by depth for full: and freeze:",
     ),
     "probes": _object(
-        {"change": _PROBES, "keep": _PROBES},
+        {"change": _PROBES | {"default": []}, "keep": _PROBES | {"default": []}},
         description="next-token questions asked before and after training",
     ),
 }
@@ -329,7 +334,21 @@ def _field(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
         schema = _typed(hint)
     if also := ALSO.get(field.name):
         schema = {"anyOf": [*(_without_placeholder(o) for o in schema["anyOf"]), *also]}
-    return schema | LIMITS.get(field.name, {})
+    return schema | LIMITS.get(field.name, {}) | _default(field)
+
+
+def _default(field: dataclasses.Field) -> dict[str, Any]:
+    """The class's own default, where it is a value that YAML can hold."""
+    value: Any = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    elif value is dataclasses.MISSING:
+        return {}
+    value = value.value if isinstance(value, enum.Enum) else value
+    try:
+        return {"default": json.loads(json.dumps(value))}
+    except TypeError:  # a dataclass of its own: written as a mapping where it is wanted
+        return {"default": None}
 
 
 def _without_placeholder(option: dict[str, Any]) -> dict[str, Any]:
@@ -375,8 +394,10 @@ def _stopping() -> dict[str, Any]:
     that does nothing.
     """
     hints = typing.get_type_hints(EarlyStoppingCallback.__init__)
+    parameters = inspect.signature(EarlyStoppingCallback).parameters
     properties = {
-        n: _typed(hints[n]) | LIMITS.get(n, {}) for n in inspect.signature(EarlyStoppingCallback).parameters
+        n: _typed(hints[n]) | LIMITS.get(n, {}) | {"default": parameter.default}
+        for n, parameter in parameters.items()
     }
     return _object(properties, ["early_stopping_patience"], "fields of transformers.EarlyStoppingCallback")
 

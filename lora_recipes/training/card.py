@@ -20,7 +20,7 @@ def write(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
 
 def sources(recipe: Recipe) -> list[str]:
     """The paths or hub ids of the training data."""
-    given = recipe.data["train"]
+    given = recipe.data.train
     return [given] if isinstance(given, str) else [s if isinstance(s, str) else s["path"] for s in given]
 
 
@@ -28,7 +28,7 @@ def metadata(recipe: Recipe, record: dict[str, Any]) -> ModelCardData:
     """The Hub's fields. A base or a data set that is only a folder here is named in the text instead: the Hub
     refuses it.
     """
-    base, eval_loss = recipe.model.get("name_or_path") or "", record["metrics"].get("eval_loss")
+    base, eval_loss = recipe.model.name_or_path or "", record["metrics"].get("eval_loss")
     results = None
     if eval_loss is not None:
         name = f"{recipe.name} eval"
@@ -39,7 +39,7 @@ def metadata(recipe: Recipe, record: dict[str, Any]) -> ModelCardData:
         ]
     lora = [] if recipe.whole else [recipe.settings.get("peft_type", "lora").lower()]
     return ModelCardData(
-        base_model=base if HUB_ID.fullmatch(base) and recipe.model.get("weights") != "random" else None,
+        base_model=base if HUB_ID.fullmatch(base) and recipe.model.weights != "random" else None,
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
         tags=[*lora, "sft", "trl", "lora-recipes"],
@@ -54,7 +54,7 @@ def text(recipe: Recipe, record: dict[str, Any]) -> str:
     """What was trained, on what, with which figures and versions; and the recipe itself."""
     plan, metrics = record["plan"], record["metrics"]
     kind = "Model" if recipe.whole else f"{recipe.settings.get('peft_type', 'LoRA')} adapter"
-    base = recipe.model.get("name_or_path") or recipe.model.get("from_recipe") or "random weights"
+    base = recipe.model.name_or_path or recipe.model.from_recipe or "random weights"
     losses = [
         f"{label} loss {metrics[key]:.4f}"
         for label, key in (("train", "train_loss"), ("eval", "eval_loss"))

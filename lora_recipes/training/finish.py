@@ -2,10 +2,10 @@
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import PreTrainedConfig
 
 from lora_recipes.core import adapter_folder
 from lora_recipes.core.errors import Problem, RecipeError, listed
@@ -15,8 +15,10 @@ from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.memory.fits import Memory
-from lora_recipes.model import answers, initialise, probes
+from lora_recipes.model import answers, probes
+from lora_recipes.model.initialise import Start
 from lora_recipes.planning.plan import Plan
+from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.serving import export
 from lora_recipes.training import card, verify, watch
@@ -26,13 +28,23 @@ from lora_recipes.training import card, verify, watch
 class Session:
     """One training run while it lasts."""
 
-    recipe: Recipe
-    outputs: Path
-    folder: RunFolder
+    resolved: Resolved
     plan: Plan
     expected: Memory
     trainer: Any  # trl.SFTTrainer, whose `model` is typed as optional
-    facts: dict[str, Any]
+    start: Start  # how the adapter began
+    facts: dict[str, Any]  # what a resumed run must find as it was
+    real: PreTrainedConfig  # of the base's weights
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is trained."""
+        return self.resolved.recipe
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run is."""
+        return self.resolved.folder
 
     @property
     def tokenizer(self) -> Any:
@@ -53,7 +65,7 @@ def finish(session: Session, record: dict[str, Any]) -> None:
     if recipe.method == "lora" and not sharded:
         _learned(recipe, verify.untrained(trainer.accelerator.unwrap_model(trainer.model)))
     if sharded:  # only now are the weights where they can be used
-        with initialise.base_of(trainer.model):
+        with session.start.base_of(trainer.model):
             record["probes"] = {"before": probes.probes(trainer.model, session.tokenizer, recipe)}
     record["probes"]["after"] = probes.probes(trainer.model, session.tokenizer, recipe)
     provenance = None if recipe.whole else _provenance(session)
@@ -66,10 +78,10 @@ def finish(session: Session, record: dict[str, Any]) -> None:
     if PartialState().is_main_process:
         if sharded:
             _learned(recipe, verify.incomplete(temporary, session.plan.facts["model"]["trainable"]))
-        initialise.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
-        (temporary / "training_args.bin").unlink(
-            missing_ok=True
-        )  # a pickle with this machine's paths; recipe.yaml says the same
+        if not recipe.whole:
+            session.start.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
+        # A pickle with this machine's paths; recipe.yaml says the same.
+        (temporary / "training_args.bin").unlink(missing_ok=True)
         record |= {"status": "finished", "ended": now()}
         record["result_bytes"] = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
         card.write(temporary, recipe, record)
@@ -102,7 +114,7 @@ def _provenance(session: Session) -> Provenance:
         session.trainer.accelerator.unwrap_model(session.trainer.model),
         splits["eval"].rows or splits["train"].rows,
     )
-    return answers.provenance(model, session.tokenizer, session.recipe, rows, session.outputs)
+    return answers.provenance(model, session.start, session.tokenizer, session.resolved, rows)
 
 
 def report(session: Session, record: dict[str, Any]) -> None:

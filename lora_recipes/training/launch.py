@@ -24,8 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from lora_recipes.core.errors import Problem, RecipeError, nearest
 from lora_recipes.core.files import ROOT, now
 from lora_recipes.core.run_folder import RunFolder
-from lora_recipes.planning import processes as layout
-from lora_recipes.planning.processes import Layout
+from lora_recipes.recipe import layout
+from lora_recipes.recipe.layout import Layout
 from lora_recipes.recipe.recipe import Recipe
 
 FILES = ROOT / "configs" / "accelerate"
@@ -138,11 +138,11 @@ def runs(accelerator: Any) -> Layout:
     )
 
 
-def planned() -> Layout:
-    """The layout to plan for: as asked, and as many processes as there are. RecipeError where those differ
-    already.
+def planned(found: tuple[Layout, str] | None) -> Layout:
+    """The layout to plan for: as asked (`found`: what `asked` says), and as many processes as there are.
+    RecipeError where those differ already.
     """
-    found, processes = asked(), PartialState().num_processes
+    processes = PartialState().num_processes
     if found is None:
         return layout.of(processes)
     real = Layout(found[0].kind if processes > 1 or found[0].processes == 1 else layout.ONE, processes)
@@ -152,9 +152,10 @@ def planned() -> Layout:
     return real
 
 
-def check(accelerator: Any) -> None:
-    """RecipeError when what runs is not what `accelerate launch` was asked for."""
-    if found := asked():
+def check(found: tuple[Layout, str] | None, accelerator: Any) -> None:
+    """RecipeError when what runs is not what `accelerate launch` was asked for (`found`: what `asked`
+    says)."""
+    if found:
         _differ(found, runs(accelerator))
 
 

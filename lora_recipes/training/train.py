@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedConfig, PreTrainedModel, ProgressCallback
 
 from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.environment import environment
@@ -20,11 +20,11 @@ from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import gate, read
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory.fits import Memory
-from lora_recipes.model import answers, build, initialise, probes
+from lora_recipes.model import answers, build, probes
 from lora_recipes.model import base as base_model
 from lora_recipes.planning import plan as plans
 from lora_recipes.planning.plan import Plan
-from lora_recipes.recipe import base as bases
+from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.training import launch, usage, verify, watch
 from lora_recipes.training.finish import Session, finish, report, say
@@ -37,8 +37,8 @@ class Shared:
     the memory once planned.
     """
 
-    rows: Callable[[Recipe, Path, bool], Gate] = gate.pass_through
-    model: Callable[[Recipe, Path], PreTrainedModel] = build.model
+    rows: Callable[[Resolved, bool], Gate] = gate.pass_through
+    model: Callable[[Resolved], PreTrainedModel] = build.model
     memory: Memory | None = None
 
 
@@ -46,39 +46,39 @@ ALONE = Shared()
 
 
 def train(
-    recipe: Recipe, outputs: Path, resume: bool = False, force: bool = False, shared: Shared = ALONE
+    resolved: Resolved, resume: bool = False, force: bool = False, shared: Shared = ALONE
 ) -> dict[str, Any]:
-    """Train `recipe` into `outputs/<name>/` and return its run.json. RecipeError when anything is not as the
+    """Train a recipe into `outputs/<name>/` and return its run.json. RecipeError when anything is not as the
     recipe says.
 
     `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is
     assumed.
     """
-    outputs = outputs.absolute()  # adapter_config.json names its base by it
-    make_folder(outputs)
-    PartialState(
-        cpu=recipe.train.get("use_cpu", not torch.cuda.is_available())
-    )  # joins the other processes, on the CPU too
-    folder = RunFolder(outputs / recipe.name)
+    recipe, folder = resolved.recipe, resolved.folder
+    make_folder(resolved.outputs)
+    # Joins the other processes, on the CPU too.
+    PartialState(cpu=recipe.train.given.get("use_cpu", not torch.cuda.is_available()))
     may_start(folder, resume, force)
-    prepare_base(recipe, outputs)
-    raise_if(initialise.warm_ready(recipe, outputs))
-    plan = plans.make(recipe, outputs, launch.planned(), network=True, rows=shared.rows)
-    expected = plans.add_memory(plan, recipe, outputs, torch.cuda.is_available(), shared.memory)
+    prepare_base(resolved)
+    raise_if(warm_ready(resolved))
+    asked = launch.asked()
+    plan = plans.make(resolved, launch.planned(asked), network=True, rows=shared.rows)
+    expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
     say(plan.text())
-    if wrong := base_model.contract_differences(recipe, outputs):
+    real = resolved.base.real_config()
+    if wrong := base_model.contract_differences(resolved.base, real):
         do = "the plan describes another model: correct the contract, or name_or_path"
         raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
-    facts = resume_facts(plan, recipe, outputs)
+    facts = resume_facts(plan, resolved, real)
     checkpoint = _checkpoint(folder, recipe, facts) if resume else None
-    arguments, base = build.sft_config(recipe, folder), shared.model(recipe, outputs)
+    arguments, base = build.sft_config(recipe, folder), shared.model(resolved)
     callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe)]
     rows, steps = (plan.gate.train, plan.gate.evaluation), plan.facts["steps"]["total"]
-    trainer = build.trainer(recipe, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps, outputs)
-    launch.check(trainer.accelerator)
+    trainer, start = build.trainer(resolved, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps)
+    launch.check(asked, trainer.accelerator)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
-    session = Session(recipe, outputs, folder, plan, expected, trainer, facts)
+    session = Session(resolved, plan, expected, trainer, start, facts, real)
     verify.as_planned(trainer, recipe, plan.facts)
     record = _continue(session, checkpoint) if checkpoint else _begin(session)
     say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
@@ -106,17 +106,17 @@ def _save(folder: RunFolder, record: dict[str, Any]) -> None:
         folder.write_record(record)
 
 
-def prepare_base(recipe: Recipe, outputs: Path) -> None:
+def prepare_base(resolved: Resolved) -> None:
     """Make what the recipe builds on: a random checkpoint from the contract, or the model of another
     recipe.
     """
-    if recipe.model.get("weights") == "random":
+    recipe, maker = resolved.recipe, resolved.base.maker
+    if recipe.model.weights == "random":
         with PartialState().main_process_first():
-            build.random_base(recipe, outputs)
-    if not recipe.model.get("from_recipe"):
+            build.random_base(resolved)
+    if maker is None:
         return
-    base = bases.recipe_of(recipe)
-    folder = RunFolder(outputs / base.name)
+    base, folder = maker.recipe, maker.folder
     if folder.finished:
         changed = differences(folder, base, {"train data sha256": read.read(base, "train").sha256})
         if changed:
@@ -134,18 +134,32 @@ def prepare_base(recipe: Recipe, outputs: Path) -> None:
             Problem(recipe.at("model", "from_recipe"), f"the base {base.name} is not trained yet", do)
         )
     say(f"the base {base.name} is not trained yet: training it first\n")
-    train(base, outputs)
+    train(maker)
     say("\n")
 
 
-def resume_facts(plan: Plan, recipe: Recipe, outputs: Path) -> dict[str, Any]:
-    """What a resumed run must find as it was, beyond the recipe."""
+def warm_ready(resolved: Resolved) -> list[Problem]:
+    """Was the full update of a warm start trained, and on the weights that the base has now?"""
+    if resolved.warm is None:
+        return []
+    name, run = resolved.warm.recipe.name, resolved.warm.folder
+    where = resolved.recipe.at("warm_start", "from_recipe")
+    if not run.finished:
+        return [Problem(where, f"{shown(run.path)} holds no finished run", f"make train RECIPE={name}")]
+    if run.record["resume_facts"]["base weights"] != answers.fingerprint(resolved.base):
+        found = f"{name} was trained on other weights than the base has now"
+        return [Problem(where, found, f"make train RECIPE={name} FORCE=1")]
+    return []
+
+
+def resume_facts(plan: Plan, resolved: Resolved, real: PreTrainedConfig) -> dict[str, Any]:
+    """What a resumed run must find as it was, beyond the recipe. `real`: the config of the base's weights."""
     return {
         "train data sha256": plan.facts["data"]["train"]["sha256"],
         "tokens sha256": watch.sha256(plan.gate.train),
         "chat template sha256": watch.sha256(plan.gate.tokenizer.chat_template),
-        "base weights": answers.fingerprint(recipe, outputs),
-        "base revision": getattr(base_model.real_config(recipe, outputs), "_commit_hash", None),
+        "base weights": answers.fingerprint(resolved.base),
+        "base revision": getattr(real, "_commit_hash", None),
         "layout": str(plan.layout),
     }
 
@@ -172,12 +186,11 @@ def _begin(session: Session) -> dict[str, Any]:
     """Clear the folder (what was there was asked to go), and write recipe.yaml and the first run.json."""
     PartialState().wait_for_everyone()  # all have looked at the folder before the first one changes it
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
-    config = base_model.real_config(recipe, session.outputs)
     base = {
-        "name_or_path": bases.path(recipe, session.outputs),
-        "revision": getattr(config, "_commit_hash", None),
+        "name_or_path": session.resolved.base.weights,
+        "revision": getattr(session.real, "_commit_hash", None),
+        "config_sha256": watch.sha256(session.real.to_dict()),
     }
-    base |= {"config_sha256": watch.sha256(config.to_dict())}
     record = {
         "status": "running",
         "recipe": recipe.name,
@@ -192,7 +205,7 @@ def _begin(session: Session) -> dict[str, Any]:
         **watch.accelerator(),
     }
     record |= {"resume_facts": session.facts, "warnings": session.plan.warnings}
-    if lost := initialise.lost(trainer.model):
+    if lost := session.start.lost():
         record["warm_start"] = lost
         say(
             f"\nwarm start  A and B leave out {lost['mean']:.1%} of the update (mean of modules;"
@@ -226,9 +239,7 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         recipe, step = session.recipe, trainer.state.global_step
-        problem = usage.out_of_memory(
-            error, recipe, session.outputs, session.plan.gate, session.expected, step
-        )
+        problem = usage.out_of_memory(error, session.resolved, session.plan.gate, session.expected, step)
         if (
             problem := problem
             or launch.lost(error, recipe, step)

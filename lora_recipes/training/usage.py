@@ -4,7 +4,6 @@ suffice.
 
 import resource
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -13,7 +12,7 @@ from lora_recipes.core.errors import Problem
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices
 from lora_recipes.memory.fits import GIB, Memory, gib
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.base import Resolved
 
 SAID = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA, and of the CPU's allocator
 
@@ -71,7 +70,7 @@ def measured(before: int) -> Usage:
 
 
 def out_of_memory(
-    error: Exception, recipe: Recipe, outputs: Path, gate: Gate, planned: Memory, step: int
+    error: Exception, resolved: Resolved, gate: Gate, planned: Memory, step: int
 ) -> Problem | None:
     """What an out-of-memory error means: when, planned against available, and the first settings that would
     fit. None for other errors.
@@ -91,7 +90,7 @@ def out_of_memory(
         f"out of memory at step {step + 1}: {gib(planned.peak_bytes)} GiB planned, {room / GIB:.1f} GiB on"
         f" {device}"
     )
-    fitting = choices.fit(recipe, outputs, room / 10**9, gate)[:3]
+    fitting = choices.fit(resolved, room / 10**9, gate)[:3]
     do = (
         "no batch, checkpointing or NF4 makes it fit: a shorter train.max_length, a smaller base or a larger"
         " device"
@@ -103,4 +102,4 @@ def out_of_memory(
         do = "with the same examples a step would fit: " + "; ".join(settings)
     elif fitting:
         do = "by the plan it fits as it is: is something else using the device?"
-    return Problem(recipe.at("train"), found, do)
+    return Problem(resolved.recipe.at("train"), found, do)

@@ -26,7 +26,8 @@ from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.memory.fits import GIB, PARTS, Memory
 from lora_recipes.planning import plan
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import Shared, train
 
 SCRIPT = str(files.ROOT / "scripts" / "ablate.py")
@@ -86,8 +87,7 @@ def test_every_shipped_tiny_ablation_plans(name, trained, tmp_path, capsys):
 def test_the_published_grid_of_ranks_and_rates_is_the_one_asked_for():
     loaded = spec.load("qwen35_4b_rank")
     found = {
-        (arm.recipe.lora["r"], arm.recipe.lora["lora_alpha"], arm.recipe.train["learning_rate"])
-        for arm in loaded.arms
+        (arm.recipe.lora.r, arm.recipe.lora.lora_alpha, arm.recipe.train.learning_rate) for arm in loaded.arms
     }
     assert found == {(r, 2 * r, rate) for r in (4, 8, 16, 32, 64) for rate in (1e-4, 3e-4, 1e-3)}
     assert len(loaded.runs()) == 45
@@ -100,12 +100,12 @@ def test_a_grid_becomes_named_arms_and_a_key_with_one_value_is_in_no_name(write)
     )
     loaded = spec.load(write(text))
     assert [arm.name for arm in loaded.arms] == ["r2_lr1e-3", "r2_lr3e-4", "r4_lr1e-3", "r4_lr3e-4"]
-    assert all(arm.recipe.train["max_steps"] == 5 for arm in loaded.arms)
+    assert all(arm.recipe.train.max_steps == 5 for arm in loaded.arms)
     run = loaded.runs()[0]
     assert (
         run.recipe.name == "ablations/mine/r2_lr1e-3/s7"
-        and run.recipe.train["seed"] == 7
-        and run.recipe.lora["r"] == 2
+        and run.recipe.train.seed == 7
+        and run.recipe.lora.r == 2
     )
 
 
@@ -116,7 +116,7 @@ def test_named_arms_stand_at_every_point_of_the_grid(write):
     )
     loaded = spec.load(write(text))
     assert [arm.name for arm in loaded.arms] == ["lora_r2", "lora_r4", "rs_r2", "rs_r4"]
-    assert [arm.recipe.lora.get("use_rslora") for arm in loaded.arms] == [None, None, True, True]
+    assert [arm.recipe.lora.given.get("use_rslora") for arm in loaded.arms] == [None, None, True, True]
 
 
 @pytest.mark.parametrize(
@@ -276,16 +276,16 @@ def memory(base: float, rest: float) -> Memory:
 def test_arms_are_planned_with_their_memory_and_those_of_one_shape_share_a_rehearsal(write, trained, capsys):
     text = "recipe: tiny_facts\ngrid:\n  lora.r: [2, 64]\n  train.learning_rate: [0.1, 0.2]\nseeds: [1, 2]\n"
     loaded = spec.load(write(text))
-    plans = arms.planned(loaded.runs(), trained, False, False)
+    plans = arms.planned(arms.resolved(loaded.runs(), trained), False, False)
     found = {name: made[1] for name, made in plans.items()}
     assert (
         found["r2_lr0.1"] is found["r2_lr0.2"]
         and found["r64_lr0.1"].peak_bytes > found["r2_lr0.1"].peak_bytes
     )
     assert plans["r64_lr0.2"][0].facts["memory"]["peak_bytes"] == found["r64_lr0.2"].peak_bytes
-    alone = plan.make(loaded.arms[0].recipe, trained)
+    alone = plan.make(resolve(loaded.arms[0].recipe, trained))
     assert (
-        plan.add_memory(alone, loaded.arms[0].recipe, trained, accelerator=False).parts
+        plan.add_memory(alone, resolve(loaded.arms[0].recipe, trained), accelerator=False).parts
         == found["r2_lr0.1"].parts
     )
     assert re.search(
@@ -344,19 +344,19 @@ def test_arms_in_one_process_are_bit_for_bit_those_trained_alone(base, arms_of, 
     runs, alone = loaded.runs(), outputs.parent / "alone"
     shutil.copytree(outputs / "tiny_base", alone / "tiny_base")
     assert len({group(run.recipe) for run in runs}) == 1
-    plans = arms.planned(runs, outputs, True, False)
+    plans = arms.planned(arms.resolved(runs, outputs), True, False)
     for run in runs:
         outcome = kept(run, {"memory": plans[run.arm][1]}, outputs)
         assert not outcome.failed, outcome.said
     for run in runs:
-        train(run.recipe, alone, shared=Shared(memory=plans[run.arm][1]))
+        train(resolve(run.recipe, alone), shared=Shared(memory=plans[run.arm][1]))
         assert equal(alone / run.recipe.name, outputs / run.recipe.name), run.arm
 
 
 def test_an_arm_after_others_in_another_process_is_what_training_it_here_makes(done, trained, tmp_path):
     shutil.copytree(trained / "tiny_base", tmp_path / "tiny_base")
     run = next(run for run in spec.load(str(done[0] / "three.yaml")).runs() if str(run) == "r4/s2")
-    record = train(run.recipe, tmp_path)
+    record = train(resolve(run.recipe, tmp_path))
     assert equal(tmp_path / run.recipe.name, done[0] / "outputs" / run.recipe.name)
     assert (
         record["memory"]["planned_peak_bytes"]
@@ -448,9 +448,10 @@ def again(done, tmp_path):
     def again(old: str = "", new: str = "") -> dict[str, tuple[str, str]]:
         (tmp_path / "three.yaml").write_text(THREE.replace(old, new) if old else THREE)
         loaded = spec.load(str(tmp_path / "three.yaml"))
-        plans = arms.planned(loaded.runs(), tmp_path / "outputs", network=False, cuda=False)
+        found = arms.resolved(loaded.runs(), tmp_path / "outputs")
+        plans = arms.planned(found, network=False, cuda=False)
         return {
-            f"{run.arm}/s{run.seed}": state(run, plans[run.arm][0], tmp_path / "outputs")
+            f"{run.arm}/s{run.seed}": state(found[run.arm].by(run.recipe), plans[run.arm][0])
             for run in loaded.runs()
         }
 
@@ -586,7 +587,7 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     shutil.copytree(trained / "tiny_base", alone / "tiny_base")
     run = spec.load(str(file)).runs()[0]
     assert json.loads((outputs / run.recipe.name / "run.json").read_text())["resumed"]
-    train(run.recipe, alone)
+    train(resolve(run.recipe, alone))
     assert equal(alone / run.recipe.name, outputs / run.recipe.name)
 
 
@@ -617,7 +618,7 @@ def test_a_checked_ablation_imports_no_torch_until_it_plans():
 
 def test_a_plan_may_be_made_from_rows_that_are_there(trained):
     kept, loaded = Kept(), recipes.load("tiny_facts")
-    one, two = (plan.make(loaded, trained, rows=kept.rows) for _ in range(2))
+    one, two = (plan.make(resolve(loaded, trained), rows=kept.rows) for _ in range(2))
     assert (
         one.text() == two.text()
         and one.gate.train is two.gate.train

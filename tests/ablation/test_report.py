@@ -15,7 +15,7 @@ import pytest
 from lora_recipes.ablation import figures, interval, report
 from lora_recipes.ablation.spec import FILE
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
 
 LOSSES = {"r2": [1.30, 1.34, 1.32], "r4": [1.20, 1.24, 1.22], "r8": [1.21, 1.23, 1.19]}
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from lora_recipes.core import checkpoints, files, run_folder
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
 from lora_recipes.training import resume
 
 

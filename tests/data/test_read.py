@@ -11,7 +11,7 @@ import yaml
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.data import read
 from lora_recipes.data import row as rows
-from lora_recipes.recipe import recipe
+from lora_recipes.recipe import load as recipes
 
 USER = {"role": "user", "content": "Hello there"}
 REPLY = {"role": "assistant", "content": "Hi, how are you?"}
@@ -50,7 +50,7 @@ def make(tmp_path):
             "train": {"learning_rate": 1.0e-3} | train,
         }
         (tmp_path / "made.yaml").write_text(yaml.safe_dump(sections))
-        return recipe.load(str(tmp_path / "made.yaml"))
+        return recipes.load(str(tmp_path / "made.yaml"))
 
     return write
 

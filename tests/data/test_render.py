@@ -17,7 +17,8 @@ from lora_recipes.data import render
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.model import build
-from lora_recipes.recipe import contract, recipe
+from lora_recipes.recipe import contract
+from lora_recipes.recipe import load as recipes
 
 HELLO = [
     {"role": "user", "content": "Hello there"},
@@ -92,7 +93,7 @@ def make(tmp_path):
             "train": {"learning_rate": 1.0e-3} | train,
         }
         (tmp_path / "made.yaml").write_text(yaml.safe_dump(sections))
-        return recipe.load(str(tmp_path / "made.yaml"))
+        return recipes.load(str(tmp_path / "made.yaml"))
 
     return write
 
@@ -137,7 +138,7 @@ def trained_by_trl(model, tmp_path):
 def rendered(chosen, tokenizer):
     """The examples of a recipe's training rows, as the plan makes them."""
     split = data.read(chosen, "train")
-    split = data.by_assistant_turn(split) if chosen.data.get("rows") == "assistant_turn" else split
+    split = data.by_assistant_turn(split) if chosen.data.rows == "assistant_turn" else split
     return render.examples(split, tokenizer, chosen)
 
 

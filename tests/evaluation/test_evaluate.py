@@ -17,7 +17,8 @@ from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.evaluation import evaluate as evaluations
 from lora_recipes.evaluation.evaluate import evaluation, report
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.training.resume import differences
 from lora_recipes.training.train import train
 
@@ -44,8 +45,10 @@ def style(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("style")
     train(
-        recipes.load("tiny_qwen35_style", ["train.max_steps=4", "train.per_device_eval_batch_size=64"]),
-        folder,
+        resolve(
+            recipes.load("tiny_qwen35_style", ["train.max_steps=4", "train.per_device_eval_batch_size=64"]),
+            folder,
+        ),
     )
     return folder
 

@@ -19,7 +19,8 @@ from lora_recipes.memory.rehearsal import Batch, Setup
 from lora_recipes.memory.storages import Storages
 from lora_recipes.model import build
 from lora_recipes.planning import plan
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 
 ROWS = [
     line
@@ -35,31 +36,26 @@ def outputs(trained, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
     (folder / "tiny_base").symlink_to(trained / "tiny_base")
     for name in ("tiny_base", "tiny_qwen35_style"):
-        build.random_base(recipes.load(name), folder)
+        build.random_base(resolve(recipes.load(name), folder))
     return folder
 
 
 def trainer_of(recipe, outputs, rows):
-    arguments, base = build.sft_config(recipe, RunFolder(outputs / "tracked")), build.model(recipe, outputs)
+    arguments, base = (
+        build.sft_config(recipe, RunFolder(outputs / "tracked")),
+        build.model(resolve(recipe, outputs)),
+    )
+    steps = recipe.train.given.get("max_steps")
     return build.trainer(
-        recipe,
-        arguments,
-        base,
-        rows.tokenizer,
-        rows.train,
-        rows.evaluation,
-        [],
-        recipe.train.get("max_steps"),
-        outputs,
+        resolve(recipe, outputs), arguments, base, rows.tokenizer, rows.train, rows.evaluation, [], steps
     )
 
 
 def tracked(recipe, outputs, rows) -> int:
     """The largest sum of living storages, in bytes, while the real SFTTrainer trains."""
-    trainer, counted = trainer_of(recipe, outputs, rows), Storages()
+    (trainer, start), counted = trainer_of(recipe, outputs, rows), Storages()
     counted.add([*trainer.model.parameters(), *trainer.model.buffers()], "model")
-    if start := getattr(trainer.model, "lora_start", None):
-        counted.add((start.state or {}).values(), "model")
+    counted.add((start.state or {}).values(), "model")
     for module in trainer.model.modules():
         if state := getattr(getattr(module, "weight", None), "quant_state", None):
             nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
@@ -102,16 +98,16 @@ def test_the_planned_peak_is_that_of_a_real_run_within_one_percent(words, output
     recipe = recipes.load(
         name, [*overrides, "train.max_steps=2", "train.eval_strategy='no'", "train.save_strategy='no'"]
     )
-    if recipe.model["dtype"] == "bfloat16":
+    if recipe.model.dtype == "bfloat16":
         recipe = replace(
             recipe, sections=recipe.sections | {"model": recipe.model | {"from_recipe": "tiny_base"}}
         )
-    rows = gate.pass_through(recipe, outputs, False)
-    size = 8 if recipe.train.get("packing") else recipe.train["per_device_train_batch_size"]
+    rows = gate.pass_through(resolve(recipe, outputs), False)
+    size = 8 if recipe.train.packing else recipe.train.per_device_train_batch_size
     rows.train = sorted(rows.train, key=lambda example: -len(example.input_ids))[
         :size
     ]  # so that the largest batch is one of the two
-    planned = memory.rehearsed(memory.of_recipe(recipe, outputs, rows, cuda=False))
+    planned = memory.rehearsed(memory.of_recipe(resolve(recipe, outputs), rows, cuda=False))
     assert planned.peak_bytes == pytest.approx(tracked(recipe, outputs, rows), rel=0.01)
     assert planned.trainable == sum(
         p.numel() for p in trainer_of(recipe, outputs, rows).model.parameters() if p.requires_grad
@@ -149,11 +145,11 @@ def test_the_planned_peak_of_another_method_is_that_of_a_real_run(name, outputs)
     kept = {key: section for key, section in recipe.sections.items() if key not in ("lora", "probes")}
     changed = {key: kept.get(key, {}) | section for key, section in SECTIONS[name].items()}
     recipe = replace(recipe, sections=kept | changed)
-    rows = gate.pass_through(recipe, outputs, False)
+    rows = gate.pass_through(resolve(recipe, outputs), False)
     rows.train = sorted(rows.train, key=lambda example: -len(example.input_ids))[
-        : recipe.train["per_device_train_batch_size"]
+        : recipe.train.per_device_train_batch_size
     ]
-    planned = memory.rehearsed(memory.of_recipe(recipe, outputs, rows, cuda=False))
+    planned = memory.rehearsed(memory.of_recipe(resolve(recipe, outputs), rows, cuda=False))
     assert planned.peak_bytes == pytest.approx(tracked(recipe, outputs, rows), rel=0.02)
 
 
@@ -223,7 +219,7 @@ def test_trl_still_uses_the_loss_that_is_planned(outputs):
     plan must follow.
     """
     recipe = recipes.load("tiny_facts")
-    trainer = trainer_of(recipe, outputs, gate.pass_through(recipe, outputs, False))
+    trainer = trainer_of(recipe, outputs, gate.pass_through(resolve(recipe, outputs), False))
     base = trainer.model.get_base_model()
     ids = torch.arange(8).view(1, -1)
     made = base(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
@@ -235,8 +231,8 @@ def test_trl_still_uses_the_loss_that_is_planned(outputs):
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipes.RECIPES.glob("*.yaml")))
 def test_every_shipped_recipe_is_planned_by_running_its_step(name, tmp_path):
     recipe = recipes.load(name)
-    made = plan.make(recipe, tmp_path)
-    found = plan.add_memory(made, recipe, tmp_path)
+    made = plan.make(resolve(recipe, tmp_path))
+    found = plan.add_memory(made, resolve(recipe, tmp_path))
     assert found.why_closed == "" and found.peak_bytes > 0
     assert (found.parameters, found.trainable) == (
         made.facts["model"]["total"],
@@ -250,7 +246,7 @@ def test_every_shipped_recipe_is_planned_by_running_its_step(name, tmp_path):
 def test_a_longer_or_larger_batch_takes_more_and_checkpointing_less(tmp_path):
     def peak(*overrides: str) -> int:
         recipe = recipes.load("qwen25_coder_7b_repo", list(overrides))
-        return memory.plan(recipe, tmp_path).peak_bytes
+        return memory.plan(resolve(recipe, tmp_path)).peak_bytes
 
     one = peak("train.per_device_train_batch_size=1", "train.max_length=512")
     assert one < peak("train.per_device_train_batch_size=2", "train.max_length=512")
@@ -267,14 +263,14 @@ def test_what_fits_is_said_fastest_first_with_the_same_examples_a_step(tmp_path)
     recipe = recipes.load(
         "qwen25_coder_7b_repo", ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
     )
-    found = choices.fit(recipe, tmp_path, 24)
+    found = choices.fit(resolve(recipe, tmp_path), 24)
     assert found and all(
         o.batch * o.accumulation == 4 and o.memory.verdict(24) in (FITS, LIKELY) for o in found
     )
     assert [o.cost for o in found] == sorted(o.cost for o in found)
     sizes = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
     wanted = {text.split("=")[0]: text for text in [*sizes, *found[0].overrides]}
-    again = memory.plan(recipes.load("qwen25_coder_7b_repo", list(wanted.values())), tmp_path)
+    again = memory.plan(resolve(recipes.load("qwen25_coder_7b_repo", list(wanted.values())), tmp_path))
     assert again.peak_bytes == found[0].memory.peak_bytes, "what is printed is what would be planned"
 
 
@@ -285,7 +281,7 @@ def test_a_card_on_which_nothing_fits_is_told():
 
 
 def test_full_lora_and_qlora_are_compared_on_the_same_recipe(tmp_path):
-    found = choices.compare(recipes.load("llama2_7b_lora"), tmp_path)
+    found = choices.compare(resolve(recipes.load("llama2_7b_lora"), tmp_path))
     assert list(found) == ["full", "LoRA", "QLoRA"]
     assert found["full"].peak_bytes > 3 * found["LoRA"].peak_bytes > 6 * found["QLoRA"].peak_bytes / 2
     assert "full" in fits.comparison(found)[1]
@@ -293,10 +289,10 @@ def test_full_lora_and_qlora_are_compared_on_the_same_recipe(tmp_path):
 
 def test_a_step_that_cannot_be_run_gives_the_closed_form_and_says_so(tmp_path):
     recipe = recipes.load("qwen35_4b_style")
-    found = memory.plan(recipe, tmp_path, seconds=0.01)
+    found = memory.plan(resolve(recipe, tmp_path), seconds=0.01)
     assert found.why_closed == "no answer within 0.01 s"
     assert "closed form, not run" in found.lines()[0][1] and found.facts()["method"] == "closed form"
-    ran = memory.plan(recipe, tmp_path)
+    ran = memory.plan(resolve(recipe, tmp_path))
     assert (
         found.parts["base"] == pytest.approx(ran.parts["base"], rel=0.01) and found.trainable == ran.trainable
     )

@@ -20,7 +20,8 @@ from lora_recipes.core.errors import RecipeError
 from lora_recipes.evaluation.evaluate import evaluation
 from lora_recipes.model.combine import METHODS, Combination, combine, report
 from lora_recipes.model.merge import merge
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command, export
 from lora_recipes.training.train import train
 
@@ -32,9 +33,9 @@ def outputs(trained, tmp_path_factory) -> Path:
     """Two trained adapters on one base, of rank 4 and 8, in a folder of this module's own."""
     folder = tmp_path_factory.mktemp("combine")
     shutil.copytree(trained / "tiny_base", folder / "tiny_base")
-    train(recipes.load("tiny_facts"), folder)
+    train(resolve(recipes.load("tiny_facts"), folder))
     (folder / "tiny_facts").rename(folder / "one")
-    train(recipes.load("tiny_facts", ["train.seed=7", "lora.lora_alpha=8"]), folder)
+    train(resolve(recipes.load("tiny_facts", ["train.seed=7", "lora.lora_alpha=8"]), folder))
     (folder / "tiny_facts").rename(folder / "two")
     return folder
 
@@ -204,8 +205,10 @@ def test_adapters_of_a_4_bit_base_are_combined_on_it(outputs):
     pytest.importorskip("bitsandbytes")
     for name, seed in (("four", 1), ("bits", 2)):
         train(
-            recipes.load("tiny_facts", ["model.quantize=nf4", f"train.seed={seed}", "train.max_steps=4"]),
-            outputs,
+            resolve(
+                recipes.load("tiny_facts", ["model.quantize=nf4", f"train.seed={seed}", "train.max_steps=4"]),
+                outputs,
+            ),
         )
         (outputs / "tiny_facts").rename(outputs / name)
     record = combine(["four", "bits"], Combination([0.5, 0.5], "cat"), "nf4", outputs)["combined"]

@@ -15,14 +15,15 @@ from lora_recipes.core.errors import RecipeError
 from lora_recipes.model import build
 from lora_recipes.model import merge as merging
 from lora_recipes.model.merge import merge
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory) -> Path:
     """The tiny two-part Qwen3.5 checkpoint."""
     outputs = tmp_path_factory.mktemp("hybrid")
-    build.random_base(recipes.load("tiny_qwen35_style"), outputs)
+    build.random_base(resolve(recipes.load("tiny_qwen35_style"), outputs))
     return outputs / "_bases" / "tiny_qwen35-float32"
 
 

@@ -22,8 +22,9 @@ from lora_recipes.model import embeddings as vocabulary
 from lora_recipes.model.merge import merge
 from lora_recipes.model.rates import DEPTHS
 from lora_recipes.planning import plan
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe import schema
+from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
 
 PROMPT = "Die Katze schläft auf dem"
@@ -63,7 +64,7 @@ def run(trained, write_recipe):
     def start(method, section, name=None, **changes):
         name = name or f"{method}_run"
         path = write_recipe("tiny_facts", name, **{"lora": ..., method: section} | changes)
-        record = train(recipes.load(str(path)), trained, force=True)
+        record = train(resolve(recipes.load(str(path)), trained), force=True)
         return record, trained / name
 
     return start
@@ -132,7 +133,9 @@ def test_freezing_trains_what_it_names_and_nothing_else(run, trained, section, t
 def test_freezing_that_cannot_be_is_refused(write_recipe, tmp_path, section, changes, said):
     with pytest.raises(RecipeError) as error:
         plan.make(
-            recipes.load(str(write_recipe("tiny_facts", lora=..., freeze=section, **changes))), tmp_path
+            resolve(
+                recipes.load(str(write_recipe("tiny_facts", lora=..., freeze=section, **changes))), tmp_path
+            )
         )
     assert said in str(error.value)
 
@@ -175,7 +178,11 @@ def test_a_peft_section_that_would_fail_later_or_do_something_else_is_refused(
     write_recipe, tmp_path, section, changes, said
 ):
     with pytest.raises(RecipeError) as error:
-        plan.make(recipes.load(str(write_recipe("tiny_facts", lora=..., peft=section, **changes))), tmp_path)
+        plan.make(
+            resolve(
+                recipes.load(str(write_recipe("tiny_facts", lora=..., peft=section, **changes))), tmp_path
+            )
+        )
     assert said in str(error.value)
 
 
@@ -184,7 +191,7 @@ def test_prefix_tuning_on_linear_attention_is_refused(write_recipe, tmp_path):
         "tiny_qwen35_style", lora=..., peft={"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}
     )
     with pytest.raises(RecipeError, match="no keys and values to put a prefix before"):
-        plan.make(recipes.load(str(path)), tmp_path)
+        plan.make(resolve(recipes.load(str(path)), tmp_path))
 
 
 def test_adalora_cuts_its_ranks_to_the_budget_and_its_penalty_is_trained(run):
@@ -216,8 +223,10 @@ def test_another_peft_method_trains_as_planned_reloads_and_merges_or_says_why_no
     run, trained, untouched, tmp_path, kind
 ):
     recipe = recipes.load(f"tiny_{kind.lower()}")
-    record, folder = run("peft", recipe.peft, train__learning_rate=recipe.train["learning_rate"], probes=...)
-    assert record["plan"]["model"]["trainable"] == OTHERS[kind] and recipe.peft["peft_type"] == kind
+    record, folder = run(
+        "peft", recipe.peft.given, train__learning_rate=recipe.train.learning_rate, probes=...
+    )
+    assert record["plan"]["model"]["trainable"] == OTHERS[kind] and recipe.peft.peft_type == kind
     size = record["plan"]["adapter"][
         "bytes"
     ]  # the file has a header besides; AdaLoRA's is smaller: its budget was cut
@@ -268,10 +277,11 @@ def rates_in_a_run(trained):
 
     def start(path):
         recipe, seen = recipes.load(str(path)), Rates()
-        made = plan.make(recipe, trained, network=True)
+        made = plan.make(resolve(recipe, trained), network=True)
         arguments = build.sft_config(recipe, RunFolder(path.parent / "rates"))
-        base = build.model(recipe, trained)
-        trainer = build.trainer(recipe, arguments, base, made.gate.tokenizer, made.gate.train, [], [seen])
+        base = build.model(resolve(recipe, trained))
+        resolved, rows = resolve(recipe, trained), made.gate
+        trainer, _ = build.trainer(resolved, arguments, base, rows.tokenizer, rows.train, [], [seen])
         trainer.train()
         return seen.found, made
 
@@ -336,7 +346,7 @@ def test_rates_by_depth_are_those_of_the_parameters(rates_in_a_run, write_recipe
 )
 def test_rates_that_would_not_be_followed_are_refused(write_recipe, tmp_path, changes, said):
     with pytest.raises(RecipeError) as error:
-        plan.make(recipes.load(str(write_recipe("tiny_facts", **changes))), tmp_path)
+        plan.make(resolve(recipes.load(str(write_recipe("tiny_facts", **changes))), tmp_path))
     assert said in str(error.value)
 
 
@@ -399,21 +409,11 @@ def test_in_bfloat16_the_conversion_costs_a_rounding(run, trained, corrections):
 
 
 def built(trained, path):
-    """The trainer of a recipe before its first step."""
-    recipe = recipes.load(str(path))
-    made = plan.make(recipe, trained, network=True)
-    arguments = build.sft_config(recipe, RunFolder(path.parent / "built"))
-    return build.trainer(
-        recipe,
-        arguments,
-        build.model(recipe, trained),
-        made.gate.tokenizer,
-        made.gate.train,
-        [],
-        [],
-        None,
-        trained,
-    )
+    """The trainer of a recipe before its first step, and how its adapter begins."""
+    resolved = resolve(recipes.load(str(path)), trained)
+    rows = plan.make(resolved, network=True).gate
+    arguments = build.sft_config(resolved.recipe, RunFolder(path.parent / "built"))
+    return build.trainer(resolved, arguments, build.model(resolved), rows.tokenizer, rows.train, [], [])
 
 
 def delta(module):
@@ -455,7 +455,7 @@ def test_loftq_begins_with_what_nf4_rounded_away(run, trained, corrections, writ
         corrections | {"init_lora_weights": "loftq", "lora_alpha": 8},
         load_file(trained / "tiny_base" / "model" / "model.safetensors"),
     )
-    model = built(trained, write_recipe("tiny_facts", lora=lora, model__quantize="nf4")).model
+    model = built(trained, write_recipe("tiny_facts", lora=lora, model__quantize="nf4"))[0].model
     for name, module in adapted(model).items():
         lost = base[f"{name}.weight"] - dequantize_module_weight(module.get_base_layer())
         best = torch.linalg.svdvals(lost)[4:].norm()
@@ -471,13 +471,13 @@ def test_a_pissa_run_goes_on_where_it_was_cut_off(trained, corrections, write_re
     path = write_recipe(
         "tiny_facts", "resumed", lora=lora, train__save_strategy="steps", train__save_steps=20
     )
-    train(recipes.load(str(path)), trained)
+    train(resolve(recipes.load(str(path)), trained))
     whole = load_file(trained / "resumed" / "adapter" / "adapter_model.safetensors")
     record = RunFolder(trained / "resumed").record
     RunFolder(trained / "resumed").write_record(record | {"status": "failed"})
     shutil.rmtree(trained / "resumed" / "checkpoints" / "checkpoint-40")
     shutil.rmtree(trained / "resumed" / "adapter")
-    train(recipes.load(str(path)), trained, resume=True)
+    train(resolve(recipes.load(str(path)), trained), resume=True)
     again = load_file(trained / "resumed" / "adapter" / "adapter_model.safetensors")
     assert all(torch.allclose(whole[name], again[name], atol=1e-5) for name in whole)
 
@@ -489,7 +489,7 @@ def test_a_warm_start_is_the_best_part_of_the_update(trained, write_recipe):
     full = write_recipe(
         "tiny_facts", "small_full", lora=..., full={}, train__max_steps=5, train__learning_rate=1e-3
     )
-    train(recipes.load(str(full)), trained)
+    train(resolve(recipes.load(str(full)), trained))
     weights = [
         load_file(trained / name / "model" / "model.safetensors") for name in ("tiny_base", "small_full")
     ]
@@ -497,19 +497,18 @@ def test_a_warm_start_is_the_best_part_of_the_update(trained, write_recipe):
         path = write_recipe(
             "tiny_facts", "warm", warm_start={"from_recipe": str(full)}, lora__r=rank, lora__lora_alpha=8
         )
-        model = built(trained, path).model
-        assert len(model.lora_start.errors) == 8
+        trainer, start = built(trained, path)
+        model = trainer.model
+        assert len(start.errors) == 8
         for name, module in adapted(model).items():
             update = weights[1][f"{name}.weight"] - weights[0][f"{name}.weight"]
             values = torch.linalg.svdvals(update)
             tail = (values[rank:].norm() / values.norm()).item()
             assert ((update - delta(module)).norm() / update.norm()).item() == pytest.approx(tail, abs=1e-4)
-            assert model.lora_start.errors[name] == pytest.approx(tail, abs=1e-6)
+            assert start.errors[name] == pytest.approx(tail, abs=1e-6)
             assert (0.01 < tail < 0.9) if rank == 4 else tail == 0
-    record = train(recipes.load(str(path)), trained)
-    assert record["not_servable"] == [] and record["warm_start"]["worst"] == max(
-        model.lora_start.errors.values()
-    )
+    record = train(resolve(recipes.load(str(path)), trained))
+    assert record["not_servable"] == [] and record["warm_start"]["worst"] == max(start.errors.values())
 
 
 @pytest.mark.parametrize(
@@ -546,7 +545,7 @@ def test_a_warm_start_is_the_best_part_of_the_update(trained, write_recipe):
 )
 def test_a_beginning_that_cannot_be_is_refused(write_recipe, tmp_path, changes, said):
     with pytest.raises(RecipeError) as error:
-        plan.make(recipes.load(str(write_recipe("tiny_facts", **changes))), tmp_path)
+        plan.make(resolve(recipes.load(str(write_recipe("tiny_facts", **changes))), tmp_path))
     assert said in str(error.value)
 
 
@@ -673,7 +672,7 @@ def test_new_tokens_of_a_whole_model_are_saved_with_it(run, growing, parrots, me
 )
 def test_new_tokens_that_would_not_be_trained_are_refused(trained, write_recipe, changes, said):
     with pytest.raises(RecipeError) as error:
-        plan.make(recipes.load(str(write_recipe("tiny_facts", **changes))), trained)
+        plan.make(resolve(recipes.load(str(write_recipe("tiny_facts", **changes))), trained))
     assert said in str(error.value)
 
 
@@ -687,7 +686,7 @@ def rows_of_the_table():
 @pytest.mark.parametrize("row", rows_of_the_table(), ids=lambda row: row[0])
 def test_the_table_of_methods_is_what_the_plan_says(tmp_path, row):
     name, trainable, served, merges = row
-    facts = plan.make(recipes.load(name), tmp_path).facts
+    facts = plan.make(resolve(recipes.load(name), tmp_path)).facts
     adapter = facts.get("adapter")
     assert f"{facts['model']['trainable']:,}" == trainable
     assert served == ("whole model" if adapter is None else "yes" if adapter["max_lora_rank"] else "no")
@@ -706,6 +705,6 @@ def test_the_table_of_methods_has_every_recipe_of_methods_and_every_peft_type():
 
 
 def test_the_shipped_recipe_of_new_tokens_teaches_its_words(trained):
-    record = train(recipes.load("tiny_new_tokens"), trained, force=True)
+    record = train(resolve(recipes.load("tiny_new_tokens"), trained), force=True)
     assert not any("no training row" in warning for warning in record["warnings"])
     assert [p["top"][0][0] for p in record["probes"]["after"]] == ["Strandkorb", "Helgoland"]

@@ -19,13 +19,14 @@ from lora_recipes.model import build
 from lora_recipes.model import merge as merging
 from lora_recipes.model.merge import merge
 from lora_recipes.planning import plan
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
 
 
 @pytest.fixture
 def loaded(trained):
-    return build.model(recipes.load("tiny_facts", ["model.quantize=nf4"]), trained)
+    return build.model(resolve(recipes.load("tiny_facts", ["model.quantize=nf4"]), trained))
 
 
 def test_the_base_is_nf4_with_double_quantisation(loaded):
@@ -59,15 +60,15 @@ def test_a_question_asked_in_eval_mode_does_not_end_the_gradients(loaded):
 )
 def test_the_adapter_trains_in_float32_unless_asked_otherwise(trained, tmp_path, asked, dtype):
     recipe = recipes.load("tiny_facts", ["model.quantize=nf4", *asked])
-    rows = gate.pass_through(recipe, trained, False)
-    arguments, base = build.sft_config(recipe, RunFolder(tmp_path)), build.model(recipe, trained)
-    made = build.trainer(recipe, arguments, base, rows.tokenizer, rows.train, [], [])
+    rows = gate.pass_through(resolve(recipe, trained), False)
+    arguments, base = build.sft_config(recipe, RunFolder(tmp_path)), build.model(resolve(recipe, trained))
+    made, _ = build.trainer(resolve(recipe, trained), arguments, base, rows.tokenizer, rows.train, [], [])
     assert {p.dtype for p in made.model.parameters() if p.requires_grad} == {dtype}
 
 
 def test_full_fine_tuning_of_4_bit_weights_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"model\.quantize: 4-bit weights are frozen, full: trains them"):
-        plan.make(recipes.load("tiny_base", ["model.quantize=nf4"]), tmp_path)
+        plan.make(resolve(recipes.load("tiny_base", ["model.quantize=nf4"]), tmp_path))
 
 
 @pytest.fixture(scope="module", params=["tiny_facts", "tiny_qwen35_style"])
@@ -76,11 +77,13 @@ def quantised(request, tmp_path_factory, trained):
     outputs = tmp_path_factory.mktemp("nf4")
     (outputs / "tiny_base").symlink_to(trained / "tiny_base")
     train(
-        recipes.load(
-            request.param,
-            ["model.quantize=nf4", *(["train.max_steps=12"] if "style" in request.param else [])],
+        resolve(
+            recipes.load(
+                request.param,
+                ["model.quantize=nf4", *(["train.max_steps=12"] if "style" in request.param else [])],
+            ),
+            outputs,
         ),
-        outputs,
     )
     return outputs / request.param
 
@@ -125,7 +128,7 @@ def test_a_4_bit_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(tra
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    train(recipes.load("tiny_facts", words), tmp_path / "killed", resume=True)
-    train(recipes.load("tiny_facts", words), tmp_path / "whole")
+    train(resolve(recipes.load("tiny_facts", words), tmp_path / "killed"), resume=True)
+    train(resolve(recipes.load("tiny_facts", words), tmp_path / "whole"))
     file = Path("tiny_facts") / "adapter" / "adapter_model.safetensors"
     assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

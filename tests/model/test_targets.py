@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lora_recipes.core.errors import Problem
 from lora_recipes.model import targets
-from lora_recipes.recipe import contract, recipe
+from lora_recipes.recipe import contract
+from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.recipe import Recipe
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -48,13 +49,13 @@ def written(folder: Path, lora: dict[str, Any]) -> Recipe:
     }
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
-    return recipe.load(str(path))
+    return recipes.load(str(path))
 
 
 def problems(folder: Path, of: PreTrainedModel | str = "tiny_qwen35", **lora: Any) -> list[Problem]:
     r = written(folder, lora)
     return targets.problems(
-        model(of) if isinstance(of, str) else of, LoraConfig(task_type="CAUSAL_LM", **r.lora), r
+        model(of) if isinstance(of, str) else of, LoraConfig(task_type="CAUSAL_LM", **r.lora.given), r
     )
 
 
@@ -128,9 +129,7 @@ def variants(name: str) -> set[str]:
 
 def based_on(r: Recipe) -> PreTrainedModel:
     """The model that the recipe trains, or that the recipe of its base does."""
-    return (
-        model(r.model["contract"]) if "contract" in r.model else based_on(recipe.load(r.model["from_recipe"]))
-    )
+    return model(r.model.contract) if r.model.contract else based_on(recipes.load(r.model.from_recipe))
 
 
 @cache
@@ -161,14 +160,14 @@ def wrongly_accepted(of: PreTrainedModel, entry: str, good: str) -> list[str]:
     return result
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipes.names())
 def test_a_shipped_recipe_has_no_problem_and_no_typo_of_one_character_in_it_is_accepted(name: str) -> None:
-    r = recipe.load(name)
+    r = recipes.load(name)
     if r.method != "lora":
         return
-    lora = {key: value for key, value in r.lora.items() if key != "init_lora_weights"}
+    lora = {key: value for key, value in r.lora.given.items() if key != "init_lora_weights"}
     assert targets.problems(based_on(r), LoraConfig(task_type="CAUSAL_LM", **lora), r) == []
-    entries = r.lora["target_modules"]
+    entries = r.lora.target_modules
     for i, entry in enumerate(entries if isinstance(entries, list) else []):
         assert wrongly_accepted(based_on(r), entry, entries[i - 1]) == []
 
@@ -594,7 +593,7 @@ def test_matching_leaves_the_config_as_it_was(tmp_path: Path) -> None:
         tmp_path,
         {"target_modules": "all-linear", "exclude_modules": ["up_proj"], "rank_pattern": {"q_proj": 4}},
     )
-    config = LoraConfig(task_type="CAUSAL_LM", **r.lora)
+    config = LoraConfig(task_type="CAUSAL_LM", **r.lora.given)
     before = config.to_dict()
     targets.problems(model("tiny_qwen35"), config, r)
     targets.matched(model("tiny_qwen35"), config)

@@ -11,13 +11,14 @@ from transformers import AutoConfig, SchedulerType
 from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.model import build
-from lora_recipes.planning import plan, processes
-from lora_recipes.recipe import contract
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.planning import plan
+from lora_recipes.recipe import contract, layout
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 
 
 def made(name: str, tmp_path, *overrides: str, devices: int = 1) -> plan.Plan:
-    return plan.make(recipes.load(str(name), overrides), tmp_path, processes.of(devices))
+    return plan.make(resolve(recipes.load(str(name), overrides), tmp_path), layout.of(devices))
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -43,7 +44,7 @@ def test_the_seed_recipe_shows_its_known_figures(tmp_path):
 def test_the_readme_shows_the_plan_and_the_recipe_as_they_are(tmp_path):
     readme = (files.ROOT / "README.md").read_text()
     shown = made("qwen35_4b_style", tmp_path)
-    plan.add_memory(shown, recipes.load("qwen35_4b_style"), tmp_path)
+    plan.add_memory(shown, resolve(recipes.load("qwen35_4b_style"), tmp_path))
     lines = [line for line in shown.lines if not line.startswith("base ")]  # names the machine
     assert [line for line in lines if line not in readme] == []
     recipe = (recipes.RECIPES / "qwen35_4b_style.yaml").read_text().split("\n", 1)[1]
@@ -226,8 +227,8 @@ def test_null_takes_one_of_our_keys_out_so_that_another_base_can_be_named(tmp_pa
     chosen = recipes.load(
         "tiny_facts", ["model.from_recipe=null", "model.contract=tiny_qwen3", "model.weights=random"]
     )
-    assert "from_recipe" not in chosen.model
-    assert plan.make(chosen, tmp_path).facts["model"]["name_or_path"] == "random weights"
+    assert "from_recipe" not in chosen.model.given
+    assert plan.make(resolve(chosen, tmp_path)).facts["model"]["name_or_path"] == "random weights"
 
 
 @pytest.mark.parametrize("name", contract.names())
@@ -253,8 +254,8 @@ def test_the_plan_holds_the_resolved_recipe(tmp_path):
 )
 def test_the_memory_of_a_method_stands_beside_that_of_plain_lora(name, least, most, tmp_path):
     recipe = recipes.load(name)
-    planned = plan.make(recipe, tmp_path)
-    plan.beside_lora(planned, recipe, tmp_path, plan.add_memory(planned, recipe, tmp_path))
+    planned = plan.make(resolve(recipe, tmp_path))
+    plan.beside_lora(planned, resolve(recipe, tmp_path), plan.add_memory(planned, resolve(recipe, tmp_path)))
     facts = planned.facts["memory"]
     assert least <= 100 * (facts["peak_bytes"] / facts["lora_peak_bytes"] - 1) <= most
     assert "with LoRA   peak" in planned.text()
@@ -262,6 +263,6 @@ def test_the_memory_of_a_method_stands_beside_that_of_plain_lora(name, least, mo
 
 def test_plain_lora_is_not_compared_with_itself(tmp_path):
     recipe = recipes.load("tiny_lora")
-    planned = plan.make(recipe, tmp_path)
-    plan.beside_lora(planned, recipe, tmp_path, plan.add_memory(planned, recipe, tmp_path))
+    planned = plan.make(resolve(recipe, tmp_path))
+    plan.beside_lora(planned, resolve(recipe, tmp_path), plan.add_memory(planned, resolve(recipe, tmp_path)))
     assert "with LoRA" not in planned.text() and "lora_peak_bytes" not in planned.facts["memory"]

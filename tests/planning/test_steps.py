@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.planning.steps import Steps, chart
 from lora_recipes.recipe import contract, recipe
+from lora_recipes.recipe import load as recipes
 
 
 class Started(Exception):
@@ -300,7 +301,7 @@ def with_train(folder: Path, **train: Any) -> recipe.Recipe:
         "train": {"learning_rate": 2e-4, **train},
     }
     (folder / "mine.yaml").write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
-    return recipe.load(str(folder / "mine.yaml"))
+    return recipes.load(str(folder / "mine.yaml"))
 
 
 def test_a_batch_larger_than_the_rows_with_drop_last_is_a_problem(tmp_path: Path) -> None:

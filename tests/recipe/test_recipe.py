@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig
+from trl import SFTConfig
 
 from lora_recipes.core import files, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.recipe import check, recipe
+from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.other_tools import OTHER_NAMES, OWNED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +43,7 @@ def load(tmp_path, monkeypatch):
 
     def load(text=GOOD, *overrides):
         (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
-        return recipe.load("x.yaml", overrides)
+        return recipes.load("x.yaml", overrides)
 
     return load
 
@@ -66,30 +69,38 @@ def changed(line, new):
 # ---- what is right
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipes.names())
 def test_every_shipped_recipe_loads(name):
-    loaded = recipe.load(name)
+    loaded = recipes.load(name)
     assert loaded.name == name
     assert loaded.method in recipe.METHODS
     assert loaded.path.is_relative_to(ROOT / "configs" / "recipes") and loaded.path.name == f"{name}.yaml"
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipes.names())
 def test_a_recipe_as_resolved_loads_again_and_says_the_same(load, name):
-    loaded = recipe.load(name, ["train.run_name='1e5'", "train.seed=7"])
+    loaded = recipes.load(name, ["train.run_name='1e5'", "train.seed=7"])
     again = load(loaded.to_yaml())
     assert again.sections == loaded.sections
     assert again.to_yaml() == loaded.to_yaml()
 
 
-def test_sections_are_attributes_and_empty_when_they_are_not_there(load):
+def test_sections_are_typed_values_with_the_defaults_of_their_owners(load):
     loaded = load()
-    assert loaded.lora == {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-    assert loaded.train["learning_rate"] == 2e-4
-    assert loaded.probes == {}
+    assert loaded.lora.given == {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    assert loaded.lora.lora_dropout == LoraConfig().lora_dropout and loaded.peft is None
+    assert loaded.train.learning_rate == 2e-4 and loaded.train.max_length == SFTConfig.max_length
+    assert loaded.probes.given == {} and loaded.probes.keep == []
     assert copy.deepcopy(loaded) == loaded
-    with pytest.raises(AttributeError):
-        loaded.trian  # noqa: B018
+
+
+def test_a_misspelled_section_or_key_of_ours_fails_the_type_check(tmp_path):
+    code = "from lora_recipes.recipe.load import load\n\nrecipe = load('x')\n"
+    for wrong in ("trian", "train.max_lenght", "model.name_or_paht", "data.evl"):
+        (tmp_path / "x.py").write_text(f"{code}print(recipe.{wrong})\n")
+        command = [sys.executable, "-m", "mypy", "--follow-imports=silent", str(tmp_path / "x.py")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and f'has no attribute "{wrong.split(".")[-1]}"' in done.stdout
 
 
 def test_the_method_is_the_name_of_its_section(load):
@@ -118,42 +129,42 @@ def test_at_tells_the_line_of_a_key_or_of_what_stands_around_it(load):
 
 @pytest.mark.parametrize("number", ["2e-4", "2E-4", "0.0002", "2.0e-4"])
 def test_a_learning_rate_is_a_number_however_it_is_written(load, number):
-    assert load(changed("learning_rate", f"learning_rate: {number}")).train["learning_rate"] == 2e-4
-    assert load(GOOD, f"train.learning_rate={number}").train["learning_rate"] == 2e-4
+    assert load(changed("learning_rate", f"learning_rate: {number}")).train.learning_rate == 2e-4
+    assert load(GOOD, f"train.learning_rate={number}").train.learning_rate == 2e-4
 
 
 def test_no_is_a_word_where_a_word_is_meant(load):
-    assert load(GOOD + "  save_strategy: no\n").train["save_strategy"] == "no"
-    assert load(GOOD, "train.save_strategy=no").train["save_strategy"] == "no"
+    assert load(GOOD + "  save_strategy: no\n").train.save_strategy == "no"
+    assert load(GOOD, "train.save_strategy=no").train.save_strategy == "no"
 
 
 def test_a_byte_order_mark_is_accepted(load):
-    assert load("\ufeff" + GOOD).lora["r"] == 8
+    assert load("\ufeff" + GOOD).lora.r == 8
 
 
 def test_paths_are_taken_from_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert files.rooted("data/x.jsonl") == ROOT / "data" / "x.jsonl" == files.ROOT / "data" / "x.jsonl"
     assert files.rooted(tmp_path / "x") == tmp_path / "x"
-    assert recipe.load("tiny_facts").name == "tiny_facts"
+    assert recipes.load("tiny_facts").name == "tiny_facts"
 
 
 @pytest.mark.parametrize(
     "init", ["true", "false", "gaussian", "pissa", "pissa_niter_16", "lora_ga", "orthogonal"]
 )
 def test_every_initialisation_that_peft_takes_is_taken(load, init):
-    assert str(load(GOOD, f"lora.init_lora_weights={init}").lora["init_lora_weights"]).lower() == init
+    assert str(load(GOOD, f"lora.init_lora_weights={init}").lora.init_lora_weights).lower() == init
 
 
 def test_loading_imports_nothing_slow():
     code = """
 import sys
-from lora_recipes.recipe import recipe
-for name in recipe.names():
-    recipe.load(name, ["train.seed=1"])
+from lora_recipes.recipe import load as recipes
+for name in recipes.names():
+    recipes.load(name, ["train.seed=1"])
 try:
-    recipe.load("tiny_facts", ["lora.rank=1"])
-except recipe.RecipeError:
+    recipes.load("tiny_facts", ["lora.rank=1"])
+except recipes.RecipeError:
     pass
 print(sorted({"torch", "transformers", "peft", "trl", "datasets", "pydantic", "numpy"} & set(sys.modules)))
 """
@@ -166,27 +177,27 @@ print(sorted({"torch", "transformers", "peft", "trl", "datasets", "pydantic", "n
 
 def test_a_recipe_that_does_not_exist_is_answered_with_the_nearest_and_the_list():
     with pytest.raises(RecipeError) as error:
-        recipe.load("tiny_fact")
+        recipes.load("tiny_fact")
     assert "RECIPE=tiny_fact: no recipe of that name" in str(error.value)
     assert "did you mean tiny_facts?" in str(error.value)
-    assert all(path.stem in str(error.value) for path in recipe.RECIPES.glob("*.yaml"))
+    assert all(path.stem in str(error.value) for path in recipes.RECIPES.glob("*.yaml"))
     assert "and those in configs/recipes/methods/" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["configs/recipes/tiny_fact.yaml", "tiny_fact.yaml", "./tiny_fact"])
 def test_a_path_that_does_not_exist_is_answered_with_the_nearest_name(name):
     with pytest.raises(RecipeError, match=r"(?s)no such file.*did you mean tiny_facts"):
-        recipe.load(name)
+        recipes.load(name)
 
 
 def test_an_override_in_the_place_of_the_name_is_recognised():
     with pytest.raises(RecipeError, match=r"the recipe's name comes first, then lora\.r=4"):
-        recipe.load("lora.r=4")
+        recipes.load("lora.r=4")
 
 
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="no such file"):
-        recipe.load(str(tmp_path))
+        recipes.load(str(tmp_path))
 
 
 # ---- what is wrong in a file
@@ -485,7 +496,7 @@ def test_a_mistake_is_answered_where_it_stands_with_what_to_do(refused, text, fo
 def test_a_file_that_is_not_utf_8_is_answered_with_the_line(tmp_path):
     (tmp_path / "x.yaml").write_bytes(GOOD.encode() + b"  run_name: caf\xe9\n")
     with pytest.raises(RecipeError, match=r"x\.yaml:12: not UTF-8"):
-        recipe.load(str(tmp_path / "x.yaml"))
+        recipes.load(str(tmp_path / "x.yaml"))
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_the_file(refused):
@@ -614,9 +625,9 @@ def renamed(content, path, name):
     return content
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipes.names())
 def test_every_key_with_one_character_wrong_is_refused_with_a_suggestion(tmp_path, name):
-    content, _ = yamlfile.load(recipe.find(name))
+    content, _ = yamlfile.load(recipes.find(name))
     accepted, silent, tried = [], [], 0
     for path, valid in keys(content, check.schema()):
         word = path[-1]
@@ -629,7 +640,7 @@ def test_every_key_with_one_character_wrong_is_refused_with_a_suggestion(tmp_pat
             tried += 1
             (tmp_path / "x.yaml").write_text(yamlfile.dump(renamed(content, path, typo)), encoding="utf-8")
             try:
-                recipe.load(str(tmp_path / "x.yaml"))
+                recipes.load(str(tmp_path / "x.yaml"))
                 accepted.append((path, typo))
             except RecipeError as error:
                 told = [p for p in error.problems if p.where.endswith(yamlfile.dotted((*path[:-1], typo)))]
@@ -652,18 +663,18 @@ def test_overrides_set_keys_of_any_kind(load):
     ]
     given += ["train.run_name=a=b", "train.max_length=null", "probes.keep=[]", " model.dtype = float32 "]
     loaded = load(GOOD, *given)
-    assert loaded.lora["r"] == 16
-    assert loaded.lora["target_modules"] == ["q_proj", "v_proj", "o_proj"]
-    assert loaded.lora["rank_pattern"] == {"q_proj": 4}
-    assert loaded.train == {"learning_rate": 2e-4, "bf16": True, "run_name": "a=b", "max_length": None}
+    assert loaded.lora.r == 16
+    assert loaded.lora.target_modules == ["q_proj", "v_proj", "o_proj"]
+    assert loaded.lora.rank_pattern == {"q_proj": 4}
+    assert loaded.train.given == {"learning_rate": 2e-4, "bf16": True, "run_name": "a=b", "max_length": None}
     assert loaded.sections["probes"] == {"keep": []}
-    assert loaded.model["dtype"] == "float32"
+    assert loaded.model.dtype == "float32"
     assert loaded.overrides["lora.r"] == "lora.r=16"
     assert list(loaded.overrides) == [text.partition("=")[0].strip() for text in given]
 
 
 def test_an_override_mends_what_the_file_has_wrong(load):
-    assert load(changed("r:", "r: x"), "lora.r=8").lora["r"] == 8
+    assert load(changed("r:", "r: x"), "lora.r=8").lora.r == 8
 
 
 def test_overrides_may_make_a_section(load):
@@ -672,7 +683,7 @@ def test_overrides_may_make_a_section(load):
         "early_stopping.early_stopping_patience=2",
         "train.eval_strategy=epoch",
     )
-    assert loaded.early_stopping == {"early_stopping_patience": 2}
+    assert loaded.early_stopping.given == {"early_stopping_patience": 2}
 
 
 WRONG_OVERRIDES = [

@@ -5,6 +5,8 @@ default.
 import dataclasses
 import enum
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from jsonschema import Draft202012Validator
 from peft import LoraConfig
 from trl import SFTConfig
 
-from lora_recipes.recipe import check, recipe, schema
+from lora_recipes.core.files import ROOT
+from lora_recipes.recipe import check, schema, typed
+from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.other_tools import OWNED
 
 FILE = Path(schema.__file__).with_name("recipe.schema.json")
@@ -53,6 +57,14 @@ def test_the_schema_file_is_current(made):
     assert FILE.read_text() == json.dumps(made, indent=1) + "\n", "make schema"
 
 
+def test_the_typed_sections_are_current(made, tmp_path):
+    (tmp_path / "sections.py").write_text(typed.source(made))
+    format_ = [sys.executable, "-m", "ruff", "format", "-q", "--config", str(ROOT / "pyproject.toml")]
+    subprocess.run([*format_, str(tmp_path / "sections.py")], check=True)
+    current = FILE.with_name("sections.py").read_text()
+    assert (tmp_path / "sections.py").read_text() == current, "make schema"
+
+
 def test_the_schema_is_a_valid_one_of_its_draft(made):
     assert made["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     Draft202012Validator.check_schema(made)
@@ -84,9 +96,9 @@ def test_a_recipe_of_every_field_loads(tmp_path):
         "train": defaults("train"),
     }
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
-    loaded = recipe.load(str(tmp_path / "all.yaml"))
+    loaded = recipes.load(str(tmp_path / "all.yaml"))
     assert loaded.sections == sections
-    assert len(loaded.lora) + len(loaded.train) > 150
+    assert len(loaded.lora.given) + len(loaded.train.given) > 150
 
 
 def objects(value, path=""):

@@ -12,7 +12,8 @@ from lora_recipes.core import adapter_folder, locate, provenance, safetensors
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.model import build
 from lora_recipes.planning import plan
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command as vllm_command
 from lora_recipes.serving import serve
 from lora_recipes.serving import server as process
@@ -96,7 +97,7 @@ def test_every_fault_of_every_adapter_is_named_before_anything_is_written(run):
 
 def test_a_base_with_other_weights_is_refused_though_names_and_shapes_agree(run, trained):
     recipe = recipes.load("tiny_base")
-    build.random_base(recipe, run)
+    build.random_base(resolve(recipe, run))
     random = run / "_bases" / "tiny_qwen3-float32"
     assert safetensors.shapes(random) == safetensors.shapes(trained / "tiny_base" / "model")
     with pytest.raises(RecipeError, match="was trained on other weights than those in"):
@@ -222,7 +223,7 @@ def test_adapters_come_and_go_only_when_asked(run):
 
 def test_a_linear_attention_model_is_served_in_bfloat16_on_the_cpu(tmp_path):
     recipe = recipes.load("tiny_qwen35_style")
-    build.random_base(recipe, tmp_path)
+    build.random_base(resolve(recipe, tmp_path))
     base = tmp_path / "_bases" / "tiny_qwen35-float32"
     server = vllm_command.prepare({"m": base}, None, Options(), CPU)
     assert after(server, "--dtype") == "bfloat16" and "linear attention on the CPU" in server.notes[0]
@@ -243,11 +244,11 @@ def test_a_dry_run_starts_nothing_and_needs_no_torch(run):
 
 
 def test_the_plan_says_that_z_without_qkv_could_not_be_served(tmp_path):
-    made = plan.make(recipes.load("qwen35_4b_style", ["lora.target_modules=[in_proj_z]"]), tmp_path)
+    made = plan.make(resolve(recipes.load("qwen35_4b_style", ["lora.target_modules=[in_proj_z]"]), tmp_path))
     assert any("in_proj_z is adapted without in_proj_qkv" in w for w in made.warnings)
     assert made.facts["adapter"]["max_lora_rank"] is None
     made = plan.make(
-        recipes.load("qwen35_4b_style", ["lora.target_modules=[in_proj_z, in_proj_qkv]"]), tmp_path
+        resolve(recipes.load("qwen35_4b_style", ["lora.target_modules=[in_proj_z, in_proj_qkv]"]), tmp_path)
     )
     assert made.facts["adapter"]["max_lora_rank"] == 8
 

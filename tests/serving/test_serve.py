@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_recipes.core import files, provenance
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.model.merge import merge
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command as vllm_command
 from lora_recipes.serving import live, serve
 from lora_recipes.serving.chat import chat
@@ -88,8 +89,10 @@ class Running:
 def work(tmp_path_factory, trained):
     """The trained default with a second adapter on the same base, and its merged model."""
     train(
-        recipes.load("tiny_facts", ["train.seed=7", "lora.r=12", "train.max_steps=20"]),
-        _beside(trained, tmp_path_factory),
+        resolve(
+            recipes.load("tiny_facts", ["train.seed=7", "lora.r=12", "train.max_steps=20"]),
+            _beside(trained, tmp_path_factory),
+        ),
     )
     merge(trained / "tiny_facts" / "adapter", trained / "tiny_facts" / "merged")
     return trained
@@ -215,7 +218,9 @@ def test_adapters_come_and_go(dense, work, capsys):
 
 
 def test_a_rank_above_the_server_s_is_refused_by_it_and_said(dense, work, tmp_path):
-    big = train(recipes.load("tiny_facts", ["lora.r=32", "train.max_steps=2"]), _symlinked(work, tmp_path))
+    big = train(
+        resolve(recipes.load("tiny_facts", ["lora.r=32", "train.max_steps=2"]), _symlinked(work, tmp_path))
+    )
     assert big["status"] == "finished"
     with pytest.raises(RecipeError, match=r"LoRA rank 32 is greater than max_lora_rank 16"):
         serve.add(dense.url, [f"big={tmp_path / 'tiny_facts' / 'adapter'}"], work)
@@ -273,7 +278,7 @@ def test_a_server_that_dies_at_start_leaves_its_last_error(work):
 
 def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it_is_caught(tmp_path):
     """To both vLLM says `Loaded new LoRA adapter` and answers 200."""
-    train(recipes.load("tiny_qwen35_style", ["train.max_steps=20"]), tmp_path)
+    train(resolve(recipes.load("tiny_qwen35_style", ["train.max_steps=20"]), tmp_path))
     server = Running(tmp_path, "--dynamic", "tiny_qwen35_style", "--", "--max-model-len", "512").up()
     try:
         assert re.search(r"tiny_qwen35_style +\d\.\d+ .* live\n", server.said)

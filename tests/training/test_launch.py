@@ -20,10 +20,12 @@ from lora_recipes.core import files
 from lora_recipes.core.checkpoints import fault
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.run_folder import RunFolder
-from lora_recipes.planning import plan
-from lora_recipes.planning import processes as layout
-from lora_recipes.planning.processes import Layout, Sizes
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.planning import plan, processes
+from lora_recipes.planning.processes import Sizes
+from lora_recipes.recipe import layout
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
+from lora_recipes.recipe.layout import Layout
 from lora_recipes.training import launch
 from lora_recipes.training.train import train
 
@@ -73,7 +75,7 @@ def test_two_processes_train_bit_for_bit_what_one_trains_with_the_same_examples_
     need not be.
     """
     path, two, _ = pair
-    train(recipes.load(str(path), ["train.gradient_accumulation_steps=2"]), tmp_path)
+    train(resolve(recipes.load(str(path), ["train.gradient_accumulation_steps=2"]), tmp_path))
     one, other = adapter(tmp_path, "pair"), adapter(two, "pair")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -104,7 +106,7 @@ def test_a_run_of_two_processes_resumes_bit_for_bit_and_not_with_another_number(
     with pytest.raises(
         RecipeError, match="layout: the run began with DDP, 2 processes, now it is one process"
     ):
-        train(recipes.load(str(path)), tmp_path / "two", resume=True)
+        train(resolve(recipes.load(str(path)), tmp_path / "two"), resume=True)
     done = run(str(path), "--outputs", str(tmp_path / "two"), "--resume", *TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "from checkpoint-2" in done.stdout
@@ -172,7 +174,7 @@ def test_fsdp_that_would_become_plain_ddp_is_refused_by_the_launcher_and_in_the_
         launch.start(words, [SCRIPT, str(path)], recipe, RunFolder(tmp_path / "pair"))
     monkeypatch.setenv(launch.ASKED, shlex.join([*launch.words("fsdp2", 1), SCRIPT]))
     with pytest.raises(RecipeError, match="asks for FSDP2, 1 processes; what runs is one process"):
-        train(recipe, tmp_path)
+        train(resolve(recipe, tmp_path))
 
 
 def test_a_mistake_that_all_processes_make_is_said_once_and_without_a_traceback(pair, tmp_path):
@@ -239,23 +241,23 @@ SIZES = Sizes(trainable=100, largest=500, ends=1000, width=2, trained=4)
 
 
 def test_ddp_holds_everything_and_a_copy_of_the_gradients():
-    parts, _ = layout.per_device(Layout("DDP", 4), PARTS, SIZES)
+    parts, _ = processes.per_device(Layout("DDP", 4), PARTS, SIZES)
     assert parts == PARTS | {"buckets": 400}
 
 
 def test_zero2_divides_gradients_and_optimiser_state():
-    parts, said = layout.per_device(Layout("ZeRO-2", 4), PARTS, SIZES)
-    assert parts == PARTS | {"gradients": 100, "optimiser": (800 + 400) // 4, "buckets": layout.BUCKET * 4}
+    parts, said = processes.per_device(Layout("ZeRO-2", 4), PARTS, SIZES)
+    assert parts == PARTS | {"gradients": 100, "optimiser": (800 + 400) // 4, "buckets": processes.BUCKET * 4}
     assert "float32 masters" in " ".join(said)
 
 
 def test_zero3_divides_the_base_too_and_gathers_a_layer():
-    parts, _ = layout.per_device(Layout("ZeRO-3", 4), PARTS, SIZES)
+    parts, _ = processes.per_device(Layout("ZeRO-3", 4), PARTS, SIZES)
     assert parts["base"] == 2000 and parts["gathered"] == (500 + 1000) * 2 and parts["adapter"] == 400
 
 
 def test_fsdp2_divides_the_adapter_too():
-    parts, _ = layout.per_device(Layout("FSDP2", 4), PARTS, SIZES)
+    parts, _ = processes.per_device(Layout("FSDP2", 4), PARTS, SIZES)
     assert (parts["base"], parts["adapter"], parts["gradients"], parts["optimiser"]) == (2000, 100, 100, 200)
     assert parts["gathered"] == (2 * 500 + 1000) * 2 and "buckets" not in parts
 
@@ -263,22 +265,25 @@ def test_fsdp2_divides_the_adapter_too():
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_arithmetic_has_the_numbers_of_deepspeeds_files(stage):
     zero = json.loads((launch.FILES / f"zero{stage}.json").read_text())["zero_optimization"]
-    assert zero["stage"] == stage and zero["reduce_bucket_size"] == layout.BUCKET and not zero["overlap_comm"]
+    assert (
+        zero["stage"] == stage and zero["reduce_bucket_size"] == processes.BUCKET and not zero["overlap_comm"]
+    )
     if stage == 3:
         assert (
-            zero["stage3_param_persistence_threshold"] == layout.PERSISTENT
+            zero["stage3_param_persistence_threshold"] == processes.PERSISTENT
             and zero["stage3_max_live_parameters"] == 0
         )
 
 
 def test_the_plan_says_what_each_device_holds(pair, tmp_path):
     recipe = recipes.load(str(pair[0]))
-    made = plan.make(recipe, tmp_path, Layout("ZeRO-3", 8))
-    alone = plan.add_memory(plan.make(recipe, tmp_path), recipe, tmp_path)
-    found = plan.add_memory(made, recipe, tmp_path)
+    made = plan.make(resolve(recipe, tmp_path), Layout("ZeRO-3", 8))
+    alone = plan.add_memory(plan.make(resolve(recipe, tmp_path)), resolve(recipe, tmp_path))
+    found = plan.add_memory(made, resolve(recipe, tmp_path))
     assert made.facts["steps"]["examples"] == 16 and found.parts["base"] == alone.parts["base"] // 8
     assert (
-        "ZeRO-3, 8 processes" in made.text() and made.facts["memory"]["parts"]["buckets"] == layout.BUCKET * 4
+        "ZeRO-3, 8 processes" in made.text()
+        and made.facts["memory"]["parts"]["buckets"] == processes.BUCKET * 4
     )
 
 
@@ -299,8 +304,7 @@ def test_the_plan_says_what_each_device_holds(pair, tmp_path):
 def test_what_does_not_go_together_is_refused_by_the_plan(tmp_path, kind, change, said):
     with pytest.raises(RecipeError, match=said):
         plan.make(
-            recipes.load("tiny_qwen35_style", [change]),
-            tmp_path,
+            resolve(recipes.load("tiny_qwen35_style", [change]), tmp_path),
             Layout(kind, 1 if kind == layout.ONE else 2),
         )
 

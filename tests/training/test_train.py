@@ -24,7 +24,8 @@ from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import render
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.model import build
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.training import card, verify
 from lora_recipes.training import train as training
 from lora_recipes.training.train import train
@@ -117,7 +118,7 @@ def test_the_base_is_trained_once_and_a_changed_base_recipe_is_noticed(trained, 
     shutil.copytree(trained / "tiny_base", outputs / "tiny_base")
     (outputs / "tiny_base" / "recipe.yaml").write_text("model: {}\n")
     with pytest.raises(RecipeError, match="the base is from another tiny_base: "):
-        train(recipes.load("tiny_facts"), outputs)
+        train(resolve(recipes.load("tiny_facts"), outputs))
 
 
 def test_a_model_card_has_the_fields_of_the_hub(trained, tmp_path):
@@ -142,7 +143,7 @@ def test_a_model_card_has_the_fields_of_the_hub(trained, tmp_path):
 @pytest.fixture(scope="module")
 def style(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("style")
-    train(recipes.load("tiny_qwen35_style", ["train.max_steps=12"]), outputs)
+    train(resolve(recipes.load("tiny_qwen35_style", ["train.max_steps=12"]), outputs))
     return outputs
 
 
@@ -181,7 +182,7 @@ def test_the_saved_tokenizer_keeps_the_serving_template(style):
 def test_a_finished_run_is_not_overwritten_without_force(trained):
     before = (trained / "tiny_facts" / "run.json").read_bytes()
     with pytest.raises(RecipeError, match="holds a finished run"):
-        train(recipes.load("tiny_facts"), trained)
+        train(resolve(recipes.load("tiny_facts"), trained))
     assert (trained / "tiny_facts" / "run.json").read_bytes() == before
 
 
@@ -189,13 +190,13 @@ def test_an_adapter_is_refused_as_a_base(trained, write_recipe):
     folder = trained / "tiny_facts" / "adapter"
     path = write_recipe("tiny_facts", "twice", model__from_recipe=..., model__name_or_path=str(folder))
     with pytest.raises(RecipeError, match="is an adapter, not a base model"):
-        train(recipes.load(str(path)), trained)
+        train(resolve(recipes.load(str(path)), trained))
 
 
 def test_a_base_recipe_that_trains_an_adapter_is_refused(write_recipe, tmp_path):
     path = write_recipe("tiny_facts", "chain", model__from_recipe="tiny_facts")
     with pytest.raises(RecipeError, match="trains an adapter, not a model"):
-        train(recipes.load(str(path)), tmp_path)
+        train(resolve(recipes.load(str(path)), tmp_path))
 
 
 def test_a_checkpoint_that_is_not_what_the_contract_says_is_refused(trained, write_recipe):
@@ -211,7 +212,7 @@ def test_a_checkpoint_that_is_not_what_the_contract_says_is_refused(trained, wri
     )
     path.write_text(path.read_text().replace(folder, str(other)))
     with pytest.raises(RecipeError) as error:
-        train(recipes.load(str(path)), trained)
+        train(resolve(recipes.load(str(path)), trained))
     assert "intermediate_size: the contract says 128, the checkpoint 256" in str(error.value)
     assert "vocab_size: the contract says 192, the checkpoint 100" in str(error.value)
 
@@ -221,7 +222,7 @@ def test_a_loss_that_is_no_number_stops_the_run(trained, write_recipe):
         "tiny_facts", "exploding", train__learning_rate=1e30, train__max_grad_norm=0.0, train__logging_steps=1
     )
     with pytest.raises(RecipeError, match=r"(loss|grad_norm) is (nan|inf) at step"):
-        train(recipes.load(str(path)), trained)
+        train(resolve(recipes.load(str(path)), trained))
     assert record(trained, "exploding")["status"] == "failed"
     assert not (trained / "exploding" / "adapter").exists()
 
@@ -244,12 +245,12 @@ def test_an_adapter_that_stayed_zero_is_named(trained):
 @pytest.mark.parametrize(("trainable", "said"), [(False, "nothing"), (True, "everything")])
 def test_a_trainable_share_of_0_or_100_percent_stops(trained, trainable, said):
     recipe = recipes.load("tiny_facts")
-    plan = training.plans.make(recipe, trained)
+    plan = training.plans.make(resolve(recipe, trained))
     folder = RunFolder(trained / "share")
-    trainer = build.trainer(
-        recipe,
+    trainer, _ = build.trainer(
+        resolve(recipe, trained),
         build.sft_config(recipe, folder),
-        build.model(recipe, trained),
+        build.model(resolve(recipe, trained)),
         plan.gate.tokenizer,
         plan.gate.train,
         [],
@@ -273,7 +274,7 @@ def test_early_stopping_ends_the_run_when_the_eval_loss_rises(trained, write_rec
         train__save_strategy="epoch",
         train__learning_rate=2e-2,
     )
-    done = train(recipes.load(str(path)), trained)
+    done = train(resolve(recipes.load(str(path)), trained))
     assert done["steps"] < 40
     assert done["status"] == "finished"
 
@@ -284,7 +285,7 @@ def test_early_stopping_ends_the_run_when_the_eval_loss_rises(trained, write_rec
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("whole")
-    train(recipes.load("tiny_qwen35_style", SLOW), outputs)
+    train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs))
     return outputs
 
 
@@ -317,7 +318,7 @@ def copied(killed: Path, tmp_path: Path) -> Path:
 
 def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(killed, uninterrupted, tmp_path):
     outputs = copied(killed, tmp_path)
-    train(recipes.load("tiny_qwen35_style", SLOW), outputs, resume=True)
+    train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs), resume=True)
     file = Path("tiny_qwen35_style") / "adapter" / "adapter_model.safetensors"
     assert (outputs / file).read_bytes() == (uninterrupted / file).read_bytes()
     losses = [
@@ -331,7 +332,7 @@ def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(killed, u
 def test_a_partial_checkpoint_is_named_and_the_one_before_it_taken(killed, tmp_path, capsys):
     outputs = copied(killed, tmp_path)
     (outputs / "tiny_qwen35_style" / "checkpoints" / "checkpoint-10" / "trainer_state.json").unlink()
-    train(recipes.load("tiny_qwen35_style", SLOW), outputs, resume=True)
+    train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs), resume=True)
     said = capsys.readouterr().out
     assert "checkpoint-10 skipped: trainer_state.json is missing" in said and "from checkpoint-5" in said
 
@@ -343,13 +344,13 @@ def test_when_no_checkpoint_is_whole_each_is_named(killed, tmp_path):
     with pytest.raises(
         RecipeError, match=r"checkpoint-10 skipped: optimizer.pt is truncated.*checkpoint-5 skipped"
     ):
-        train(recipes.load("tiny_qwen35_style", SLOW), outputs, resume=True)
+        train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs), resume=True)
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_resumed_unasked(killed, tmp_path):
     outputs = copied(killed, tmp_path)
     with pytest.raises(RecipeError, match="unfinished run"):
-        train(recipes.load("tiny_qwen35_style", SLOW), outputs)
+        train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs))
     assert len(list((outputs / "tiny_qwen35_style" / "checkpoints").glob("checkpoint-*"))) == 2
 
 
@@ -365,15 +366,14 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_unasked(killed, tm
 )
 def test_a_value_that_resuming_would_ignore_stops_it(killed, change, said):
     with pytest.raises(RecipeError) as error:
-        train(recipes.load("tiny_qwen35_style", [*SLOW, change]), killed, resume=True)
+        train(resolve(recipes.load("tiny_qwen35_style", [*SLOW, change]), killed), resume=True)
     assert said in str(error.value)
 
 
 def test_what_only_changes_the_view_may_change_on_resume(killed, tmp_path):
     outputs = copied(killed, tmp_path)
     train(
-        recipes.load("tiny_qwen35_style", [*SLOW[:-2], "train.logging_steps=4", SLOW[-1]]),
-        outputs,
+        resolve(recipes.load("tiny_qwen35_style", [*SLOW[:-2], "train.logging_steps=4", SLOW[-1]]), outputs),
         resume=True,
     )
     assert record(outputs, "tiny_qwen35_style")["status"] == "finished"
@@ -381,7 +381,7 @@ def test_what_only_changes_the_view_may_change_on_resume(killed, tmp_path):
 
 def test_resume_without_a_checkpoint_is_an_error(tmp_path):
     with pytest.raises(RecipeError, match="no checkpoint to resume from"):
-        train(recipes.load("tiny_qwen35_style"), tmp_path, resume=True)
+        train(resolve(recipes.load("tiny_qwen35_style"), tmp_path), resume=True)
 
 
 def test_a_full_disk_is_said_and_the_earlier_checkpoint_stays_whole(trained, write_recipe, tmp_path):
@@ -395,7 +395,7 @@ def test_a_full_disk_is_said_and_the_earlier_checkpoint_stays_whole(trained, wri
         shutil.copytree(trained / "tiny_base", disk / "tiny_base")
         path = write_recipe("tiny_facts", "full_disk", train__save_strategy="steps", train__save_steps=2)
         with pytest.raises(RecipeError, match=r"the disk is full .*while saving") as error:
-            train(recipes.load(str(path)), disk)
+            train(resolve(recipes.load(str(path)), disk))
         assert "is whole: RESUME=1" in str(error.value)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the base is still mapped
@@ -460,13 +460,17 @@ def test_a_failing_run_leaves_the_finished_one_that_it_was_to_replace(trained, t
     (outputs / "tiny_facts" / "notes.txt").write_text("mine")
     with pytest.raises(RecipeError, match=r"train.*(the trainer cannot begin|TRL refuses it)"):
         train(
-            recipes.load("tiny_facts", ["train.optim=galore_adamw", "train.optim_target_modules=[q_proj]"]),
-            outputs,
+            resolve(
+                recipes.load(
+                    "tiny_facts", ["train.optim=galore_adamw", "train.optim_target_modules=[q_proj]"]
+                ),
+                outputs,
+            ),
             force=True,
         )
     assert (outputs / "tiny_facts" / ".replaced" / "adapter" / "adapter_model.safetensors").is_file()
     assert record(outputs, "tiny_facts")["status"] == "failed"
-    train(recipes.load("tiny_facts"), outputs, force=True)
+    train(resolve(recipes.load("tiny_facts"), outputs), force=True)
     assert (
         not (outputs / "tiny_facts" / ".replaced").exists()
         and (outputs / "tiny_facts" / "notes.txt").read_text() == "mine"
@@ -481,25 +485,25 @@ def test_a_base_from_other_data_is_noticed(trained, tmp_path):
         file.read_text().replace(record(trained, "tiny_base")["plan"]["data"]["train"]["sha256"], "0" * 64)
     )
     with pytest.raises(RecipeError, match="the base is from another tiny_base: train data sha256"):
-        train(recipes.load("tiny_facts"), outputs)
+        train(resolve(recipes.load("tiny_facts"), outputs))
 
 
 def test_the_tokenizer_of_a_trained_base_is_the_one_beside_its_weights(trained):
     saved = json.loads((trained / "tiny_base" / "model" / "tokenizer.json").read_text())["model"]["vocab"]
-    assert tokenizing.load(recipes.load("tiny_facts"), trained).get_vocab() == saved | {}
+    assert tokenizing.load(resolve(recipes.load("tiny_facts"), trained)).get_vocab() == saved | {}
 
 
 def test_outputs_that_cannot_be_made_are_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="cannot be made"):
-        train(recipes.load("tiny_facts"), tmp_path / "file" / "outputs")
+        train(resolve(recipes.load("tiny_facts"), tmp_path / "file" / "outputs"))
 
 
 def test_a_cut_last_line_of_the_metrics_does_not_stop_a_resume(killed, tmp_path):
     outputs = copied(killed, tmp_path)
     with (outputs / "tiny_qwen35_style" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
-    train(recipes.load("tiny_qwen35_style", SLOW), outputs, resume=True)
+    train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs), resume=True)
     assert len([log for log in lines(outputs, "tiny_qwen35_style") if "loss" in log]) == 16
 
 
@@ -508,7 +512,7 @@ def test_an_unfinished_base_is_not_thrown_away_by_a_recipe_that_builds_on_it(tmp
     checkpoint.mkdir(parents=True)
     (tmp_path / "tiny_base" / "run.json").write_text('{"status": "failed"}')
     with pytest.raises(RecipeError, match=r"tiny_base: holds an unfinished run \(checkpoint-100\)"):
-        train(recipes.load("tiny_facts"), tmp_path)
+        train(resolve(recipes.load("tiny_facts"), tmp_path))
     assert checkpoint.is_dir()
 
 
@@ -519,4 +523,7 @@ def test_the_saved_adapter_is_held_against_the_rules_of_the_server(trained, styl
         == []
     )
     path = write_recipe("tiny_facts", "dora", lora__use_dora=True)
-    assert any("serves no DoRA" in fault for fault in train(recipes.load(str(path)), trained)["not_servable"])
+    assert any(
+        "serves no DoRA" in fault
+        for fault in train(resolve(recipes.load(str(path)), trained))["not_servable"]
+    )

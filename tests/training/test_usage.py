@@ -10,7 +10,8 @@ import torch
 from lora_recipes.core import files
 from lora_recipes.data import gate
 from lora_recipes.memory.fits import GIB, Memory
-from lora_recipes.recipe import recipe as recipes
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from lora_recipes.training import usage
 from lora_recipes.training.usage import Usage
 
@@ -38,15 +39,16 @@ def test_on_the_cpu_rss_is_not_taken_for_the_plan():
 )
 def test_out_of_memory_names_the_step_the_plan_and_settings_that_fit(error, trained):
     recipe = recipes.load("tiny_facts")
-    rows = gate.pass_through(recipe, trained, False)
+    rows = gate.pass_through(resolve(recipe, trained), False)
     if error == "allocator":
         with pytest.raises(RuntimeError) as raised:
             torch.empty(2**50, dtype=torch.uint8)
         error = raised.value
-    problem = usage.out_of_memory(error, recipe, trained, rows, PLANNED, 6)
+    problem = usage.out_of_memory(error, resolve(recipe, trained), rows, PLANNED, 6)
     assert problem.found.startswith("out of memory at step 7: 10.00 GiB planned, ")
     assert problem.do.startswith(("with the same examples a step would fit: SET='", "by the plan it fits"))
-    assert usage.out_of_memory(RuntimeError("shape mismatch"), recipe, trained, rows, PLANNED, 6) is None
+    other = RuntimeError("shape mismatch")
+    assert usage.out_of_memory(other, resolve(recipe, trained), rows, PLANNED, 6) is None
 
 
 def test_a_run_that_outgrows_its_memory_ends_with_a_clear_error(trained, tmp_path):

@@ -1,0 +1,118 @@
+"""Find a recipe, read it, override it, check it. Imports no torch; loading one takes well under half a
+second."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.core import yamlfile
+from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
+from lora_recipes.core.files import ROOT
+from lora_recipes.recipe import check, rules
+from lora_recipes.recipe.recipe import Recipe
+
+RECIPES = ROOT / "configs" / "recipes"
+
+
+def names() -> list[str]:
+    """The names of the recipes in configs/recipes/ and its folders."""
+    return sorted(p.stem for p in RECIPES.rglob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of the recipe `name`: a name in configs/recipes/ or a folder there, or a path to a .yaml
+    file.
+    """
+    is_path = name.endswith((".yaml", ".yml")) or "/" in name
+    if is_path and Path(name).is_file():
+        return Path(name)
+    if name in names():
+        return next(RECIPES.rglob(f"{name}.yaml"))
+    known = (
+        f"The recipes are {listed(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, and those in"
+        " configs/recipes/methods/"
+    )
+    do = f"did you mean {nearest(Path(name).stem, names())}? {known}"
+    if "=" in name:
+        do = f"the recipe's name comes first, then {name}. {known}"
+    raise RecipeError(
+        Problem(
+            f"RECIPE={name}", "no such file" if is_path else "no recipe of that name in configs/recipes/", do
+        )
+    )
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe `name` (a name or a path) with `section.key=value` overrides applied, checked.
+
+    Raises RecipeError with every problem: unknown keys (with the nearest real one), wrong types, values out
+    of range, missing keys, sections that exclude each other.
+    """
+    path = find(name)
+    content, lines, problems = yamlfile.read(path)
+    # `full:` and `full: {}` are the same; a section that should hold something is then told what it lacks.
+    sections = {key: {} if value is None else value for key, value in content.items()}
+    set_by, refused = _override(sections, overrides)
+    recipe = Recipe(path.stem, path, sections, lines, set_by)
+    faults = check.faults(sections)
+    faults.sort(key=lambda fault: _line(recipe.written(fault[0])))
+    problems += [Problem(recipe.at(*key), found, do) for key, found, do in faults] + refused
+    raise_if(problems + rules.at_load(recipe, {key[0] if key else "" for key, _, _ in faults}))
+    return recipe
+
+
+def _line(place: int | str) -> int:
+    return place if isinstance(place, int) else sys.maxsize  # overrides come after the file
+
+
+def _override(sections: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
+    """Apply the overrides in place; returns `section.key` -> the override's own text, and what is wrong with
+    the others.
+    """
+    set_by: dict[str, str] = {}
+    problems: list[Problem] = []
+    for text in overrides:
+        where = f"override {text!r}"
+        key, _, written = text.partition("=")
+        key = key.strip()
+        section, _, name = key.partition(".")
+        if do := _malformed(text):
+            problems.append(Problem(where, "not section.key=value", do))
+        elif key in set_by:
+            problems.append(Problem(where, f"given twice, first as {set_by[key]!r}", "keep one"))
+        elif not written.strip():
+            problems.append(Problem(where, "has no value", f"{key}=null, if that is what is meant"))
+        else:
+            value, faults = _value(where, written)
+            problems += faults
+            if not faults and isinstance(
+                sections.setdefault(section, {}), dict
+            ):  # if not, the file's own error is told with its line
+                sections[section][name] = value
+                if value is None and section in ("model", "data"):  # ours know no null: it takes the key out
+                    del sections[section][name]
+                set_by[key] = text
+    return set_by, problems
+
+
+def _malformed(text: str) -> str:
+    """What to write instead, where the override `text` is not section.key=value; empty where it is."""
+    key, equals, value = text.partition("=")
+    section, *names = key.strip().split(".")
+    if not names and (known := check.elsewhere(section)):
+        return known[1]
+    if len(names) > 1 and equals:
+        return f"an override sets a whole key: {section}.{names[0]}={{{'.'.join(names[1:])}: {value}}}"
+    if equals and section and names and names[0]:
+        return ""
+    return "e.g. lora.r=16 (several: SET='lora.r=16 lora.lora_alpha=32')"
+
+
+def _value(where: str, written: str) -> tuple[Any, list[Problem]]:
+    try:
+        value, _, problems = yamlfile.parse(written, where)
+    except RecipeError as error:
+        do = "put the value in quotation marks if it holds spaces, or is a text that begins with a mark"
+        return None, [Problem(where, p.found, do) for p in error.problems]
+    return value, [Problem(where, p.found, p.do) for p in problems]
