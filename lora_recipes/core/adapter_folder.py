@@ -18,7 +18,8 @@ def rank(config: dict[str, Any]) -> int:
     """The largest rank in an adapter_config.json (or a recipe's `lora:` section): r, or a larger value of
     rank_pattern.
     """
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    ranks: list[int] = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    return max(ranks)
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def _config(path: Path, anything: bool) -> dict[str, Any]:
             Problem(shown(path), "no adapter_config.json in it" if path.is_dir() else "no such folder", do)
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RecipeError(Problem(shown(file), f"broken JSON: {error}", "copy the adapter again")) from None
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != "LORA" and anything and isinstance(config, dict) and isinstance(kind, str):
-        return config
+        return dict(config)
     if kind != "LORA":
         raise RecipeError(
             Problem(
@@ -113,4 +114,5 @@ def _config(path: Path, anything: bool) -> dict[str, Any]:
         raise RecipeError(
             Problem(shown(file), "base_model_name_or_path is no text", "the base's folder or hub id")
         )
-    return config
+    found: dict[str, Any] = config
+    return found

@@ -132,13 +132,13 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
         for parameter in base.parameters():
             if type(parameter) is nn.Parameter and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-    adapter = copy.deepcopy(setup.peft_config)
     embeddings.grow(base, list(setup.new_tokens))
-    if adapter:
-        adapter = embeddings.training(adapter, base, list(setup.new_tokens))
     if setup.freeze is not None:
         freeze.apply(base, setup.freeze)
-    model = fake.adapted(base, adapter, setup.adapter)
+    adapter = copy.deepcopy(setup.peft_config)
+    model = fake.adapted(
+        base, adapter and embeddings.training(adapter, base, list(setup.new_tokens)), setup.adapter
+    )
     if adapter:
         embeddings.readable_head(model)
     if setup.arguments.gradient_checkpointing:

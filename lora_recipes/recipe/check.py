@@ -43,7 +43,10 @@ _WHY = {
 @cache
 def schema() -> dict[str, Any]:
     """The checked-in JSON Schema of a recipe (made by `make schema`)."""
-    return json.loads((Path(__file__).parent / "recipe.schema.json").read_text(encoding="ascii"))
+    made: dict[str, Any] = json.loads(
+        (Path(__file__).parent / "recipe.schema.json").read_text(encoding="ascii")
+    )
+    return made
 
 
 @cache

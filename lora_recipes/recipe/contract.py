@@ -45,7 +45,8 @@ class Contract:
     @property
     def text_config(self) -> dict[str, Any]:
         """The text model's part of `config`."""
-        return self.config.get("text_config", self.config)
+        text: dict[str, Any] = self.config.get("text_config", self.config)
+        return text
 
     def differences(self, config: Mapping[str, Any]) -> list[str]:
         """Where a real checkpoint's (text) config says something else than this contract, one line for each

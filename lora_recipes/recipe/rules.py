@@ -398,8 +398,8 @@ def _bfd(recipe: Recipe) -> bool:
 
 _APART = "linear-attention layers cannot keep packed rows apart without causal-conv1d"
 _INSTALL = (
-    "install causal-conv1d (CUDA), or set train.packing: false; packing_strategy: wrapped runs, but lets rows see"
-    " each other"
+    "install causal-conv1d (CUDA), or set train.packing: false; packing_strategy: wrapped runs, but lets"
+    " rows see each other"
 )
 _BASE = [
     Rule(
@@ -685,7 +685,8 @@ _LAYOUT = [
     Rule(
         "model.quantize",
         ZERO3,
-        "ZeRO-3 would cut the packed 4-bit weights apart from their scales (bitsandbytes stores them as uint8)",
+        "ZeRO-3 would cut the packed 4-bit weights apart from their scales (bitsandbytes stores them as"
+        " uint8)",
         _SMALL,
         _under((ZERO3,), _quantised),
     ),
@@ -726,7 +727,8 @@ _LAYOUT = [
     Rule(
         "model.adapter_dtype",
         "another model.dtype, under ZeRO-2 and ZeRO-3",
-        "DeepSpeed trains the adapter in the base's {dtype} (its optimiser keeps float32 copies), not in float32",
+        "DeepSpeed trains the adapter in the base's {dtype} (its optimiser keeps float32 copies), not in"
+        " float32",
         "set model.adapter_dtype={dtype}, or ACCELERATE=ddp",
         _deepspeed_dtype,
     ),
@@ -750,8 +752,8 @@ def page() -> str:
         [
             "# What does not go together",
             "",
-            "Each row is checked before anything is loaded; a recipe that breaks one is told where, what and why.",
-            "Words in braces stand for what the recipe says. Written by `make schema` from `recipe/rules.py`.",
+            "Each row is checked before anything is loaded; a recipe that breaks one is told where and why.",
+            "Words in braces stand for what the recipe says. `make schema` writes this page.",
             "",
             "| key | does not go with | because | what to do |",
             "|---|---|---|---|",

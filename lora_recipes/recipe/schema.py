@@ -316,16 +316,17 @@ def _typed(hint: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(members[0]):
         return _object({f.name: _field(f, kind) for f, kind in _fields(members[0])})
     schema = TypeAdapter(members[0]).json_schema()
-    return _plain(_inline(schema, schema.get("$defs", {})))
+    plain: dict[str, Any] = _plain(_inline(schema, schema.get("$defs", {})))
+    return plain
 
 
-def _fields(cls: Any) -> list[tuple[dataclasses.Field, Any]]:
+def _fields(cls: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
     """The fields that the class takes, with their resolved types."""
     hints = typing.get_type_hints(cls)
     return [(f, hints[f.name]) for f in dataclasses.fields(cls) if f.init]
 
 
-def _field(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+def _field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     """The schema of one field: its type, its `choices` where a plain text has them, and our limits."""
     if choices := field.metadata.get("choices"):
         schema: dict[str, Any] = {"enum": list(choices), "type": "string"}
@@ -337,7 +338,7 @@ def _field(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     return schema | LIMITS.get(field.name, {}) | _default(field)
 
 
-def _default(field: dataclasses.Field) -> dict[str, Any]:
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """The class's own default, where it is a value that YAML can hold."""
     value: Any = field.default
     if field.default_factory is not dataclasses.MISSING:

@@ -1,4 +1,4 @@
-"""The sections of a recipe as typed values. Written by `make schema` (recipe/typed.py) from the schema.
+"""The sections of a recipe as typed values. `make schema` writes this file from the schema.
 
 Defaults are those of the owner's class, before it looks at the machine. `given` holds what the recipe says.
 """

@@ -527,3 +527,36 @@ def test_the_saved_adapter_is_held_against_the_rules_of_the_server(trained, styl
         "serves no DoRA" in fault
         for fault in train(resolve(recipes.load(str(path)), trained))["not_servable"]
     )
+
+
+def test_nothing_is_read_twice_on_the_way_to_the_trainer(tmp_path):
+    """Every YAML file that a fresh `make train` opens, by the interpreter's own audit hook: recipe, contract,
+    the recipe of the base. Two are trained here (the base first), and each recipe is still read once.
+    """
+    code = """
+import collections, json, sys
+opened = collections.Counter()
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and arguments[0].endswith((".yaml", ".yml")):
+        if arguments[1] in (None, "r", "rb"):
+            opened[arguments[0].rsplit("/", 1)[-1]] += 1
+sys.addaudithook(watch)
+sys.argv = ["train.py", "tiny_facts", "train.max_steps=1", "--outputs", sys.argv[1]]
+import runpy
+try:
+    runpy.run_path(sys.argv[0] if "/" in sys.argv[0] else "scripts/train.py", run_name="__main__")
+except SystemExit as done:
+    assert not done.code, done.code
+print("OPENED", json.dumps(opened))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=core_files.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    opened = json.loads(done.stdout.rpartition("OPENED ")[2])
+    assert {"tiny_facts.yaml", "tiny_base.yaml", "tiny_qwen3.yaml"} <= set(opened)
+    assert set(opened.values()) == {1}, opened
