@@ -22,7 +22,7 @@ from typing import Any
 from lora_recipes.ablation import grid
 from lora_recipes.core import yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
-from lora_recipes.core.files import ROOT, rooted
+from lora_recipes.core.files import ROOT
 from lora_recipes.core.yamlfile import Key, dotted, shown
 from lora_recipes.recipe import recipe as recipes
 from lora_recipes.recipe.recipe import Recipe
@@ -274,7 +274,7 @@ def _ablation(name: str, question: str, content: dict[str, Any], at: At) -> Abla
             loaded.model.get("from_recipe"),
             loaded.warm_start.get("from_recipe"),
         ):
-            problems += _output(rooted(named), where) if named else []
+            problems += _output(loaded.file(named), where) if named else []
         if same := next((a.name for a in arms.values() if a.recipe.sections == loaded.sections), None):
             problems.append(Problem(where, f"{arm} is the same run as {same}", "keep one"))
         arms[arm] = Arm(arm, tuple(text for text, _ in written), loaded)

@@ -27,6 +27,11 @@ def local(name_or_path: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def run_name(word: str) -> str:
+    """The name of a run: a recipe's own, or that of the recipe in the file `word`."""
+    return Path(word).stem if word.endswith((".yaml", ".yml")) else word
+
+
 BASE = "base"  # the name under which the base model answers
 
 
@@ -39,6 +44,7 @@ def named(words: list[str], outputs: Path) -> dict[str, Path]:
         name, equals, place = word.partition("=")
         if not equals or "/" in name:
             name, equals, place = "", "", word
+        place = run_name(place)
         run = RunFolder(outputs / place)
         trained = run.result("full") if run.result("full").is_dir() else run.result("lora")
         here = any((Path(place) / name).is_file() for name in ("adapter_config.json", "config.json"))
@@ -97,8 +103,17 @@ def base_of(read: dict[str, Adapter], given: Path | None) -> Path:
     return folder.absolute()
 
 
+def adapter(word: str, outputs: Path) -> Path:
+    """The adapter folder that `word` means: a folder itself, or that of a recipe's finished run."""
+    word = run_name(word)
+    if "/" in word or (Path(word) / "adapter_config.json").is_file():
+        return Path(word).absolute()
+    return run_folder(word, outputs).result("lora")
+
+
 def run_folder(recipe: str, outputs: Path) -> RunFolder:
     """The run folder of a recipe, which must hold a finished adapter."""
+    recipe = run_name(recipe)
     folder = RunFolder(outputs / recipe)
     if folder.result("full").is_dir():
         raise RecipeError(

@@ -10,7 +10,6 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
-from lora_recipes.core.files import rooted
 from lora_recipes.data import read, render
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.read import Split
@@ -167,7 +166,7 @@ def _tokenizer(recipe: Recipe, outputs: Path, network: bool) -> Any:
     template.
     """
     has_contract = bases.contract_of(recipe) is not None
-    local = rooted(recipe.model.get("tokenizer") or bases.path(recipe, outputs)).is_dir()
+    local = recipe.file(recipe.model.get("tokenizer") or bases.path(recipe, outputs)).is_dir()
     try:
         return tokenizing.load(recipe, outputs, local_files_only=has_contract and not network)
     except RecipeError:

@@ -72,7 +72,7 @@ def evaluation(
     combination), asked on this run's data; its own run.json gets the answer. `base` replaces the base that
     the adapter names. RecipeError when anything is missing.
     """
-    name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    name = locate.run_name(name)
     run = RunFolder(outputs / name)
     asked = _recipe(run, name, overrides)
     sets = _rows(asked)

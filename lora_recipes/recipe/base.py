@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.core.files import rooted
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.recipe import contract as contracts
@@ -53,7 +52,7 @@ def path(recipe: Recipe, outputs: Path) -> str:
         return str(RunFolder(outputs / name).result("full"))
     if model.get("weights") == "random":
         return str(outputs / "_bases" / f"{model['contract']}-{model['dtype']}")
-    path = rooted(model["name_or_path"])
+    path = recipe.file(model["name_or_path"])
     if (path / "adapter_config.json").is_file():
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
         raise RecipeError(

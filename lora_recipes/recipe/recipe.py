@@ -8,14 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import yamlfile
+from lora_recipes.core import files, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
-from lora_recipes.core.files import ROOT
 from lora_recipes.core.run_folder import WHOLE
 from lora_recipes.recipe import check
 
-RECIPES = ROOT / "configs" / "recipes"
+RECIPES = files.ROOT / "configs" / "recipes"
 METHODS = ("lora", "peft", "freeze", "full")
+# section.key -> the endings of a file that it may name; empty: a file or folder of any name
+PATHS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("data", "train"): (),
+    ("data", "eval"): (),
+    ("data", "kept"): (),
+    ("model", "name_or_path"): (),
+    ("model", "tokenizer"): (),
+    ("model", "chat_template"): (".jinja", ".j2"),  # other words are names of TRL's own
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,38 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as resolved, overrides applied."""
         return yamlfile.dump(self.sections)
+
+    def file(self, path: str) -> Path:
+        """The file or folder that `path` in this recipe means, there or not (files.find)."""
+        return files.find(path, self.path.parent)
+
+    def looked(self, path: str) -> str:
+        """Where `file` looked for a path that is nowhere, in words."""
+        return files.looked(path, self.path.parent)
+
+    def moved(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """The sections as a file in `folder` must write them: a path there means the same file as here."""
+        return {
+            section: {
+                key: _moved(value, self.path.parent, folder) if _names_file(section, key, value) else value
+                for key, value in its.items()
+            }
+            for section, its in self.sections.items()
+        }
+
+
+def _names_file(section: str, key: str, value: Any) -> bool:
+    endings = PATHS.get((section, key))
+    return endings == () or (endings is not None and str(value).endswith(endings))
+
+
+def _moved(value: Any, beside: Path, folder: Path) -> Any:
+    """A path, a data source with its `path`, or a list of them, as seen from `folder`."""
+    if isinstance(value, list):
+        return [_moved(item, beside, folder) for item in value]
+    if isinstance(value, dict):
+        return value | {"path": _moved(value["path"], beside, folder)} if "path" in value else value
+    return files.seen_from(value, beside, folder) if isinstance(value, str) else value
 
 
 def names() -> list[str]:

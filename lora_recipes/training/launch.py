@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest
-from lora_recipes.core.files import ROOT, now
+from lora_recipes.core.files import ROOT, find, looked, now
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.planning import processes as layout
 from lora_recipes.planning.processes import Layout
@@ -77,11 +77,15 @@ def parsed(given: list[str]) -> Namespace:
         raise RecipeError(
             Problem(f"accelerate launch {shlex.join(given)}", f"accelerate refuses it: {error}")
         ) from None
-    if options.deepspeed_config_file and not Path(options.deepspeed_config_file).is_file():
-        found = f"{options.deepspeed_config_file} is not there, seen from {Path.cwd()}"
-        raise RecipeError(
-            Problem(f"accelerate launch {shlex.join(given)}", found, "run it in the repository's root")
-        )
+    if named := options.deepspeed_config_file:
+        beside = Path(options.config_file or ".").parent
+        options.deepspeed_config_file = str(find(named, beside))
+        if not Path(options.deepspeed_config_file).is_file():
+            raise RecipeError(
+                Problem(
+                    f"accelerate launch {shlex.join(given)}", f"{named} is not there", looked(named, beside)
+                )
+            )
     return options  # type: ignore[no-any-return]
 
 
@@ -112,7 +116,9 @@ def asked() -> tuple[Layout, str] | None:
             continue
     if given is None:
         return None
-    options = given[: next((i for i, word in enumerate(given) if word.endswith(".py")), None)]
+    options = given[
+        : next((i for i, word in enumerate(given) if word.endswith(".py") or word == "--module"), None)
+    ]
     return wanted(given), f"accelerate launch {shlex.join(options)}"
 
 
@@ -164,14 +170,15 @@ def _differ(found: tuple[Layout, str], real: Layout) -> None:
         raise RecipeError(Problem(found[1], f"asks for {found[0]}; what runs is {real}", do))
 
 
-def start(given: list[str], script: list[str], recipe: Recipe, folder: RunFolder) -> int:
-    """Run `script` under `accelerate launch` with the options `given`; its exit code.
+def start(given: list[str], arguments: list[str], recipe: Recipe, folder: RunFolder) -> int:
+    """Run `lora-recipes` with `arguments` under `accelerate launch` with the options `given`; its exit code.
 
     When a process ends badly the launcher ends the others; what was said is here who it was, and run.json
     says `failed`.
     """
-    os.environ[ASKED] = shlex.join([*given, *script])
-    options = parsed([*given, *script])
+    words = [*given, "--module", "lora_recipes", *arguments]
+    os.environ[ASKED] = shlex.join(words)
+    options = parsed(words)
     if options.use_fsdp and not torch.cuda.is_available():
         found = "accelerate would run plain DDP instead: FSDP2 needs GPUs"
         raise RecipeError(
