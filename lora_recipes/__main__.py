@@ -378,10 +378,10 @@ def _chat(parser: ArgumentParser) -> None:
 
 def chat(given: Namespace) -> None:
     """Ask, print."""
-    from lora_recipes.core import locate
+    from lora_recipes.core.run_folder import run_name
     from lora_recipes.serving.chat import chat
 
-    print(chat(given.url, locate.run_name(given.model), given.ask))
+    print(chat(given.url, run_name(given.model), given.ask))
 
 
 def _ls(parser: ArgumentParser) -> None:
@@ -394,9 +394,7 @@ def ls(given: Namespace) -> None:
 
 
 def _cp(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "name", help="as lora-recipes ls lists it: a recipe, an ablation or an accelerate file"
-    )
+    parser.add_argument("name", help="as lora-recipes ls lists it (folder/name where two folders have it)")
     parser.add_argument("file", type=Path, help="where the copy goes: my.yaml, or a folder")
 
 

@@ -76,10 +76,11 @@ class Ablation:
         """
         return [Run(arm.name, seed, seeded(self.name, arm, seed)) for seed in self.seeds for arm in self.arms]
 
-    def resolved(self) -> dict[str, Any]:
-        """What ablation.json holds."""
+    def resolved(self, folder: Path) -> dict[str, Any]:
+        """What ablation.json in `folder` holds."""
         arms = {
-            arm.name: {"overrides": list(arm.overrides), "sections": arm.recipe.sections} for arm in self.arms
+            arm.name: {"overrides": list(arm.overrides), "sections": arm.recipe.moved(folder)}
+            for arm in self.arms
         }
         return {
             "name": self.name,
@@ -131,7 +132,7 @@ def load(name: str) -> Ablation:
             )
         )
     raise_if(problems + list(_shape(content, at)))
-    return _ablation(path.stem, question, content, at)
+    return _ablation(path.stem, question, content, at, path.parent)
 
 
 def quick(recipe: str, over: Sequence[str], seeds: Sequence[int] = ()) -> Ablation:
@@ -248,10 +249,12 @@ def _seeds_shape(content: dict[str, Any], at: At) -> Iterator[Problem]:
             )
 
 
-def _ablation(name: str, question: str, content: dict[str, Any], at: At) -> Ablation:
+def _ablation(
+    name: str, question: str, content: dict[str, Any], at: At, beside: Path | None = None
+) -> Ablation:
     """Expand, load every arm's recipe, and say every problem at the place in the ablation that makes it."""
     try:
-        recipe = recipes.load(content["recipe"])
+        recipe = recipes.load(content["recipe"], beside=beside)
     except RecipeError as error:
         raise RecipeError(
             [Problem(f"{at('recipe')}: {p.where}", p.found, p.do) for p in error.problems]
@@ -265,7 +268,7 @@ def _ablation(name: str, question: str, content: dict[str, Any], at: At) -> Abla
             do = "name them yourself under arms:"
             problems.append(Problem(where, f"two arms with one name, {arm}", do))
         try:
-            loaded = recipes.load(content["recipe"], [text for text, _ in written])
+            loaded = recipes.load(content["recipe"], [text for text, _ in written], beside)
         except RecipeError as error:
             problems += [_moved(p, written, where, at) for p in error.problems]
             continue

@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.core.run_folder import RunFolder, run_name
 from lora_recipes.core.yamlfile import shown
 
 
@@ -25,11 +25,6 @@ def local(name_or_path: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
-
-
-def run_name(word: str) -> str:
-    """The name of a run: a recipe's own, or that of the recipe in the file `word`."""
-    return Path(word).stem if word.endswith((".yaml", ".yml")) else word
 
 
 BASE = "base"  # the name under which the base model answers

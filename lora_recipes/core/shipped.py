@@ -46,16 +46,20 @@ def _first_line(file: Path) -> str:
 
 
 def copy(name: str, target: Path) -> Path:
-    """Copy the shipped recipe, ablation or accelerate file `name` to the file `target` (or into that folder).
+    """Copy the shipped recipe, ablation or accelerate file `name` (or `folder/name`) to the file `target` (or into that folder).
 
     Nothing is overwritten. The copy works where it lies: the paths in it are found in the repository
     (files.find), and the line that tells editors the schema is written anew.
     """
-    known = {file.stem: file for kind in COPIED for file in (CONFIGS / kind).glob("*.yaml")}
-    if name not in known:
-        do = f"did you mean {nearest(name, known)}? lora-recipes ls lists them"
+    known = {f"{kind}/{file.stem}": file for kind in COPIED for file in (CONFIGS / kind).glob("*.yaml")}
+    meant = [full for full, file in known.items() if name in (full, file.stem)]
+    if not meant:
+        do = f"did you mean {nearest(name, [f.stem for f in known.values()])}? lora-recipes ls lists them"
         raise RecipeError(Problem(name, "is no shipped recipe, ablation or accelerate file", do))
-    file = target / f"{name}.yaml" if target.is_dir() else target
+    if len(meant) > 1:
+        raise RecipeError(Problem(name, f"is the name of {len(meant)} files", f"say {' or '.join(meant)}"))
+    source = known[meant[0]]
+    file = target / source.name if target.is_dir() else target
     if file.suffix not in (".yaml", ".yml"):
         raise RecipeError(
             Problem(str(file), "has no .yaml at its end: it would be taken for a name", f"{file}.yaml")
@@ -64,6 +68,6 @@ def copy(name: str, target: Path) -> Path:
         raise RecipeError(Problem(str(file), "is already there", "give another name, or remove it first"))
     near = file.resolve().is_relative_to(files.ROOT)
     schema = os.path.relpath(SCHEMA, file.resolve().parent) if near else str(SCHEMA)
-    text = known[name].read_text(encoding="utf-8")
+    text = source.read_text(encoding="utf-8")
     files.write(file, _SCHEMA_LINE.sub(lambda _: f"# yaml-language-server: $schema={schema}", text, count=1))
     return file

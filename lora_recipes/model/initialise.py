@@ -105,7 +105,10 @@ def begin(model: Any, recipe: Recipe, rows: list[Example], outputs: Path | None)
     elif "warm_start" in recipe.sections:
         assert outputs is not None
         start.errors = warm(
-            model, RunFolder(outputs / recipes.load(recipe.warm_start["from_recipe"]).name).result("full")
+            model,
+            RunFolder(
+                outputs / recipes.load(recipe.warm_start["from_recipe"], beside=recipe.path.parent).name
+            ).result("full"),
         )
     model.lora_start = start
 
@@ -187,7 +190,7 @@ def warm_problems(recipe: Recipe, outputs: Path) -> list[Problem]:
         found.append(
             Problem(where, "the update of a 4-bit base is not defined here", "remove model.quantize")
         )
-    other = recipes.load(recipe.warm_start["from_recipe"])
+    other = recipes.load(recipe.warm_start["from_recipe"], beside=recipe.path.parent)
     if not other.whole:
         return [
             *found,
@@ -213,7 +216,10 @@ def warm_ready(recipe: Recipe, outputs: Path) -> list[Problem]:
     """At training: was the full update trained, and on the weights that the base has now?"""
     if "warm_start" not in recipe.sections:
         return []
-    name, base = recipes.load(recipe.warm_start["from_recipe"]).name, local(bases.path(recipe, outputs))
+    name, base = (
+        recipes.load(recipe.warm_start["from_recipe"], beside=recipe.path.parent).name,
+        local(bases.path(recipe, outputs)),
+    )
     run, where = RunFolder(outputs / name), recipe.at("warm_start", "from_recipe")
     if not run.finished:
         return [Problem(where, f"{shown(run.path)} holds no finished run", f"make train RECIPE={name}")]

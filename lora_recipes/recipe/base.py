@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.core.run_folder import RunFolder, run_name
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.recipe import contract as contracts
 from lora_recipes.recipe import recipe as recipes
@@ -24,7 +24,7 @@ def recipe_of(recipe: Recipe) -> Recipe:
     """
     where, chain, last = recipe.at("model", "from_recipe"), [recipe.name], recipe
     while name := last.model.get("from_recipe"):
-        last = recipes.load(name)
+        last = recipes.load(name, beside=last.path.parent)
         if not last.whole:
             raise RecipeError(
                 Problem(
@@ -33,23 +33,23 @@ def recipe_of(recipe: Recipe) -> Recipe:
                     "name a full: or freeze: recipe, or merge the adapter first",
                 )
             )
-        if name in chain:
+        if last.name in chain:
             raise RecipeError(
                 Problem(
                     where,
-                    f"the recipes build on each other in a circle: {' -> '.join([*chain, name])}",
+                    f"the recipes build on each other in a circle: {' -> '.join([*chain, last.name])}",
                     "break it",
                 )
             )
-        chain.append(name)
-    return recipes.load(recipe.model["from_recipe"])
+        chain.append(last.name)
+    return recipes.load(recipe.model["from_recipe"], beside=recipe.path.parent)
 
 
 def path(recipe: Recipe, outputs: Path) -> str:
     """Where the base's weights are: a hub id or a folder. RecipeError when the folder holds an adapter."""
     model = recipe.model
     if name := model.get("from_recipe"):
-        return str(RunFolder(outputs / name).result("full"))
+        return str(RunFolder(outputs / run_name(name)).result("full"))
     if model.get("weights") == "random":
         return str(outputs / "_bases" / f"{model['contract']}-{model['dtype']}")
     path = recipe.file(model["name_or_path"])
