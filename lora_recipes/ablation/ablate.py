@@ -116,7 +116,7 @@ def _prepare(ablation: Ablation, runs: Sequence[Run], outputs: Path) -> bool:
     """
     PartialState(cpu=not torch.cuda.is_available())
     recipes = {bases.path(run.recipe, outputs): run.recipe for run in runs}
-    resolved = json.dumps(ablation.resolved(ablation.folder(outputs)), indent=1, ensure_ascii=False) + "\n"
+    resolved = json.dumps(ablation.resolved(), indent=1, ensure_ascii=False) + "\n"
     with (outputs / ".bases.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = any(

@@ -76,10 +76,10 @@ class Ablation:
         """
         return [Run(arm.name, seed, seeded(self.name, arm, seed)) for seed in self.seeds for arm in self.arms]
 
-    def resolved(self, folder: Path) -> dict[str, Any]:
-        """What ablation.json in `folder` holds."""
+    def resolved(self) -> dict[str, Any]:
+        """What ablation.json holds."""
         arms = {
-            arm.name: {"overrides": list(arm.overrides), "sections": arm.recipe.moved(folder)}
+            arm.name: {"overrides": list(arm.overrides), "sections": arm.recipe.anywhere()}
             for arm in self.arms
         }
         return {

@@ -3,7 +3,6 @@ to a temporary name and moved into place.
 """
 
 import hashlib
-import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,15 +54,17 @@ def looked(path: str | Path, beside: Path) -> str:
     return f"looked in {', '.join(str(place) for place in places(beside))}"
 
 
-def seen_from(path: str | Path, beside: Path, folder: Path) -> str:
-    """`path`, which stands in a file in `beside`, as a file in `folder` must say it to mean the same one.
+def anywhere(path: str, beside: Path) -> str:
+    """`path`, which stands in a file in `beside`, written so that it means the same in a file elsewhere.
 
-    Unchanged when absolute, or found nowhere (a hub id). Both ends are resolved: outputs/ may be a link.
+    In the repository: from its root, so that another checkout finds it too; else absolute. Unchanged when
+    found nowhere (a hub id).
     """
     file = find(path, beside)
     if Path(path).is_absolute() or not file.exists():
-        return str(path)
-    return os.path.relpath(file.resolve(), folder.resolve())
+        return path
+    file, root = file.resolve(), ROOT.resolve()
+    return str(file.relative_to(root) if file.is_relative_to(root) else file)
 
 
 def sha256(file: Path) -> str:

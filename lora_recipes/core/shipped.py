@@ -46,7 +46,8 @@ def _first_line(file: Path) -> str:
 
 
 def copy(name: str, target: Path) -> Path:
-    """Copy the shipped recipe, ablation or accelerate file `name` (or `folder/name`) to the file `target` (or into that folder).
+    """Copy the shipped recipe, ablation or accelerate file `name` (or `folder/name`) to the file `target`
+    (or into that folder).
 
     Nothing is overwritten. The copy works where it lies: the paths in it are found in the repository
     (files.find), and the line that tells editors the schema is written anew.

@@ -91,11 +91,13 @@ class Recipe:
         """Where `file` looked for a path that is nowhere, in words."""
         return files.looked(path, self.path.parent)
 
-    def moved(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """The sections as a file in `folder` must write them: a path there means the same file as here."""
+    def anywhere(self) -> dict[str, dict[str, Any]]:
+        """The sections with every path written so that it means the same file wherever they are read
+        (files.anywhere).
+        """
         return {
             section: {
-                key: _moved(value, self.path.parent, folder) if _names_file(section, key, value) else value
+                key: _anywhere(value, self.path.parent) if _names_file(section, key, value) else value
                 for key, value in its.items()
             }
             for section, its in self.sections.items()
@@ -107,13 +109,13 @@ def _names_file(section: str, key: str, value: Any) -> bool:
     return endings == () or (endings is not None and str(value).endswith(endings))
 
 
-def _moved(value: Any, beside: Path, folder: Path) -> Any:
-    """A path, a data source with its `path`, or a list of them, as seen from `folder`."""
+def _anywhere(value: Any, beside: Path) -> Any:
+    """A path, a data source with its `path`, or a list of them."""
     if isinstance(value, list):
-        return [_moved(item, beside, folder) for item in value]
+        return [_anywhere(item, beside) for item in value]
     if isinstance(value, dict):
-        return value | {"path": _moved(value["path"], beside, folder)} if "path" in value else value
-    return files.seen_from(value, beside, folder) if isinstance(value, str) else value
+        return value | {"path": _anywhere(value["path"], beside)} if "path" in value else value
+    return files.anywhere(value, beside) if isinstance(value, str) else value
 
 
 def names() -> list[str]:

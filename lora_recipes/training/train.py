@@ -203,7 +203,7 @@ def _begin(session: Session) -> dict[str, Any]:
         record["probes"] = {"before": probes.probes(trainer.model, session.tokenizer, recipe)}
     if PartialState().is_main_process:
         folder.clear()
-        write(folder.path / "recipe.yaml", dump(recipe.moved(folder.path)))
+        write(folder.path / "recipe.yaml", dump(recipe.anywhere()))
         folder.write_record(record)
     PartialState().wait_for_everyone()
     return record
