@@ -2,8 +2,9 @@
 starts nothing. No torch.
 
 Fields and options: slurm.schedmd.com/sbatch.html and job_array.html;
-docs.skypilot.co/en/latest/reference/yaml-spec.html, storage.html and cli.html. Each job is `scripts/ablate.py
---only ARM/sSEED`: it skips what is finished and continues what was cut off, so that jobs may be sent again.
+docs.skypilot.co/en/latest/reference/yaml-spec.html, storage.html and cli.html. Each job is `lora-recipes
+ablate --only ARM/sSEED`: it skips what is finished and continues what was cut off, so that jobs may be sent
+again.
 """
 
 import shlex
@@ -15,7 +16,7 @@ import yaml
 
 from lora_recipes.ablation.spec import Ablation, Run
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
-from lora_recipes.core.files import ROOT, write
+from lora_recipes.core.files import INSTALLED, ROOT, write
 from lora_recipes.core.yamlfile import shown
 
 ENGINES = ("slurm", "skypilot")
@@ -26,18 +27,20 @@ def generate(
 ) -> str:
     """Write the files for `engine` into the ablation's folder; what to do with them, in words.
 
-    `command`: the arguments of scripts/ablate.py that name the ablation. `need`: the memory of the largest
-    arm, in words.
+    `command`: the arguments of `lora-recipes ablate` that name the ablation. `need`: the memory of the
+    largest arm, in words.
     """
     file, folder = Path(command[0]), ablation.folder(outputs)
-    if file.suffix in (".yaml", ".yml"):
-        inside = file.resolve().is_relative_to(ROOT)
-        if engine == "skypilot" and not inside:
+    if engine == "skypilot" and INSTALLED:
+        do = "git clone the repository and run it there, or ON=slurm"
+        raise RecipeError(Problem("ON=skypilot", "each machine gets the checkout, and this is none", do))
+    if engine == "skypilot" and file.suffix in (".yaml", ".yml"):
+        if not file.resolve().is_relative_to(ROOT):
             do = f"put it into {shown(ROOT / 'configs' / 'ablations')}/"
             raise RecipeError(
                 Problem("ON=skypilot", f"{shown(file)} is not in the folder that goes to each machine", do)
             )
-        command = [str(file.resolve().relative_to(ROOT) if inside else file.resolve()), *command[1:]]
+        command = [str(file.resolve().relative_to(ROOT)), *command[1:]]
     head = f"# {ablation.name}: {ablation.question}\n# {len(runs)} jobs, an arm with a seed each; {need}.\n"
     made = (_slurm if engine == "slurm" else _skypilot)(head, ablation, runs, command, outputs)
     for name, text in made.items():
@@ -50,15 +53,15 @@ def generate(
             "A-COPY-OF-THE-BUCKET",
         )
     return (
-        f"jobs        {len(runs)}: {do}\nreport      python scripts/ablate.py {shlex.join(command)} --report"
-        f" --outputs {where}"
+        f"jobs        {len(runs)}: {do}\nreport      python -m lora_recipes ablate {shlex.join(command)}"
+        f" --report --outputs {where}"
     )
 
 
 def _slurm(
     head: str, ablation: Ablation, runs: Sequence[Run], command: Sequence[str], outputs: Path
 ) -> dict[str, str]:
-    """One array. All jobs and this machine share a file system, with this checkout and its .venv on it."""
+    """One array. All jobs and this machine share a file system, with this folder and its Python on it."""
     options = {
         "job-name": ablation.name,
         "array": f"0-{len(runs) - 1}",
@@ -77,9 +80,9 @@ def _slurm(
         "RUNS=(",
         *(f"  {run}" for run in runs),
         ")",
-        f"cd {shlex.quote(str(ROOT))}",
+        f"cd {shlex.quote(str(Path.cwd()))}",
     ]
-    train = shlex.join([sys.executable, "scripts/ablate.py", *command, "--outputs", str(outputs)])
+    train = shlex.join([sys.executable, "-m", "lora_recipes", "ablate", *command, "--outputs", str(outputs)])
     lines.append(f'exec {train} --only "${{RUNS[$SLURM_ARRAY_TASK_ID]}}"')
     return {"slurm.sh": "\n".join([*lines, ""])}
 
@@ -112,7 +115,8 @@ def _skypilot(
             "/results": {"name": "${BUCKET}", "mode": "MOUNT_CACHED"}
         },  # MOUNT cannot append, which metrics.jsonl needs
         "setup": "make setup",
-        "run": f'.venv/bin/python scripts/ablate.py {shlex.join(command)} --outputs "$RESULTS" --only "$RUN"',
+        "run": f".venv/bin/python -m lora_recipes ablate {shlex.join(command)}"
+        ' --outputs "$RESULTS" --only "$RUN"',
     }
     lines = [
         "#!/bin/bash",

@@ -98,7 +98,7 @@ def _arm(folder: Path, resolved: dict[str, Any], name: str) -> Arm:
         sections = arm["sections"] | {"train": arm["sections"]["train"] | {"seed": seed}}
         try:
             record = run.record
-            changed = differences(run, Recipe(name, folder, sections), {}) if record else []
+            changed = differences(run, Recipe(name, folder / FILE, sections), {}) if record else []
         except RecipeError as error:
             record, changed = {"status": "broken", "error": error.problems[0].found}, []
         if not record:

@@ -22,7 +22,7 @@ from typing import Any
 from lora_recipes.ablation import grid
 from lora_recipes.core import yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
-from lora_recipes.core.files import ROOT, rooted
+from lora_recipes.core.files import ROOT
 from lora_recipes.core.yamlfile import Key, dotted, shown
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.recipe import Recipe
@@ -79,7 +79,8 @@ class Ablation:
     def resolved(self) -> dict[str, Any]:
         """What ablation.json holds."""
         arms = {
-            arm.name: {"overrides": list(arm.overrides), "sections": arm.recipe.sections} for arm in self.arms
+            arm.name: {"overrides": list(arm.overrides), "sections": arm.recipe.anywhere()}
+            for arm in self.arms
         }
         return {
             "name": self.name,
@@ -131,7 +132,7 @@ def load(name: str) -> Ablation:
             )
         )
     raise_if(problems + list(_shape(content, at)))
-    return _ablation(path.stem, question, content, at)
+    return _ablation(path.stem, question, content, at, path.parent)
 
 
 def quick(recipe: str, over: Sequence[str], seeds: Sequence[int] = ()) -> Ablation:
@@ -248,10 +249,12 @@ def _seeds_shape(content: dict[str, Any], at: At) -> Iterator[Problem]:
             )
 
 
-def _ablation(name: str, question: str, content: dict[str, Any], at: At) -> Ablation:
+def _ablation(
+    name: str, question: str, content: dict[str, Any], at: At, beside: Path | None = None
+) -> Ablation:
     """Expand, load every arm's recipe, and say every problem at the place in the ablation that makes it."""
     try:
-        recipe = recipes.load(content["recipe"])
+        recipe = recipes.load(content["recipe"], beside=beside)
     except RecipeError as error:
         raise RecipeError(
             [Problem(f"{at('recipe')}: {p.where}", p.found, p.do) for p in error.problems]
@@ -265,7 +268,7 @@ def _ablation(name: str, question: str, content: dict[str, Any], at: At) -> Abla
             do = "name them yourself under arms:"
             problems.append(Problem(where, f"two arms with one name, {arm}", do))
         try:
-            loaded = recipes.load(content["recipe"], [text for text, _ in written])
+            loaded = recipes.load(content["recipe"], [text for text, _ in written], beside)
         except RecipeError as error:
             problems += [_moved(p, written, where, at) for p in error.problems]
             continue
@@ -274,7 +277,7 @@ def _ablation(name: str, question: str, content: dict[str, Any], at: At) -> Abla
             loaded.model.from_recipe,
             loaded.warm_start and loaded.warm_start.from_recipe,
         ):
-            problems += _output(rooted(named), where) if named else []
+            problems += _output(loaded.file(named), where) if named else []
         if same := next((a.name for a in arms.values() if a.recipe.sections == loaded.sections), None):
             problems.append(Problem(where, f"{arm} is the same run as {same}", "keep one"))
         arms[arm] = Arm(arm, tuple(text for text, _ in written), loaded)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.ablation.spec import Run
+from lora_recipes.core import cli
 from lora_recipes.core.yamlfile import shown
 
 Task = tuple[Run, dict[str, Any]]  # a run, and what train() is told with it
@@ -135,6 +136,7 @@ def _work(pipe: Connection, make: Callable[[], Any], outputs: Path) -> None:
     """In the process: train what comes until nothing comes any more. What a run prints goes into the .log
     beside its folder.
     """
+    cli.quiet()
     train_one = make()
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:

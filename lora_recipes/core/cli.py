@@ -2,40 +2,18 @@
 to themselves.
 """
 
-import argparse
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.core.files import ROOT
-
-DEFAULT = "tiny_facts"
 
 # seconds; the first of several processes says an error that all of them have, and the launcher ends the
 # others
 PATIENCE = 15
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that `plan` and `train` share."""
-    result = argparse.ArgumentParser(description=description)
-    result.add_argument(
-        "recipe",
-        nargs="?",
-        default=DEFAULT,
-        help=f"a name in configs/recipes/, or a path (default: {DEFAULT})",
-    )
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. lora.r=16")
-    result.add_argument(
-        "--outputs", type=Path, default=ROOT / "outputs", help="where the run folders are (default: outputs/)"
-    )
-    result.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    return result
 
 
 def run(action: Callable[[], int | None], traceback: bool) -> int:

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core.files import ROOT
+from lora_recipes.core.files import INSTALLED, ROOT
 
 PACKAGES = (
+    "lora-recipes",
     "torch",
     "transformers",
     "peft",
@@ -40,5 +41,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    if INSTALLED:  # a repository around the package is somebody else's
+        return None
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None

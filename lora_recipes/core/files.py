@@ -1,11 +1,18 @@
-"""Where the repository is, and files that are written to a temporary name and moved into place."""
+"""Where things are (the repository, or what a package carries of it; the outputs), and files that are written
+to a temporary name and moved into place.
+"""
 
 import hashlib
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+# A wheel carries configs/ and data/ inside the package; in a checkout they stand beside it.
+_SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
+INSTALLED = _SHIPPED.is_dir()
+ROOT = _SHIPPED if INSTALLED else Path(__file__).resolve().parents[2]
+HOME = Path.cwd() if INSTALLED else ROOT  # where what is made goes: a package's own folder is not written to
+OUTPUTS = HOME / "outputs"
 
 
 def write(path: Path, text: str) -> None:
@@ -27,9 +34,37 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def rooted(path: str | Path) -> Path:
-    """`path` as given when absolute, else taken from the repository's root, wherever the command is run."""
-    return ROOT / path
+def places(beside: Path) -> list[Path]:
+    """Where a relative path that stands in a file in the folder `beside` is looked for, in this order: there,
+    in the working folder, in the repository.
+    """
+    return list(dict.fromkeys([beside.absolute(), Path.cwd(), ROOT]))
+
+
+def find(path: str | Path, beside: Path) -> Path:
+    """`path` as given when absolute, else in the first of `places` that has it; if none has, in the last."""
+    tried = [place / path for place in places(beside)]
+    return next((p.resolve() if ".." in p.parts else p for p in tried if p.exists()), tried[-1])
+
+
+def looked(path: str | Path, beside: Path) -> str:
+    """The places where `find` looked for a path that is nowhere, in words; empty for an absolute path."""
+    if Path(path).is_absolute():
+        return ""
+    return f"looked in {', '.join(str(place) for place in places(beside))}"
+
+
+def anywhere(path: str, beside: Path) -> str:
+    """`path`, which stands in a file in `beside`, written so that it means the same in a file elsewhere.
+
+    In the repository: from its root, so that another checkout finds it too; else absolute. Unchanged when
+    found nowhere (a hub id).
+    """
+    file = find(path, beside)
+    if Path(path).is_absolute() or not file.exists():
+        return path
+    file, root = file.resolve(), ROOT.resolve()
+    return str(file.relative_to(root) if file.is_relative_to(root) else file)
 
 
 def sha256(file: Path) -> str:

@@ -97,6 +97,11 @@ class RunFolder:
         write(self.path / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
+def run_name(word: str) -> str:
+    """The name of a run: a recipe's own, or that of the recipe in the file `word`."""
+    return Path(word).stem if word.endswith((".yaml", ".yml")) else word
+
+
 def make_folder(outputs: Path) -> None:
     """Make the folder of all runs, if it is not there."""
     try:

@@ -9,7 +9,6 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
-from lora_recipes.core.files import rooted
 from lora_recipes.data import read, render
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.read import Split
@@ -167,7 +166,7 @@ def _tokenizer(resolved: Resolved, network: bool) -> Any:
     template.
     """
     has_contract = resolved.base.contract is not None
-    local = rooted(resolved.recipe.model.tokenizer or resolved.base.weights).is_dir()
+    local = resolved.recipe.file(resolved.recipe.model.tokenizer or resolved.base.weights).is_dir()
     try:
         return tokenizing.load(resolved, local_files_only=has_contract and not network)
     except RecipeError:

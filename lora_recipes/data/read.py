@@ -12,7 +12,6 @@ from typing import Any
 
 from lora_recipes.core import yamlfile
 from lora_recipes.core.errors import Problem, raise_if
-from lora_recipes.core.files import rooted
 from lora_recipes.data.row import FIELDS, Fault, Row, used
 from lora_recipes.data.row import faults as row_faults
 from lora_recipes.recipe.recipe import Recipe
@@ -58,7 +57,7 @@ def read(recipe: Recipe, which: str) -> Split:
         at = recipe.at("data", which, *([] if isinstance(sources, str) else [number]))
         entry: dict[str, Any] = {"path": source} if isinstance(source, str) else source
         rows, unused, before = [], set(), len(faults)
-        for where, raw in _records(entry, at, faults):
+        for where, raw in _records(entry, at, faults, recipe):
             row = Row(where, used(raw, text_field))
             found = row_faults(raw, text_field) or _mixed(row, first or row)
             faults += [Problem(where, *fault) for fault in found]
@@ -119,9 +118,11 @@ def in_both(train: Split, other: Split) -> list[Row]:
     return [row for row in other.rows if row.key in keys]
 
 
-def _records(source: dict[str, Any], at: str, faults: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(
+    source: dict[str, Any], at: str, faults: list[Problem], recipe: Recipe
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every row of a source with its file:line. What cannot be read as a row is added to `faults`."""
-    path = rooted(source["path"])
+    path = recipe.file(source["path"])
     hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source["path"]) and path.suffix not in (
         ".jsonl",
         ".json",
@@ -144,12 +145,11 @@ def _records(source: dict[str, Any], at: str, faults: list[Problem]) -> Iterator
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
+        do = "give a JSONL file, or owner/name of a data set on the hub"
+        looked = "" if path.exists() else recipe.looked(source["path"])
+        which = source["path"] if looked else name
         faults.append(
-            Problem(
-                at,
-                f"{name} cannot be read ({error.strerror})",
-                "give a JSONL file, or owner/name of a data set on the hub",
-            )
+            Problem(at, f"{which} cannot be read ({error.strerror})", f"{looked}; {do}" if looked else do)
         )
         return
     if content.lstrip()[:1] == b"[":

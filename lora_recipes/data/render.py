@@ -16,7 +16,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest
-from lora_recipes.core.files import rooted
+from lora_recipes.core.files import ROOT, find, looked
 from lora_recipes.data.read import Row, Split, raise_first
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.recipe.recipe import Recipe
@@ -81,16 +81,17 @@ class Counts:
         return count / of if of else 0.0
 
 
-def chat_template(name: str, where: str) -> str:
+def chat_template(name: str, where: str, beside: Path = ROOT) -> str:
     """The text of a chat template: one that TRL's wheel carries, by name (`qwen3_5_think`), or a .jinja
-    file.
+    file, named by a file in the folder `beside`.
     """
     if name.endswith((".jinja", ".j2")):
         try:
-            return rooted(name).read_text(encoding="utf-8")
+            return find(name, beside).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise RecipeError(Problem(where, f"{name} cannot be read ({reason})")) from None
+            do = "" if find(name, beside).exists() else looked(name, beside)
+            raise RecipeError(Problem(where, f"{name} cannot be read ({reason})", do)) from None
     folder = Path(str(files("trl").joinpath("chat_templates")))
     names = [p.stem for p in folder.glob("*.jinja") if not p.stem.endswith("_training")]
     if name not in names:

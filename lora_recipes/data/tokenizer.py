@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.core.files import rooted
+from lora_recipes.core.files import ROOT
 from lora_recipes.data import new_tokens
 from lora_recipes.data.render import chat_template
 from lora_recipes.data.stand_in import Characters
@@ -32,9 +32,13 @@ def load(resolved: Resolved, local_files_only: bool = False) -> PreTrainedTokeni
     if contract and contract.tokenizer and not saved:
         result: PreTrainedTokenizerBase = make(contract)
     else:
+        if name and (folder := recipe.file(name)).is_dir():
+            name = str(folder)
         result = _pretrained(recipe, name or weights, local_files_only)
     if template := recipe.model.chat_template:
-        result.chat_template = chat_template(template, recipe.at("model", "chat_template"))
+        result.chat_template = chat_template(
+            template, recipe.at("model", "chat_template"), recipe.path.parent
+        )
     if eos := recipe.train.eos_token:
         if eos not in result.get_vocab():
             do = f"the tokenizer's own is {result.eos_token!r}"
@@ -63,7 +67,7 @@ def stand_in(resolved: Resolved) -> Characters:
     """
     recipe, contract = resolved.recipe, resolved.base.contract
     name = recipe.model.chat_template or (contract and contract.chat_template)
-    return Characters(chat_template(name, recipe.at("model")) if name else None)
+    return Characters(chat_template(name, recipe.at("model"), recipe.path.parent) if name else None)
 
 
 def make(contract: Contract) -> PreTrainedTokenizerFast:
@@ -75,7 +79,7 @@ def make(contract: Contract) -> PreTrainedTokenizerFast:
         raise RecipeError(
             Problem(f"configs/models/{contract.name}.yaml", "brings no tokenizer", "set model.tokenizer")
         )
-    texts = [text for file in spec["files"] for text in _texts(rooted(file))]
+    texts = [text for file in spec["files"] for text in _texts(ROOT / file)]
     raw = _words(texts, spec) if spec["kind"] == "words" else _byte_level_bpe(texts, spec)
     raw.add_special_tokens(spec["special_tokens"])
     assert raw.get_vocab_size() <= contract.text_config["vocab_size"]

@@ -21,7 +21,7 @@ from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import base_fit, files, locate, provenance
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now
-from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.core.run_folder import RunFolder, run_name
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import new_tokens, read, render
 from lora_recipes.data.render import IGNORED
@@ -72,7 +72,7 @@ def evaluation(
     combination), asked on this run's data; its own run.json gets the answer. `base` replaces the base that
     the adapter names. RecipeError when anything is missing.
     """
-    name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    name = run_name(name)
     run = RunFolder(outputs / name)
     asked = _recipe(run, name, overrides)
     sets = _rows(asked)

@@ -28,7 +28,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.core.files import replace_folder, rooted, sha256
+from lora_recipes.core.files import ROOT, replace_folder, sha256
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import new_tokens
 from lora_recipes.data import tokenizer as tokenizing
@@ -152,7 +152,7 @@ def random_base(resolved: Resolved) -> bool:
     """
     contract, folder = resolved.base.contract, Path(resolved.base.weights)
     assert contract is not None
-    files = {name: sha256(rooted(name)) for name in (contract.tokenizer or {}).get("files", [])}
+    files = {name: sha256(ROOT / name) for name in (contract.tokenizer or {}).get("files", [])}
     mark = {
         "config": contract.config,
         "tokenizer": contract.tokenizer,

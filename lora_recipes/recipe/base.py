@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.core.files import rooted
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.recipe import contract as contracts
@@ -109,7 +108,9 @@ def _resolve(recipe: Recipe, outputs: Path, chain: list[str]) -> Resolved:
         tokenizer = contracts.load(model.tokenizer)
     warm = None
     if recipe.warm_start:
-        warm = _resolve(recipes.load(recipe.warm_start.from_recipe), outputs, chain)
+        warm = _resolve(
+            recipes.load(recipe.warm_start.from_recipe, beside=recipe.path.parent), outputs, chain
+        )
     return Resolved(
         recipe, outputs, Base(recipe, _weights(recipe, outputs, maker), contract, maker), tokenizer, warm
     )
@@ -119,7 +120,7 @@ def _maker(recipe: Recipe, name: str, outputs: Path, chain: list[str]) -> Resolv
     """The recipe that trains the base, resolved. It must be a `full:` or `freeze:` one, which leaves a whole
     model.
     """
-    where, maker = recipe.at("model", "from_recipe"), recipes.load(name)
+    where, maker = recipe.at("model", "from_recipe"), recipes.load(name, beside=recipe.path.parent)
     if not maker.whole:
         do = "name a full: or freeze: recipe, or merge the adapter first"
         raise RecipeError(Problem(where, f"{name} trains an adapter, not a model", do))
@@ -139,7 +140,7 @@ def _weights(recipe: Recipe, outputs: Path, maker: Resolved | None) -> str:
     if model.weights == "random":
         return str(outputs / "_bases" / f"{model.contract}-{model.dtype}")
     assert model.name_or_path is not None, "rules.py asks for one of the three"
-    path = rooted(model.name_or_path)
+    path = recipe.file(model.name_or_path)
     if (path / "adapter_config.json").is_file():
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
         found = f"{shown(path)} is an adapter, not a base model"

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import yamlfile
+from lora_recipes.core import files, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
-from lora_recipes.core.files import ROOT
 from lora_recipes.recipe import check, rules
 from lora_recipes.recipe.recipe import Recipe
 
-RECIPES = ROOT / "configs" / "recipes"
+RECIPES = files.ROOT / "configs" / "recipes"
 
 
 def names() -> list[str]:
@@ -20,13 +19,13 @@ def names() -> list[str]:
     return sorted(p.stem for p in RECIPES.rglob("*.yaml"))
 
 
-def find(name: str) -> Path:
+def find(name: str, beside: Path | None = None) -> Path:
     """The file of the recipe `name`: a name in configs/recipes/ or a folder there, or a path to a .yaml
-    file.
+    file, tried as files.find tells (`beside`: the folder of the file that names it; default: here).
     """
     is_path = name.endswith((".yaml", ".yml")) or "/" in name
-    if is_path and Path(name).is_file():
-        return Path(name)
+    if is_path and (found := files.find(name, beside or Path())).is_file():
+        return Path(name) if Path(name).absolute() == found else found
     if name in names():
         return next(RECIPES.rglob(f"{name}.yaml"))
     known = (
@@ -38,18 +37,25 @@ def find(name: str) -> Path:
         do = f"the recipe's name comes first, then {name}. {known}"
     raise RecipeError(
         Problem(
-            f"RECIPE={name}", "no such file" if is_path else "no recipe of that name in configs/recipes/", do
+            f"RECIPE={name}",
+            _nowhere(name, beside or Path()) if is_path else "no recipe of that name in configs/recipes/",
+            do,
         )
     )
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe `name` (a name or a path) with `section.key=value` overrides applied, checked.
+def _nowhere(name: str, beside: Path) -> str:
+    return ", ".join(filter(None, ["no such file", files.looked(name, beside)]))
+
+
+def load(name: str, overrides: Sequence[str] = (), beside: Path | None = None) -> Recipe:
+    """The recipe `name` (a name or a path, as `find` takes it) with `section.key=value` overrides applied,
+    checked.
 
     Raises RecipeError with every problem: unknown keys (with the nearest real one), wrong types, values out
     of range, missing keys, sections that exclude each other.
     """
-    path = find(name)
+    path = find(name, beside)
     content, lines, problems = yamlfile.read(path)
     # `full:` and `full: {}` are the same; a section that should hold something is then told what it lacks.
     sections = {key: {} if value is None else value for key, value in content.items()}

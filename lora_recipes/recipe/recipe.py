@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_recipes.core import yamlfile
+from lora_recipes.core import files, yamlfile
 from lora_recipes.core.run_folder import WHOLE
 from lora_recipes.recipe.sections import (
     Data,
@@ -23,6 +23,17 @@ from lora_recipes.recipe.sections import (
 
 S = TypeVar("S", bound=Section)
 METHODS = ("lora", "peft", "freeze", "full")
+# section.key -> the endings of a file that it may name; empty: a file or folder of any name
+PATHS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("data", "train"): (),
+    ("data", "eval"): (),
+    ("data", "kept"): (),
+    ("model", "name_or_path"): (),
+    ("model", "tokenizer"): (),
+    ("model", "chat_template"): (".jinja", ".j2"),  # other words are names of TRL's own
+    ("model", "from_recipe"): (".yaml", ".yml"),  # of shipped recipes
+    ("warm_start", "from_recipe"): (".yaml", ".yml"),
+}
 
 
 @dataclass(frozen=True)
@@ -125,3 +136,37 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as resolved, overrides applied."""
         return yamlfile.dump(self.sections)
+
+    def file(self, path: str) -> Path:
+        """The file or folder that `path` in this recipe means, there or not (files.find)."""
+        return files.find(path, self.path.parent)
+
+    def looked(self, path: str) -> str:
+        """Where `file` looked for a path that is nowhere, in words."""
+        return files.looked(path, self.path.parent)
+
+    def anywhere(self) -> dict[str, dict[str, Any]]:
+        """The sections with every path written so that it means the same file wherever they are read
+        (files.anywhere).
+        """
+        return {
+            section: {
+                key: _anywhere(value, self.path.parent) if _names_file(section, key, value) else value
+                for key, value in its.items()
+            }
+            for section, its in self.sections.items()
+        }
+
+
+def _names_file(section: str, key: str, value: Any) -> bool:
+    endings = PATHS.get((section, key))
+    return endings == () or (endings is not None and str(value).endswith(endings))
+
+
+def _anywhere(value: Any, beside: Path) -> Any:
+    """A path, a data source with its `path`, or a list of them."""
+    if isinstance(value, list):
+        return [_anywhere(item, beside) for item in value]
+    if isinstance(value, dict):
+        return value | {"path": _anywhere(value["path"], beside)} if "path" in value else value
+    return files.anywhere(value, beside) if isinstance(value, str) else value

@@ -11,14 +11,14 @@ from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import provenance
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
-from lora_recipes.core.files import ROOT
+from lora_recipes.core.files import HOME, OUTPUTS, ROOT
 from lora_recipes.core.locate import BASE, base_of, is_model
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.serving import export as servable
 from lora_recipes.serving.rules import VLLM, rank_to_serve
 
-ENVIRONMENT = ROOT / ".venv-serve"
+ENVIRONMENT = HOME / ".venv-serve"
 
 # Set here from what was checked; given to vLLM a second time, they would take effect unchecked.
 OWNED = (
@@ -49,7 +49,7 @@ class Options:
     dtype: str | None = None
     dynamic: bool = False
     extra: list[str] = field(default_factory=list)
-    outputs: Path = ROOT / "outputs"
+    outputs: Path = OUTPUTS
 
     @property
     def url(self) -> str:
@@ -198,7 +198,7 @@ def _address(options: Options) -> list[Problem]:
 
 def _doubled(options: Options) -> list[Problem]:
     given = [word for word in options.extra if word.split("=")[0].replace("_", "-") in OWNED]
-    do = "they are options of scripts/serve.py itself; the API key is read from VLLM_API_KEY"
+    do = "they are options of lora-recipes serve itself; the API key is read from VLLM_API_KEY"
     problems = [Problem("--", f"{', '.join(given)} would get past the checks", do)] if given else []
     if not 0 < options.port < 65536:
         problems.append(Problem("--port", f"{options.port} is no port", "1 to 65535"))

@@ -22,9 +22,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest
-from lora_recipes.core.files import ROOT, now
+from lora_recipes.core.files import ROOT, find, looked, now
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.recipe import layout
+from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.layout import Layout
 from lora_recipes.recipe.recipe import Recipe
 
@@ -77,11 +78,15 @@ def parsed(given: list[str]) -> Namespace:
         raise RecipeError(
             Problem(f"accelerate launch {shlex.join(given)}", f"accelerate refuses it: {error}")
         ) from None
-    if options.deepspeed_config_file and not Path(options.deepspeed_config_file).is_file():
-        found = f"{options.deepspeed_config_file} is not there, seen from {Path.cwd()}"
-        raise RecipeError(
-            Problem(f"accelerate launch {shlex.join(given)}", found, "run it in the repository's root")
-        )
+    if named := options.deepspeed_config_file:
+        beside = Path(options.config_file or ".").parent
+        options.deepspeed_config_file = str(find(named, beside))
+        if not Path(options.deepspeed_config_file).is_file():
+            raise RecipeError(
+                Problem(
+                    f"accelerate launch {shlex.join(given)}", f"{named} is not there", looked(named, beside)
+                )
+            )
     return options  # type: ignore[no-any-return]
 
 
@@ -112,7 +117,9 @@ def asked() -> tuple[Layout, str] | None:
             continue
     if given is None:
         return None
-    options = given[: next((i for i, word in enumerate(given) if word.endswith(".py")), None)]
+    options = given[
+        : next((i for i, word in enumerate(given) if word.endswith(".py") or word == "--module"), None)
+    ]
     return wanted(given), f"accelerate launch {shlex.join(options)}"
 
 
@@ -165,14 +172,15 @@ def _differ(found: tuple[Layout, str], real: Layout) -> None:
         raise RecipeError(Problem(found[1], f"asks for {found[0]}; what runs is {real}", do))
 
 
-def start(given: list[str], script: list[str], recipe: Recipe, folder: RunFolder) -> int:
-    """Run `script` under `accelerate launch` with the options `given`; its exit code.
+def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
+    """Run `lora-recipes` with `arguments` under `accelerate launch` with the options `given`; its exit code.
 
     When a process ends badly the launcher ends the others; what was said is here who it was, and run.json
     says `failed`.
     """
-    os.environ[ASKED] = shlex.join([*given, *script])
-    options = parsed([*given, *script])
+    words = [*given, "--module", "lora_recipes", *arguments]
+    os.environ[ASKED] = shlex.join(words)
+    options = parsed(words)
     if options.use_fsdp and not torch.cuda.is_available():
         found = "accelerate would run plain DDP instead: FSDP2 needs GPUs"
         raise RecipeError(
@@ -191,16 +199,18 @@ def start(given: list[str], script: list[str], recipe: Recipe, folder: RunFolder
                 ", as by a lack of memory" if code == -9 else ""
             )
         text = f"process {rank} of {options.num_processes} {how}; the others were stopped"
-        _failed(folder, text)
+        _failed(resolved.folder, text)
         if code == 2:  # a RecipeError, said already
             return 2
         raise RecipeError(
             Problem(
-                recipe.name, text, "RESUME=1 continues from the newest whole checkpoint, FORCE=1 begins anew"
+                resolved.recipe.name,
+                text,
+                "RESUME=1 continues from the newest whole checkpoint, FORCE=1 begins anew",
             )
         ) from None
     except SignalException as error:
-        _failed(folder, f"stopped by {signal.Signals(error.sigval).name}")
+        _failed(resolved.folder, f"stopped by {signal.Signals(error.sigval).name}")
         raise KeyboardInterrupt from None
     except ImportError as error:
         raise RecipeError(

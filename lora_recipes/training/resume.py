@@ -63,14 +63,16 @@ def differences(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> lis
     """
     try:
         before = yaml.safe_load((folder.path / "recipe.yaml").read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        began = {section: its or {} for section, its in before.items()}
+        before = Recipe(recipe.name, folder.path / "recipe.yaml", began).anywhere()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         do = "without it nobody knows what the run began with: FORCE=1 begins anew"
         raise RecipeError(
             Problem(shown(folder.path / "recipe.yaml"), f"cannot be read: {error}", do)
         ) from None
-    found = []
-    for section in sorted((set(before) | set(recipe.sections)) - {"probes"}):
-        old, new = before.get(section) or {}, recipe.sections.get(section) or {}
+    found, now = [], recipe.anywhere()
+    for section in sorted((set(before) | set(now)) - {"probes"}):
+        old, new = before.get(section) or {}, now.get(section) or {}
         for key in sorted(set(old) | set(new)):
             if (
                 old.get(key) != new.get(key)

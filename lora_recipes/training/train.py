@@ -16,7 +16,7 @@ from lora_recipes.core.environment import environment
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
 from lora_recipes.core.run_folder import RunFolder, make_folder
-from lora_recipes.core.yamlfile import shown
+from lora_recipes.core.yamlfile import dump, shown
 from lora_recipes.data import gate, read
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory.fits import Memory
@@ -216,7 +216,7 @@ def _begin(session: Session) -> dict[str, Any]:
         record["probes"] = {"before": probes.probes(trainer.model, session.tokenizer, recipe)}
     if PartialState().is_main_process:
         folder.clear()
-        write(folder.path / "recipe.yaml", recipe.to_yaml())
+        write(folder.path / "recipe.yaml", dump(recipe.anywhere()))
         folder.write_record(record)
     PartialState().wait_for_everyone()
     return record

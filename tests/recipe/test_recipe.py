@@ -144,8 +144,10 @@ def test_a_byte_order_mark_is_accepted(load):
 
 def test_paths_are_taken_from_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert files.rooted("data/x.jsonl") == ROOT / "data" / "x.jsonl" == files.ROOT / "data" / "x.jsonl"
-    assert files.rooted(tmp_path / "x") == tmp_path / "x"
+    assert (
+        files.find("data/x.jsonl", tmp_path) == ROOT / "data" / "x.jsonl" == files.ROOT / "data" / "x.jsonl"
+    )
+    assert files.find(tmp_path / "x", ROOT) == tmp_path / "x"
     assert recipes.load("tiny_facts").name == "tiny_facts"
 
 

@@ -1,0 +1,430 @@
+"""The command `lora-recipes`: every verb with its options, which stand here once. scripts/*.py and make
+call it.
+
+A verb is parsed and its recipe checked before anything slow is imported: those imports stand in the actions.
+"""
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lora_recipes
+from lora_recipes.ablation.cluster import ENGINES
+from lora_recipes.core import cli, shipped
+from lora_recipes.core.errors import nearest
+from lora_recipes.core.files import OUTPUTS
+
+DEFAULT = "tiny_facts"
+Action = Callable[[Namespace], int | None]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Parse the verb and its words (default: the command line's), act, and return the exit code."""
+    verb, *rest = words if words is not None else sys.argv[1:] or ["--help"]
+    top, verbs = _tree()
+    if verb not in verbs:
+        if not verb.startswith("-"):
+            top.error(
+                f"there is no {verb!r}: did you mean {nearest(verb, verbs)}? They are {', '.join(verbs)}"
+            )
+        top.parse_args([verb, *rest])  # --help and --version end here
+    extra: list[str] = []
+    if verb == "serve" and "--" in rest:
+        rest, extra = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
+    given = verbs[verb].parse_intermixed_args(rest)  # overrides may stand anywhere among the options
+    given.extra = extra
+    return cli.run(lambda: given.action(given), given.traceback)
+
+
+def _tree() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    top = ArgumentParser(
+        prog="lora-recipes",
+        description="One YAML recipe in; a checked plan, a trained adapter, a verified merge and server out.",
+        epilog="lora-recipes VERB --help tells the options of a verb.",
+    )
+    top.add_argument("--version", action="version", version=f"%(prog)s {lora_recipes.__version__}")
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, (options, action, told) in VERBS.items():
+        parser = verbs.add_parser(name, help=told[0].lower() + told[1:].rstrip("."), description=told)
+        options(parser)
+        parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+        parser.set_defaults(action=action)
+    return top, verbs.choices
+
+
+def _recipe(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        default=DEFAULT,
+        help=f"a shipped recipe's name, or a .yaml file (default: {DEFAULT})",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. lora.r=16")
+    _outputs(parser)
+
+
+def _outputs(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--outputs",
+        type=Path,
+        default=OUTPUTS,
+        metavar="DIR",
+        help="where the run folders are (default: outputs/)",
+    )
+
+
+def _base(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="folder of the base (default: the one that the adapter names)",
+    )
+
+
+def _accelerate(parser: ArgumentParser, told: str) -> None:
+    parser.add_argument(
+        "--accelerate", metavar="NAME", help=f"{told}: configs/accelerate/NAME.yaml, or a path"
+    )
+
+
+def _plan(parser: ArgumentParser) -> None:
+    _recipe(parser)
+    _accelerate(parser, "plan for this layout of processes")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        choices=range(1, 4097),
+        metavar="N",
+        help="number of processes to plan for (default: 1, or as --accelerate says)",
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument(
+        "--fit",
+        type=float,
+        metavar="GB",
+        help="which settings fit a card of GB x 10^9 bytes, fastest first, instead",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="the memory of full fine-tuning, LoRA and QLoRA, instead"
+    )
+
+
+def plan(given: Namespace) -> None:
+    """Check the recipe, plan, print."""
+    from lora_recipes.recipe import layout, load
+    from lora_recipes.recipe.base import resolve
+
+    resolved = resolve(load.load(given.recipe, given.overrides), given.outputs)
+    from lora_recipes.memory import choices, fits
+    from lora_recipes.planning import plan
+
+    chosen = layout.of(given.devices or 1)
+    if given.accelerate:
+        from lora_recipes.training import launch
+
+        chosen = launch.wanted([*launch.words(given.accelerate, given.devices), "--module", "lora_recipes"])
+    made = plan.make(resolved, chosen)
+    if given.compare:
+        print("\n".join(fits.comparison(choices.compare(resolved, made.gate))))
+    if given.fit:
+        print("\n".join(fits.table(choices.fit(resolved, given.fit, made.gate), given.fit)))
+    if given.compare or given.fit:
+        return
+    plan.beside_lora(made, resolved, plan.add_memory(made, resolved))
+    print(
+        json.dumps(made.facts | {"warnings": made.warnings}, indent=2, ensure_ascii=False)
+        if given.json
+        else made.text()
+    )
+
+
+def _train(parser: ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace a run that is already there")
+    _accelerate(parser, "start several processes")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="how many (default: as the file says, else one for each GPU)",
+    )
+    parser.add_argument("--launch", default="", metavar="OPTIONS", help="more options of `accelerate launch`")
+
+
+def train(given: Namespace) -> int | None:
+    """Check the recipe, train it here, or start the processes that do."""
+    from lora_recipes.recipe import load
+    from lora_recipes.recipe.base import resolve
+
+    resolved = resolve(load.load(given.recipe, given.overrides), given.outputs)
+    if given.accelerate:
+        from lora_recipes.training import launch
+
+        flags = [f"--{name}" for name in ("resume", "force", "traceback") if getattr(given, name)]
+        again = ["train", given.recipe, *given.overrides, "--outputs", str(given.outputs), *flags]
+        options = launch.words(given.accelerate, given.processes, given.launch)
+        return launch.start(options, again, resolved)
+    from lora_recipes.training.train import train
+
+    train(resolved, given.resume, given.force)
+    return None
+
+
+def _ablate(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "name", help="a shipped ablation's name, or a .yaml file; with values to try: a recipe"
+    )
+    parser.add_argument("over", nargs="*", metavar="section.key=value,value", help="e.g. lora.r=2,4,8")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[], help="of the quick case (default: the recipe's own, once)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        choices=range(1, 65),
+        metavar="N",
+        help="processes at once (default: one for each GPU, or 1)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="ARM[/sSEED]", help="these runs alone, without a report"
+    )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--on", choices=ENGINES, help="write files that train each run as a job of its own, and start none"
+    )
+    either.add_argument("--dry-run", action="store_true", help="plan every arm, train none")
+    either.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument("--force", action="store_true", help="train finished runs anew too")
+    _outputs(parser)
+
+
+def ablate(given: Namespace) -> int:
+    """Check every arm, then run, report, or write the files for a cluster."""
+    from lora_recipes.ablation import spec
+
+    checked = spec.quick(given.name, given.over, given.seeds) if given.over else spec.load(given.name)
+    if given.report:
+        from lora_recipes.ablation import report
+
+        print(report.write(checked.folder(given.outputs)))
+        return 0
+    from lora_recipes.ablation.ablate import ablate, spread
+
+    if given.on:
+        seeds = ["--seeds", *map(str, given.seeds)] if given.seeds else []
+        print(spread(checked, given.outputs, given.on, [given.name, *given.over, *seeds], given.only))
+        return 0
+    return int(ablate(checked, given.outputs, given.jobs, given.only, given.dry_run, given.force) > 0)
+
+
+def _merge(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "adapter",
+        nargs="?",
+        default=DEFAULT,
+        help=f"a recipe (name or file), or an adapter folder (default: {DEFAULT})",
+    )
+    _outputs(parser)
+    _base(parser)
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="dtype to merge and save in (default: the base's)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the merged model (default: merged/ beside adapter/, else NAME.merged)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a merged model that is already there")
+
+
+def merge(given: Namespace) -> None:
+    """Merge, print the figures."""
+    from lora_recipes.core import locate
+    from lora_recipes.model import merge
+
+    folder = locate.adapter(given.adapter, given.outputs)
+    beside = folder.with_name("merged" if folder.name == "adapter" else f"{folder.name}.merged")
+    output = given.output or beside
+    record = merge.merge(folder, output, given.base, given.dtype, given.force)
+    print(merge.report(record, output))
+
+
+def _evaluate(parser: ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="another adapter for the same base, asked on this run's data (e.g. a combination)",
+    )
+    _base(parser)
+
+
+def evaluate(given: Namespace) -> None:
+    """Evaluate, print."""
+    from lora_recipes.evaluation import evaluate
+
+    asked = evaluate.evaluation(given.recipe, given.outputs, given.overrides, given.adapter, given.base)
+    print(evaluate.report(asked))
+
+
+def _combine(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "adapters", nargs="+", help="a recipe (name or file), an adapter folder, or name=folder"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, required=True, help="one for each adapter, in the same order"
+    )
+    parser.add_argument(
+        "--method",
+        default="cat",
+        help="combination_type of PEFT's add_weighted_adapter (default: cat, which is exact)",
+    )
+    parser.add_argument("--name", required=True, help="the result stands in outputs/NAME/adapter")
+    parser.add_argument(
+        "--density", type=float, help="share of values that ties, dare and magnitude_prune keep"
+    )
+    parser.add_argument(
+        "--svd-rank", type=int, metavar="R", help="rank of the svd methods (default: the adapters' largest)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the dare methods, which drop at random (default: 0)"
+    )
+    _outputs(parser)
+    _base(parser)
+    parser.add_argument("--force", action="store_true", help="replace a combination of that name")
+
+
+def combine(given: Namespace) -> None:
+    """Combine, print the figures."""
+    from lora_recipes.model import combine
+
+    asked = combine.Combination(given.weights, given.method, given.density, given.svd_rank, given.seed)
+    record = combine.combine(given.adapters, asked, given.name, given.outputs, given.base, given.force)
+    print(combine.report(record, given.outputs / given.name / "adapter"))
+
+
+def _serve(parser: ArgumentParser) -> None:
+    parser.epilog = "What stands after -- goes to vLLM."
+    parser.add_argument(
+        "what",
+        nargs="*",
+        help="a recipe (name or file), a folder (adapter or whole model), or name=folder"
+        f" (default: {DEFAULT})",
+    )
+    _outputs(parser)
+    _base(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    parser.add_argument("--max-lora-rank", type=int, metavar="R", help="(default: the smallest that fits)")
+    parser.add_argument("--dtype", help="(default: the base's)")
+    parser.add_argument(
+        "--dynamic", action="store_true", help="let adapters be added and removed while it runs"
+    )
+    deeds = parser.add_mutually_exclusive_group()
+    deeds.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="the checks, the exported adapter and the vLLM command; nothing is started",
+    )
+    deeds.add_argument(
+        "--check", metavar="URL", help="prove the adapters on a server that runs (default: all that it has)"
+    )
+    deeds.add_argument(
+        "--add", metavar="URL", help="add the adapters to a server that runs with --dynamic, proven"
+    )
+    deeds.add_argument("--remove", metavar="URL", help="remove the adapters (names) from it")
+
+
+def serve(given: Namespace) -> int:
+    """Serve, check, add or remove."""
+    from lora_recipes.serving import serve
+    from lora_recipes.serving.command import Options
+
+    if given.check:
+        return serve.check(given.check, given.what, given.outputs)
+    if given.add:
+        return serve.add(given.add, given.what or [DEFAULT], given.outputs)
+    if given.remove:
+        return serve.remove(given.remove, given.what)
+    options = Options(
+        given.host, given.port, given.max_lora_rank, given.dtype, given.dynamic, given.extra, given.outputs
+    )
+    return serve.serve(given.what or [DEFAULT], given.outputs, given.base, options, given.dry_run)
+
+
+def _chat(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=DEFAULT,
+        help=f"the adapter's name on the server, or the recipe's file (default: {DEFAULT})",
+    )
+    parser.add_argument(
+        "--ask",
+        action="append",
+        default=[],
+        metavar="QUESTION",
+        help="may be given more than once (default: its probes)",
+    )
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)"
+    )
+
+
+def chat(given: Namespace) -> None:
+    """Ask, print."""
+    from lora_recipes.core.run_folder import run_name
+    from lora_recipes.serving.chat import chat
+
+    print(chat(given.url, run_name(given.model), given.ask))
+
+
+def _ls(parser: ArgumentParser) -> None:
+    """No options."""
+
+
+def ls(given: Namespace) -> None:
+    """Print what there is."""
+    print(shipped.listing())
+
+
+def _cp(parser: ArgumentParser) -> None:
+    parser.add_argument("name", help="as lora-recipes ls lists it (folder/name where two folders have it)")
+    parser.add_argument("file", type=Path, help="where the copy goes: my.yaml, or a folder")
+
+
+def cp(given: Namespace) -> None:
+    """Copy, say how to go on."""
+    print(f"{given.name} -> {shipped.copy(given.name, given.file)}")
+
+
+# verb -> its options, its action, what it does
+VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
+    "ls": (_ls, ls, "List the shipped recipes, ablations, accelerate files and contracts."),
+    "cp": (_cp, cp, "Copy a shipped file, to begin one's own."),
+    "plan": (_plan, plan, "Show what a recipe would train, without weights or GPU."),
+    "train": (_train, train, "Train a recipe into outputs/<name>/."),
+    "ablate": (_ablate, ablate, "Train every arm of an ablation, and report."),
+    "merge": (_merge, merge, "Merge an adapter into its base and verify the result."),
+    "eval": (
+        _evaluate,
+        evaluate,
+        "Ask base and trained model the same: held-out loss, probes, what was forgotten, generations.",
+    ),
+    "combine": (
+        _combine,
+        combine,
+        "Combine adapters of one base into one that merges and serves like a trained one.",
+    ),
+    "serve": (_serve, serve, "Check adapters, start vLLM, prove that they are live, stay up."),
+    "chat": (_chat, chat, "Ask base and adapter on a running server side by side."),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

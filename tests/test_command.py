@@ -1,0 +1,223 @@
+"""`lora-recipes`: the verbs, what the package ships, and where a path in a recipe is looked for."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lora_recipes
+from lora_recipes.__main__ import VERBS, main
+from lora_recipes.core import files, shipped
+from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.data import read, render
+from lora_recipes.evaluation.evaluate import evaluation
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
+from lora_recipes.training.resume import differences
+from lora_recipes.training.train import train
+
+ROWS = (files.ROOT / "data/facts/corrections.jsonl").read_text(encoding="utf-8")
+
+
+def said(capsys, *words):
+    """The exit code and what was said, of a verb called in this process."""
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A recipe in a folder of its own, with its rows and its chat template beside it."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    sections = recipes.load("tiny_facts").sections
+    sections["data"] |= {"train": "rows.jsonl", "kept": [{"path": "../kept.jsonl"}]}
+    sections["model"] |= {"chat_template": "own.jinja"}
+    (folder / "own.yaml").write_text(yaml.safe_dump(sections, allow_unicode=True))
+    (folder / "own.jinja").write_text("{{ messages }}")
+    (folder / "rows.jsonl").write_text(ROWS)
+    shutil.copy(files.ROOT / "data/facts/kept.jsonl", tmp_path)
+    return folder / "own.yaml"
+
+
+def test_every_verb_is_listed_and_tells_its_options(capsys):
+    code, text = said(capsys, "--help")
+    assert code == 0 and all(f"\n    {verb} " in text for verb in VERBS)
+    for verb, (*_, told) in VERBS.items():
+        code, text = said(capsys, verb, "--help")
+        assert code == 0 and text.startswith(f"usage: lora-recipes {verb} "), verb
+        assert told in " ".join(text.split()) and "--traceback" in text
+    assert said(capsys, "--version") == (0, f"lora-recipes {lora_recipes.__version__}\n")
+
+
+def test_the_scripts_are_calls_of_the_verbs():
+    for script in files.ROOT.glob("scripts/*.py"):
+        verb = "eval" if script.stem == "evaluate" else script.stem
+        if script.stem not in ("memory", "schema"):
+            assert verb in VERBS and f'main(["{verb}", *sys.argv[1:]])' in script.read_text()
+
+
+def test_wrong_names_are_answered_with_the_nearest(capsys, tmp_path):
+    code, text = said(capsys, "trian", "tiny_facts")
+    assert code == 2 and "there is no 'trian': did you mean train?" in text
+    code, text = said(capsys, "cp", "tiny_fact", str(tmp_path / "x.yaml"))
+    assert code == 2 and "did you mean tiny_facts?" in text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "tiny_facts", "--json", "lora.rank=4", "train.seeds=1"],
+        ["plan", "--json", "lora.rank=4", "train.seeds=1"],
+        ["train", "tiny_facts", "lora.rank=4", "--resume", "train.seeds=1"],
+        ["train", "--outputs", "none", "tiny_facts", "lora.rank=4", "--force", "train.seeds=1"],
+    ],
+    ids=" ".join,
+)
+def test_overrides_may_stand_anywhere_among_the_options(capsys, words):
+    code, text = said(capsys, *words)
+    if words[1] == "--json":  # the first word is the recipe's name: it must be told so
+        assert code == 2 and "the recipe's name comes first" in text
+    else:
+        assert code == 2 and "'lora.rank=4'" in text and "'train.seeds=1'" in text
+
+
+def test_ls_lists_every_shipped_file_with_what_it_is_for(capsys):
+    code, text = said(capsys, "ls")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line[:2] == "  "]
+    stems = [file.stem for file in (files.ROOT / "configs").rglob("*.yaml")]
+    assert code == 0 and sorted(name for name, _ in lines) == sorted(stems)
+    assert dict(lines)["tiny_facts"] in (files.ROOT / "configs/recipes/tiny_facts.yaml").read_text()
+    assert all(len(text) > 10 and "schema" not in text for _, text in lines)
+
+
+def test_cp_begins_a_recipe_of_ones_own_and_overwrites_nothing(capsys, tmp_path):
+    target = tmp_path / "my.yaml"
+    assert said(capsys, "cp", "qwen35_4b_style", str(target))[0] == 0
+    mine, theirs = recipes.load(str(target)), recipes.load("qwen35_4b_style")
+    assert mine.sections == theirs.sections and mine.name == "my"
+    assert read.read(mine, "train").sha256 == read.read(theirs, "train").sha256
+    first = target.read_text().splitlines()[0]
+    assert first == f"# yaml-language-server: $schema={shipped.SCHEMA}" and shipped.SCHEMA.is_file()
+    code, text = said(capsys, "cp", "tiny_facts", str(target))
+    assert code == 2 and "is already there" in text and recipes.load(str(target)).sections == mine.sections
+    assert said(capsys, "cp", "tiny_rank", str(tmp_path))[0] == 0 and (tmp_path / "tiny_rank.yaml").is_file()
+    code, text = said(capsys, "cp", "tiny_facts", str(tmp_path / "my"))
+    assert code == 2 and "my.yaml" in text
+    code, text = said(capsys, "cp", "tiny_rslora", str(tmp_path))
+    assert code == 2 and "say recipes/methods/tiny_rslora or ablations/tiny_rslora" in text
+    assert said(capsys, "cp", "ablations/tiny_rslora", str(tmp_path))[0] == 0
+    assert "recipe: tiny_facts" in (tmp_path / "tiny_rslora.yaml").read_text()
+
+
+def test_a_path_is_tried_beside_the_recipe_then_here_then_in_the_repository(own, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    (here / "data" / "facts").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    loaded = recipes.load(str(own), ["data.eval=data/facts/single_fact.jsonl"])
+    assert loaded.file("rows.jsonl") == own.parent / "rows.jsonl"
+    assert loaded.file("../kept.jsonl") == tmp_path / "kept.jsonl"
+    assert loaded.file("data/facts/single_fact.jsonl").is_relative_to(files.ROOT)
+    (here / "data/facts/single_fact.jsonl").write_text(ROWS)
+    (here / "rows.jsonl").write_text("")
+    assert loaded.file("data/facts/single_fact.jsonl").is_relative_to(here)
+    assert loaded.file("rows.jsonl") == own.parent / "rows.jsonl"
+    assert len(read.read(loaded, "train").rows) == len(ROWS.splitlines())
+    assert render.chat_template("own.jinja", "", own.parent) == "{{ messages }}"
+
+
+def test_a_file_that_is_nowhere_is_told_with_where_it_was_looked_for(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    looked = f"looked in {own.parent}, {tmp_path}, {files.ROOT}"
+    with pytest.raises(RecipeError) as error:
+        read.read(recipes.load(str(own), ["data.train=gone.jsonl"]), "train")
+    assert "gone.jsonl cannot be read (No such file" in str(error.value) and looked in str(error.value)
+    with pytest.raises(RecipeError, match=r"gone.jinja cannot be read") as error:
+        render.chat_template("gone.jinja", "", own.parent)
+    assert looked in str(error.value)
+    with pytest.raises(RecipeError, match=f"looked in {tmp_path}, {files.ROOT}"):
+        recipes.load("gone.yaml")
+
+
+def test_a_run_finds_its_data_and_its_base_again_from_any_folder(own, trained, tmp_path, monkeypatch):
+    """outputs/ is a link, and the run is asked from another folder than it was trained from."""
+    base = own.with_name("first.yaml")
+    base.write_text(recipes.load("tiny_base").to_yaml())
+    scratch, outputs = tmp_path / "deep" / "down" / "scratch", own.parent / "outputs"
+    scratch.mkdir(parents=True)
+    outputs.symlink_to(scratch)
+    shutil.copytree(trained / "tiny_base", outputs / "first")
+    text = own.read_text().replace("tiny_base", "first.yaml")
+    own.write_text(text.replace("  chat_template: own.jinja\n", ""))
+    monkeypatch.chdir(own.parent)
+    train(resolve(recipes.load("own.yaml"), Path("outputs")))
+    monkeypatch.chdir(files.ROOT)
+    again = recipes.load(str(outputs / "own" / "recipe.yaml"))
+    assert again.file(again.data["train"]).samefile(own.parent / "rows.jsonl")
+    found = evaluation(str(own), outputs)
+    assert found["sets"]["kept"]["rows"] > 0
+    folder, loaded = RunFolder(outputs / "own"), recipes.load(str(own))
+    assert differences(folder, loaded, {}) == []
+    shutil.copy(own.parent / "rows.jsonl", own.parent / "other.jsonl")
+    (line,) = differences(folder, recipes.load(str(own), ["data.train=other.jsonl"]), {})
+    assert line.startswith("data.train: the run began with") and "rows.jsonl" in line
+
+
+def test_every_room_is_in_the_wheel():
+    listed = tomllib.loads((files.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {p.parent.name for p in (files.ROOT / "lora_recipes").glob("*/__init__.py")}
+    assert {f"lora_recipes.{room}" for room in rooms} == {
+        name for name in listed if name.count(".") == 1
+    } and "lora_recipes" in listed
+
+
+def test_an_installed_package_lists_copies_and_plans_from_an_empty_folder(tmp_path):
+    source, environment, empty = tmp_path / "source", tmp_path / "environment", tmp_path / "empty"
+    empty.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "conversations")
+    for name in ("lora_recipes", "configs", "data", "scripts"):
+        shutil.copytree(files.ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(files.ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "seen.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # what this environment has
+    (wheel,) = tmp_path.glob("*.whl")
+    python = str(environment / "bin" / "python")
+    install = [*pip, "--python", python, "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+
+    def run(*words):
+        return subprocess.run(
+            [str(environment / "bin" / "lora-recipes"), *words],
+            cwd=empty,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run("ls")
+    assert done.returncode == 0 and "tiny_facts" in done.stdout and "tiny_qwen35" in done.stdout
+    assert run("cp", "tiny_facts", "my.yaml").returncode == 0
+    schema = (empty / "my.yaml").read_text().splitlines()[0].partition("$schema=")[2]
+    assert Path(schema).is_relative_to(site) and Path(schema).is_file()
+    done = run("plan", "my.yaml", "--json", "lora.r=2")
+    assert done.returncode == 0, done.stderr
+    assert '"r": 2' in done.stdout and [p.name for p in empty.iterdir()] == ["my.yaml"]
+    done = run("plan", "gone.yaml")
+    assert done.returncode == 2 and f"looked in {empty}, {site}/lora_recipes/shipped" in done.stderr
