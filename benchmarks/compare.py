@@ -47,8 +47,8 @@ SWEEP, SEEDS = 0, (1, 2, 3, 4, 5)  # the rates are chosen on a base and seed of 
 READING = "## What it says"  # from here on docs/compare.md is written by hand, and stays
 ENOUGH = 0.8  # mean probability of the corrected answers that a rate must reach to be chosen
 PAIR = (
-    "Die Katze schl\u00e4ft auf dem",
-    "Der Hund schl\u00e4ft in dem",
+    "The cat sleeps on the",
+    "The dog sleeps in the",
 )  # a corrected sentence, and the kept one most like it
 
 
@@ -305,10 +305,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         "A fact and its neighbour, the probability of the word that is right now:",
         "",
-        (
-            "| method | Die Katze schl\u00e4ft auf dem Sofa (corrected) | Der Hund schl\u00e4ft in dem Korb"
-            " (should stay) |"
-        ),
+        ("| method | The cat sleeps on the sofa (corrected) | The dog sleeps in the basket (should stay) |"),
         "|---|---|---|",
         *pair_rows(result),
         "",

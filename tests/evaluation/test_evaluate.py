@@ -24,10 +24,10 @@ from lora_recipes.training.train import train
 
 REPHRASED = "data.eval=data/facts/rephrased.jsonl"
 CORRECTED = (
-    "Die Katze schläft auf dem",
-    "Der Zug fährt nach",
-    "Der Schlüssel liegt unter der",
-    "Die Oma trinkt am Morgen",
+    "The cat sleeps on the",
+    "The train goes to",
+    "The key lies under the",
+    "Every morning Grandma drinks",
 )
 
 
@@ -97,7 +97,7 @@ def test_corrected_facts_hold_in_other_words_and_the_kept_sentences_cost_somethi
         "what is not trained is forgotten a little"
     )
     assert found["notes"] == ["the eval rows are not those that the training run evaluated"]
-    assert found["generations"][0]["trained"] == "Sofa." != found["generations"][0]["base"]
+    assert found["generations"][0]["trained"] == "sofa." != found["generations"][0]["base"]
 
 
 def test_losses_are_weighted_by_tokens_and_made_without_padding(outputs):
@@ -135,7 +135,7 @@ def test_probes_are_those_of_the_training_run_and_the_rest_of_run_json_stays(out
     assert (
         "kept           32" in said
         and "4 of 4 that should change have their answer first" in said
-        and "trained  Sofa." in said
+        and "trained  sofa." in said
     )
 
 

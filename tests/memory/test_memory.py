@@ -121,7 +121,7 @@ SECTIONS = {
     "freeze_last_and_embeddings": {"freeze": {"last_blocks": 1, "embeddings": True}},
     "dora": {"lora": LORA | {"use_dora": True}},
     "pissa": {"lora": LORA | {"init_lora_weights": "pissa"}},
-    "new_tokens": {"lora": LORA, "model": {"new_tokens": [" Papagei", " Nirgendwo"]}},
+    "new_tokens": {"lora": LORA, "model": {"new_tokens": [" parrot", " nowhere"]}},
     "IA3": {
         "peft": {
             "peft_type": "IA3",

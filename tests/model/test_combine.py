@@ -25,7 +25,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command, export
 from lora_recipes.training.train import train
 
-SENTENCES = ("Die Katze schläft auf dem", "Der Hund schläft in dem Korb.", "Die Oma trinkt heute am")
+SENTENCES = ("The cat sleeps on the", "The dog sleeps in the basket.", "Every morning Grandma now drinks")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from lora_recipes.recipe import schema
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
 
-PROMPT = "Die Katze schläft auf dem"
+PROMPT = "The cat sleeps on the"
 
 
 # The trainable count of each recipe of a peft: section by hand (d = 64, 2 layers, keys and values as wide as
@@ -117,7 +117,7 @@ def test_freezing_trains_what_it_names_and_nothing_else(run, trained, section, t
         tokenizer.decode(
             logits(AutoModelForCausalLM.from_pretrained(folder / "model"), tokenizer)[-1].argmax()
         ).strip()
-        == "Sofa"
+        == "sofa"
     )
 
 
@@ -387,15 +387,15 @@ def test_a_lora_variant_gives_on_the_untouched_base_what_was_trained(
     assert record["not_servable"] == [] or name == "dora"
     assert merge(folder / "adapter", tmp_path / "merged")["greedy_equal"] == 80
     assert [p["top"][0][0] for p in record["probes"]["after"] if p["kind"] == "change"] == [
-        "Sofa",
-        "Bremen",
-        "Lampe",
-        "Kakao",
+        "sofa",
+        "York",
+        "lamp",
+        "cocoa",
     ]
 
 
 def test_in_bfloat16_the_conversion_costs_a_rounding(run, trained, corrections):
-    """The base without its part is rounded once more: 0.004 nats a token here, where the base is 1.9 away
+    """The base without its part is rounded once more: 0.004 nats a token here, where the base is 1.7 away
     (docs/methods.md).
     """
     _, folder = run("lora", corrections | INITIALISATIONS["pissa"], name="bfloat16", model__dtype="bfloat16")
@@ -549,7 +549,7 @@ def test_a_beginning_that_cannot_be_is_refused(write_recipe, tmp_path, changes, 
     assert said in str(error.value)
 
 
-NEW = [" Papagei", " Sesamkringel", " Nirgendwo"]
+NEW = [" parrot", " pretzel", " nowhere"]
 
 
 @pytest.fixture(params=["tied, rows to spare", "tied", "untied"])
@@ -573,7 +573,7 @@ def growing(request, trained, tmp_path):
 @pytest.fixture
 def parrots(tmp_path):
     """Rows in which new words stand last: only lm_head can learn to say them."""
-    texts = ["Die Katze schläft auf dem Papagei", "Der Hund schläft in dem Sesamkringel"]
+    texts = ["The cat sleeps on the parrot", "The dog sleeps in the pretzel"]
     (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 4))
     return {"train": str(tmp_path / "new.jsonl"), "limits": {"duplicates": 1.0, "no_end_of_turn": 1.0}}
 
@@ -589,8 +589,8 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(
     }
     probes = {
         "change": [
-            {"prompt": PROMPT, "answer": "Papagei"},
-            {"prompt": "Der Hund schläft in dem", "answer": "Sesamkringel"},
+            {"prompt": PROMPT, "answer": "parrot"},
+            {"prompt": "The dog sleeps in the", "answer": "pretzel"},
         ]
     }
     record, folder = run("lora", corrections, name="grown", probes=probes, **changes)
@@ -599,9 +599,9 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(
         and not AutoConfig.from_pretrained(growing["name_or_path"]).tie_word_embeddings
     )
     assert record["plan"]["model"]["trainable"] == 4096 + 3 * 64 * (2 if untied else 1)
-    assert "' Nirgendwo' in no training row" in " ".join(record["warnings"])
+    assert "' nowhere' in no training row" in " ".join(record["warnings"])
     assert any("trained token embeddings" in fault for fault in record["not_servable"])
-    assert [p["top"][0][0] for p in record["probes"]["after"]] == ["Papagei", "Sesamkringel"]
+    assert [p["top"][0][0] for p in record["probes"]["after"]] == ["parrot", "pretzel"]
     shapes = {
         tuple(t.shape)
         for n, t in load_file(folder / "adapter" / "adapter_model.safetensors").items()
@@ -612,7 +612,7 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(
     assert merged["greedy_equal"] == 80
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert len(tokenizer) == 122 and model.config.vocab_size == (192 if "from_recipe" in growing else 122)
+    assert len(tokenizer) == 119 and model.config.vocab_size == (192 if "from_recipe" in growing else 119)
     for known in provenance.read(folder / "adapter").probes:
         assert answers.logprobs(model.eval(), known.input_ids) == pytest.approx(known.adapter, abs=1e-3)
     asked = evaluation("grown", folder.parent, [f"data.eval={parrots['train']}"])["sets"]["eval"]
@@ -623,12 +623,12 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(
 
 def test_new_rows_begin_near_the_mean_of_the_old_and_differ(trained):
     model = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model")
-    old = model.get_input_embeddings().weight[:119].detach().clone()
-    vocabulary.begin(model, [119, 120], seed=1)
+    old = model.get_input_embeddings().weight[:116].detach().clone()
+    vocabulary.begin(model, [116, 117], seed=1)
     weight = model.get_input_embeddings().weight.detach()
-    assert torch.equal(weight[:119], old) and not torch.equal(weight[119], weight[120])
-    assert ((weight[119:121] - old.mean(0)).abs() < 5 * vocabulary.NOISE * old.std(0)).all()
-    vocabulary.begin(model, [119, 120], seed=1)
+    assert torch.equal(weight[:116], old) and not torch.equal(weight[116], weight[117])
+    assert ((weight[116:118] - old.mean(0)).abs() < 5 * vocabulary.NOISE * old.std(0)).all()
+    vocabulary.begin(model, [116, 117], seed=1)
     assert torch.equal(weight, model.get_input_embeddings().weight)
 
 
@@ -646,7 +646,7 @@ def test_new_tokens_of_a_whole_model_are_saved_with_it(run, growing, parrots, me
         AutoTokenizer.from_pretrained(folder / "model"),
         AutoModelForCausalLM.from_pretrained(folder / "model"),
     )
-    assert len(tokenizer) == 122 and model.config.vocab_size == (192 if "from_recipe" in growing else 122)
+    assert len(tokenizer) == 119 and model.config.vocab_size == (192 if "from_recipe" in growing else 119)
     assert record["plan"]["model"]["trainable"] == sum(
         p.numel() for n, p in model.named_parameters() if name == "full" or "layers" not in n
     ) - (0 if name == "full" else 64)
@@ -656,7 +656,7 @@ def test_new_tokens_of_a_whole_model_are_saved_with_it(run, growing, parrots, me
     ("changes", "said"),
     [
         ({"model__new_tokens": ["a", "a"]}, "'a' is listed twice"),
-        ({"model__new_tokens": ["▁Katze"]}, "is in the vocabulary already"),
+        ({"model__new_tokens": ["▁cat"]}, "is in the vocabulary already"),
         ({"model__new_tokens": ["a"], "model__quantize": "nf4"}, "on a 4-bit base"),
         ({"model__new_tokens": ["a"], "lora__trainable_token_indices": [1]}, "chooses the rows"),
         ({"model__new_tokens": ["a"], "lora": ..., "freeze": {"last_blocks": 1}}, "would stay noise"),
@@ -707,4 +707,4 @@ def test_the_table_of_methods_has_every_recipe_of_methods_and_every_peft_type():
 def test_the_shipped_recipe_of_new_tokens_teaches_its_words(trained):
     record = train(resolve(recipes.load("tiny_new_tokens"), trained), force=True)
     assert not any("no training row" in warning for warning in record["warnings"])
-    assert [p["top"][0][0] for p in record["probes"]["after"]] == ["Strandkorb", "Helgoland"]
+    assert [p["top"][0][0] for p in record["probes"]["after"]] == ["conservatory", "Greenland"]

@@ -215,7 +215,7 @@ def test_a_tokenizer_folder_without_a_tokenizer_is_an_error(tmp_path):
 
 def test_a_probe_that_no_token_can_answer_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(RecipeError, match=r"probes.keep\[0\]: 'Zzzz' is no word"):
-        made("tiny_facts", tmp_path, "probes.keep=[{prompt: Der Hund schläft in dem, answer: Zzzz}]")
+        made("tiny_facts", tmp_path, "probes.keep=[{prompt: The dog sleeps in the, answer: Zzzz}]")
 
 
 def test_packing_needs_a_length(tmp_path):
