@@ -10,9 +10,11 @@ from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.files import write
 from lora_recipes.core.yamlfile import shown
 
+PLAN = "plan.txt"  # the whole plan, as it was before the first step
 # All that a run writes into its folder. Anything else there is somebody's own, and stays.
 FILES = (
     "recipe.yaml",
+    PLAN,
     "run.json",
     "metrics.jsonl",
     "loss.png",

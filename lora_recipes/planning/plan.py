@@ -29,6 +29,22 @@ from lora_recipes.recipe.layout import SINGLE, Layout
 from lora_recipes.recipe.recipe import Recipe
 
 
+# The labels that stand in the short plan.
+SHORT = (
+    "recipe",
+    "layout",
+    "base",
+    "parameters",
+    "adapter",
+    "coverage",
+    "data",
+    "tokens",
+    "turns",
+    "steps",
+    "memory",
+)
+
+
 @dataclass
 class Plan:
     """What was found: `facts` for machines, `lines` for people, `warnings`; and the `gate`, whose rows
@@ -39,17 +55,31 @@ class Plan:
     layout: Layout = SINGLE
     sizes: Sizes | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def say(self, label: str, text: str) -> None:
-        """Add a labelled line; further lines of `text` are set under the first."""
-        first, *rest = text.split("\n")
-        self.lines += [f"{label:<12}{first}", *(f"{'':<12}{line}" for line in rest)]
+        """Add a labelled text; its further lines are set under the first."""
+        self.lines.append((label, text))
 
     def text(self) -> str:
-        """The plan as it is printed."""
-        return "\n".join([*self.lines, *(f"WARNING     {w}" for w in self.warnings)])
+        """The whole plan: what a person must act on first."""
+        return _set([*self._warned(), *self.lines])
+
+    def short(self, whole: str) -> str:
+        """What a person reads before training: the warnings, and a line each of what matters most. `whole`:
+        where the rest is.
+        """
+        said = [(label, text) for label, text in self.lines if label in SHORT]
+        cut = [(label, text if label == "coverage" else text.partition("\n")[0]) for label, text in said]
+        return _set([*self._warned(), *cut, ("plan", f"the whole: {whole}")])
+
+    def _warned(self) -> list[tuple[str, str]]:
+        return [("WARNING", warning) for warning in self.warnings]
+
+
+def _set(lines: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{label:<12}" + text.replace("\n", f"\n{'':<12}") for label, text in lines)
 
 
 def make(
@@ -81,7 +111,7 @@ def make(
         "overrides": list(recipe.overrides.values()),
     }
     plan.facts["resolved"] = recipe.sections
-    plan.say("recipe", f"{recipe.name}{changed}\n{recipe.to_yaml().strip()}")
+    plan.say("recipe", f"{recipe.name}{changed}")
     plan.facts["layout"] = {"kind": layout.kind, "processes": layout.processes}
     if layout != SINGLE:
         plan.say("layout", str(layout))
@@ -278,9 +308,9 @@ def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int) -> No
     else:
         plan.say("warm-up", steps.warmup_said)
     plan.facts["learning_rate"] = {"peak": arguments.learning_rate, "lr_scheduler_type": kind}
-    plan.say("schedule", f"{kind}, peak {arguments.learning_rate:g}")
-    if rate := _rate(recipe, arguments, steps):
-        plan.lines += chart(rate, steps.total)
+    rate = _rate(recipe, arguments, steps)
+    drawn = chart(rate, steps.total) if rate else []
+    plan.say("schedule", "\n".join([f"{kind}, peak {arguments.learning_rate:g}", *drawn]))
 
 
 def _rate(recipe: Recipe, arguments: SFTConfig, steps: Steps) -> Callable[[int], float] | None:

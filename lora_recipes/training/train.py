@@ -15,7 +15,7 @@ from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.environment import environment
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
-from lora_recipes.core.run_folder import RunFolder, make_folder
+from lora_recipes.core.run_folder import PLAN, RunFolder, make_folder
 from lora_recipes.core.yamlfile import dump, shown
 from lora_recipes.data import gate, read
 from lora_recipes.data.gate import Gate
@@ -64,7 +64,7 @@ def train(
     asked = launch.asked()
     plan = plans.make(resolved, launch.planned(asked), network=True, rows=shared.rows)
     expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
-    say(plan.text())
+    say(plan.short(f"{shown(folder.path / PLAN)}, or make plan RECIPE={recipe.name}"))
     real = resolved.base.real_config()
     if wrong := base_model.contract_differences(resolved.base, real):
         do = "the plan describes another model: correct the contract, or name_or_path"
@@ -217,6 +217,7 @@ def _begin(session: Session) -> dict[str, Any]:
     if PartialState().is_main_process:
         folder.clear()
         write(folder.path / "recipe.yaml", dump(recipe.anywhere()))
+        write(folder.path / PLAN, session.plan.text() + "\n")
         folder.write_record(record)
     PartialState().wait_for_everyone()
     return record
