@@ -5,11 +5,13 @@ picture of the rooms, rooms.svg. `make docs` runs it; tests/test_docs.py says wh
 import ast
 import re
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.data.gate import LIMITS
+from lora_recipes.core.cli import quiet
 from lora_recipes.recipe.check import schema
 from lora_recipes.recipe.other_tools import OWNED
 
@@ -30,16 +32,13 @@ def table(head: str, rows: list[tuple[str, ...]]) -> str:
     return "\n".join([f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {row} |" for row in cells)])
 
 
-def keys(*path: str) -> str:
-    """Every key of a section, or of a mapping inside it, from the schema; the required ones say so."""
-    section = schema()
-    for name in path:
-        section = section["properties"][name]
-    return of_object(section)
+def keys(section: str) -> str:
+    """Every key of a section of a recipe."""
+    return of_object(schema()["properties"][section])
 
 
 def of_object(section: dict[str, Any]) -> str:
-    """Every key of an object of the schema."""
+    """Every key of an object of the schema; the required ones say so."""
     required = section.get("required", [])
     rows = [
         (f"`{name}`" + " (required)" * (name in required), takes(value), value.get("description", ""))
@@ -63,6 +62,8 @@ def takes(value: dict[str, Any]) -> str:
 
 def limits() -> str:
     """The gate's limits with their defaults."""
+    from lora_recipes.data.gate import LIMITS  # imports torch, which no other table needs
+
     rows = [
         (f"`{name}`", f"{stop:g}", f"{warn:g}", f"share {what}", do)
         for name, (stop, warn, what, do) in LIMITS.items()
@@ -110,7 +111,7 @@ def files() -> str:
 
 
 def imports() -> dict[str, set[str]]:
-    """room -> the rooms that its files import, late imports too."""
+    """Each room with the rooms that its files import, late imports too."""
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     found: dict[str, set[str]] = {room: set() for room in rooms}
     for room in rooms:
@@ -209,9 +210,9 @@ def box(room: str, x: int, y: int) -> list[str]:
     ]
 
 
-TABLES = {
-    **{name: lambda name=name: keys(name) for name in ("model", "data", "freeze", "warm_start", "probes")},
-    **{name: lambda name=name: keys(name) for name in ("learning_rates", "early_stopping")},
+SECTIONS = ("model", "data", "freeze", "warm_start", "learning_rates", "early_stopping", "probes")
+TABLES: dict[str, Callable[[], str]] = {
+    **{name: partial(keys, name) for name in SECTIONS},
     "source": lambda: of_object(
         schema()["properties"]["data"]["properties"]["train"]["anyOf"][1]["items"]["anyOf"][1]
     ),
@@ -225,6 +226,7 @@ TABLES = {
 
 def main() -> None:
     """Write every page that changed, and the picture."""
+    quiet()
     made = {page: filled(page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md"))}
     for path, text in (made | {PICTURE: picture()}).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:

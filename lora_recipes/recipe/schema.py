@@ -114,7 +114,8 @@ OURS: dict[str, dict[str, Any]] = {
     "model": _object(
         {
             "name_or_path": _TEXT | {"description": "the base model: a hub id or a folder"},
-            "revision": _TEXT | {"description": "branch, tag or commit of the base on the hub (default: main)"},
+            "revision": _TEXT
+            | {"description": "branch, tag or commit of the base on the hub (default: main)"},
             "from_recipe": (
                 _TEXT
                 | {
@@ -260,8 +261,10 @@ OURS: dict[str, dict[str, Any]] = {
     ),
     "probes": _object(
         {
-            "change": _PROBES | {"description": "prompts whose next token should be the answer after training"},
-            "keep": _PROBES | {"description": "prompts whose next token is the answer now, and should stay so"},
+            "change": _PROBES
+            | {"description": "prompts whose next token should be the answer after training"},
+            "keep": _PROBES
+            | {"description": "prompts whose next token is the answer now, and should stay so"},
         },
         description="next-token questions asked before and after training",
     ),
