@@ -5,7 +5,7 @@ picture of the rooms, rooms.svg. `make docs` runs it; tests/test_docs.py says wh
 import ast
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -26,7 +26,7 @@ def filled(page: str) -> str:
     return TABLE.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[4]}", page)
 
 
-def table(head: str, rows: list[tuple[str, ...]]) -> str:
+def table(head: str, rows: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table; a bar inside a cell is escaped."""
     cells = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join([f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {row} |" for row in cells)])
