@@ -15,9 +15,10 @@ COMBINE_OPTIONS = $(call named,NAME METHOD DENSITY SEED OUTPUTS BASE SVD_RANK) $
 ABLATE_OPTIONS = $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only $(ONLY)) $(if $(ON),--on $(ON)) $(if $(call on,DRY),--dry-run) $(if $(call on,REPORT),--report) $(if $(call on,FORCE),--force)
 LAYOUT = $(if $(ACCELERATE),--accelerate $(call quoted,$(ACCELERATE)))
 SERVE  := .venv-serve/.ready
+DOCS   := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan memory train ablate merge eval combine serve chat bench-serve compare test lint schema clean
+.PHONY: help setup setup-serve plan memory train ablate merge eval combine serve chat bench-serve compare test lint schema docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -81,5 +82,13 @@ lint: $(READY)  ## ruff and mypy
 schema: $(READY)  ## write lora_recipes/recipe/recipe.schema.json anew from the installed peft and trl
 	@$(PY) scripts/schema.py
 
-clean:  ## remove .venv, .venv-serve and caches; outputs/ stays
-	rm -rf $(VENV) .venv-serve .pytest_cache .ruff_cache .mypy_cache *.egg-info
+$(DOCS): $(READY)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $(DOCS)
+
+docs: $(DOCS)  ## the docs as a site in site/: tables and picture made anew from the code, every link checked, no network
+	@$(PY) docs/make.py
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean
+
+clean:  ## remove .venv, .venv-serve, site/ and caches; outputs/ stays
+	rm -rf $(VENV) .venv-serve site .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -28,7 +28,6 @@ from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.layout import SINGLE, Layout
 from lora_recipes.recipe.recipe import Recipe
 
-
 # The labels that stand in the short plan.
 SHORT = (
     "recipe",

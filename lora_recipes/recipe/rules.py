@@ -742,22 +742,3 @@ _LAYOUT = [
 ]
 
 RULES: tuple[Rule, ...] = (*_FIRST, *_LORA, *_PEFT, *_BASE, *_RATES, *_WARM, *_LAYOUT)
-
-
-def page() -> str:
-    """docs/rules.md: the table for people."""
-    rows = [(rule.key, rule.against, rule.found, rule.do) for rule in RULES]
-    cells = [[text.replace("{{", "{").replace("}}", "}").replace("|", "\\|") for text in row] for row in rows]
-    return "\n".join(
-        [
-            "# What does not go together",
-            "",
-            "Each row is checked before anything is loaded; a recipe that breaks one is told where and why.",
-            "Words in braces stand for what the recipe says. `make schema` writes this page.",
-            "",
-            "| key | does not go with | because | what to do |",
-            "|---|---|---|---|",
-            *(f"| `{key}` | {against} | {found} | {do} |" for key, against, found, do in cells),
-            "",
-        ]
-    )

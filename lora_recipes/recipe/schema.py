@@ -99,12 +99,12 @@ _SOURCE = _object(
     {
         "path": _TEXT | {"description": "a JSONL file, or a data set on the hub"},
         "name": _TEXT | {"description": "the hub data set's configuration (as in datasets.load_dataset)"},
-        "split": _TEXT,
-        "revision": _TEXT,
+        "split": _TEXT | {"description": "of the hub data set (default: train)"},
+        "revision": _TEXT | {"description": "branch, tag or commit of the hub data set (default: main)"},
         "weight": {
             "type": "number",
             "exclusiveMinimum": 0,
-            "description": "share of the rows to take; 2 takes each twice",
+            "description": "share of the rows to take; 2 takes each twice (default: 1)",
         },
     },
     ["path"],
@@ -115,7 +115,8 @@ OURS: dict[str, dict[str, Any]] = {
     "model": _object(
         {
             "name_or_path": _TEXT | {"description": "the base model: a hub id or a folder"},
-            "revision": _TEXT | {"description": "branch, tag or commit of the base on the hub"},
+            "revision": _TEXT
+            | {"description": "branch, tag or commit of the base on the hub (default: main)"},
             "from_recipe": (
                 _TEXT
                 | {
@@ -143,14 +144,19 @@ OURS: dict[str, dict[str, Any]] = {
             },
             "quantize": {
                 "enum": ["nf4"],
-                "description": "nf4: the frozen base in 4 bits (NF4, double quantisation), computed in dtype",
+                "description": (
+                    "nf4: the frozen base in 4 bits (NF4, double quantisation), computed in dtype"
+                    " (default: not quantised)"
+                ),
             },
             "adapter_dtype": {
                 "enum": ["float32", "bfloat16"],
                 "default": "float32",
                 "description": "dtype of the adapter's weights while it trains",
             },
-            "attn_implementation": _TEXT,
+            "attn_implementation": (
+                _TEXT | {"description": "sdpa, eager, flash_attention_2 (default: as transformers chooses)"}
+            ),
             "tokenizer": (
                 _TEXT
                 | {"description": "hub id, folder, or a contract that brings one (default: the base's own)"}
@@ -176,8 +182,8 @@ OURS: dict[str, dict[str, Any]] = {
     ),
     "data": _object(
         {
-            "train": _SOURCES,
-            "eval": _SOURCES,
+            "train": _SOURCES | {"description": "rows to train on: a JSONL file, a hub data set, or a list"},
+            "eval": _SOURCES | {"description": "rows held out for the eval loss, in the same forms"},
             "kept": {
                 **_SOURCES,
                 "description": "rows that training never sees: make eval says what was forgotten of them",
@@ -201,7 +207,7 @@ OURS: dict[str, dict[str, Any]] = {
                     "unfaithful": _SHARE,
                     "no_end_of_turn": _SHARE,
                 },
-                description="share above which training stops; any share above 0 warns",
+                description="shares above which training stops; data/gate.py has the defaults",
             )
             | {"default": {}},
         },
@@ -243,9 +249,9 @@ OURS: dict[str, dict[str, Any]] = {
             "loraplus_lr_embedding": (
                 _RATE | {"description": "LoRA+: rate of LoRA on embeddings (PEFT's default: 1e-6)"}
             ),
-            "embeddings": _RATE,
+            "embeddings": _RATE | {"description": "the input embeddings"},
             "early": _RATE | {"description": "the first third of the blocks"},
-            "middle": _RATE,
+            "middle": _RATE | {"description": "the second third"},
             "last": (
                 _RATE
                 | {
@@ -259,7 +265,15 @@ OURS: dict[str, dict[str, Any]] = {
         description="learning rates that differ between parameters: LoRA+, or by depth for full: and freeze:",
     ),
     "probes": _object(
-        {"change": _PROBES | {"default": []}, "keep": _PROBES | {"default": []}},
+        {
+            "change": _PROBES
+            | {"default": [], "description": "prompts whose next token should be the answer after training"},
+            "keep": _PROBES
+            | {
+                "default": [],
+                "description": "prompts whose next token is the answer now, and should stay so",
+            },
+        },
         description="next-token questions asked before and after training",
     ),
 }
@@ -396,8 +410,15 @@ def _stopping() -> dict[str, Any]:
     """
     hints = typing.get_type_hints(EarlyStoppingCallback.__init__)
     parameters = inspect.signature(EarlyStoppingCallback).parameters
+    said = {
+        "early_stopping_patience": "evaluations in a row without improvement after which training stops",
+        "early_stopping_threshold": "how much better counts as improvement",
+    }
     properties = {
-        n: _typed(hints[n]) | LIMITS.get(n, {}) | {"default": parameter.default}
+        n: _typed(hints[n])
+        | LIMITS.get(n, {})
+        | {"default": parameter.default}
+        | ({"description": said[n]} if n in said else {})
         for n, parameter in parameters.items()
     }
     return _object(properties, ["early_stopping_patience"], "fields of transformers.EarlyStoppingCallback")
