@@ -38,13 +38,13 @@ def main() -> None:
         for file in sorted((recipes.RECIPES / "methods").glob("*.yaml")):
             recipe = recipes.load(file.stem)
             facts, peak = plan.make(recipe, Path(folder)).facts, memory.plan(on_8b(recipe), Path(folder))
-            adapter = facts.get("adapter")
-            served = "whole model" if adapter is None else "yes" if adapter["max_lora_rank"] else "no"
-            merges = "-" if adapter is None else "yes" if adapter["merges"] else "no"
+            adapter = facts.adapter
+            served = "whole model" if adapter is None else "yes" if adapter.max_lora_rank else "no"
+            merges = "-" if adapter is None else "yes" if adapter.merges else "no"
             note = " (closed form)" if peak.why_closed else ""
             cells = [
                 file.stem,
-                f"{facts['model']['trainable']:,}",
+                f"{facts.model.trainable:,}",
                 served,
                 merges,
                 fits.gib(peak.peak_bytes) + note,

@@ -5,7 +5,7 @@
 import json
 import sys
 
-from lora_recipes.core import cli
+from lora_recipes.core import cli, record
 from lora_recipes.recipe import recipe
 
 
@@ -53,7 +53,7 @@ def main() -> int:
             return
         plan.beside_lora(made, checked, given.outputs, plan.add_memory(made, checked, given.outputs))
         print(
-            json.dumps(made.facts | {"warnings": made.warnings}, indent=2, ensure_ascii=False)
+            json.dumps(record.plain(made.facts) | {"warnings": made.warnings}, indent=2, ensure_ascii=False)
             if given.json
             else made.text()
         )

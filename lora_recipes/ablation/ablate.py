@@ -158,20 +158,20 @@ def state(run: Run, made: Plan, outputs: Path) -> tuple[str, str]:
     """
     folder = RunFolder(outputs / run.recipe.name)
     try:
-        record = folder.record
-        if not record:
+        done = folder.run
+        if done is None:
             return "new", ""
-        changed = differences(folder, run.recipe, train.resume_facts(made, run.recipe, outputs))
-        before, now = record["plan"]["data"]["eval"]["sha256"], made.facts["data"]["eval"]["sha256"]
+        changed = differences(folder, run.recipe, vars(train.resume_facts(made, run.recipe, outputs)))
+        before, now = done.plan.data.eval.sha256, made.facts.data.eval.sha256
         changed += ["eval data: other rows than it was evaluated on"] if before != now else []
         if changed:
             return "anew", f"{changed[0]}" + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
         if folder.finished and folder.result(run.recipe.method).is_dir():
             return "finished", ""
         checkpoint, _ = newest_whole(folder.checkpoints)
-    except (RecipeError, KeyError) as error:  # not as any run leaves it
+    except RecipeError as error:  # not as any run leaves it
         return "anew", f"cannot be read: {str(error).splitlines()[0]}"
-    ended = record.get("error") or "it was cut off"
+    ended = done.error or "it was cut off"
     return (
         ("continues", f"from {checkpoint.name} ({ended})")
         if checkpoint

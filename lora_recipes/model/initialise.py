@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from lora_recipes.core import base_fit, safetensors
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.locate import local
+from lora_recipes.core.record import FinishedRun, WarmStart
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.render import Example
@@ -153,15 +154,16 @@ def warm(model: torch.nn.Module, folder: Path) -> dict[str, float]:
     return errors
 
 
-def lost(model: Any) -> dict[str, Any]:
+def lost(model: Any) -> WarmStart | None:
     """How much of the update a warm start leaves out: |delta - s B A| / |delta|, the `mean` of all modules
-    and the `worst`. Else empty.
+    and the `worst`. None for another
+    start.
     """
     start: Start | None = getattr(model, "lora_start", None)
     if start is None or not start.errors:
-        return {}
+        return None
     module, worst = max(start.errors.items(), key=lambda item: item[1])
-    return {"mean": sum(start.errors.values()) / len(start.errors), "worst": worst, "module": module}
+    return WarmStart(mean=sum(start.errors.values()) / len(start.errors), worst=worst, module=module)
 
 
 def warm_problems(recipe: Recipe, outputs: Path) -> list[Problem]:
@@ -215,9 +217,9 @@ def warm_ready(recipe: Recipe, outputs: Path) -> list[Problem]:
         return []
     name, base = recipes.load(recipe.warm_start["from_recipe"]).name, local(bases.path(recipe, outputs))
     run, where = RunFolder(outputs / name), recipe.at("warm_start", "from_recipe")
-    if not run.finished:
+    if not (isinstance(done := run.run, FinishedRun)):
         return [Problem(where, f"{shown(run.path)} holds no finished run", f"make train RECIPE={name}")]
-    if run.record["resume_facts"]["base weights"] != (base and safetensors.fingerprint(base)):
+    if done.resume_facts.base_weights != (base and safetensors.fingerprint(base)):
         return [
             Problem(
                 where,
