@@ -102,9 +102,8 @@ def _arm(folder: Path, resolved: dict[str, Any], name: str) -> Arm:
             changed = differences(place, Recipe(name, folder, sections), {}) if run else []
         except RecipeError as error:
             first = error.problems[0]
-            made.missing.append(
-                f"s{seed} broken: {first.where.rpartition('/')[2]}: {first.found.splitlines()[0]}"
-            )
+            key = first.where.partition("run.json: ")[2]
+            made.missing.append(f"s{seed} broken: {f'{key}: ' * bool(key)}{first.found}")
             continue
         if run is None:
             made.missing.append(f"s{seed} was not run")

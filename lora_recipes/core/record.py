@@ -6,6 +6,7 @@ name that Python keeps for itself has an underscore at its end, here and not in 
 """
 
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -477,7 +478,7 @@ def _made(kind: Any, value: Any, at: str, do: str, problems: list[Problem]) -> A
     number = kind is float and isinstance(value, int | float) and not isinstance(value, bool)
     if kind is Any or number or (origin is Literal and value in args) or type(value) is kind:
         return value
-    problems.append(Problem(at.removesuffix(": "), f"{value!r:.60} is not {_named(kind)}", do))
+    problems.append(Problem(at.removesuffix(": "), f"is {value!r:.60}, must be {_named(kind)}", do))
     return None
 
 
@@ -547,7 +548,8 @@ def page() -> str:
             hint, text = typing.get_args(typing.get_type_hints(kind, include_extras=True)[row.name])
             there = "may be absent" if row.default is None else "always"
             shown = _named(hint).removesuffix(" or null") if row.default is None else _named(hint)
-            lines.append(f"| `{_key(row)}` | {shown} | {there} | {text} |")
+            linked = re.sub(r"mapping \((\w+)\)", lambda m: f"mapping [{m[1]}](#{m[1].lower()})", shown)
+            lines.append(f"| `{_key(row)}` | {linked} | {there} | {text} |")
         lines.append("")
     always = [f"`{_key(f)}`" for f in fields(FinishedRun) if f.name in FinishedRun.__annotations__]
     lines += ["## A finished training run", "", f"Always has {', '.join(always)} too.", ""]
