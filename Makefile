@@ -79,7 +79,7 @@ lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-schema: $(READY)  ## write lora_recipes/recipe/recipe.schema.json anew from the installed peft and trl
+schema: $(READY)  ## write recipe.schema.json anew from the installed peft and trl, and docs/run_json.md
 	@$(PY) scripts/schema.py
 
 $(DOCS): $(READY)

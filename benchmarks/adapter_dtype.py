@@ -63,7 +63,7 @@ def arm(name: str, rate: str, seed: int, dtype: str, outputs: Path) -> dict[str,
         record = train(resolve(recipes.load(name, overrides), outputs), force=True)
         after = load_file(outputs / name / "adapter" / "adapter_model.safetensors")
     moved = [(after[n].float() != before[n]).float().mean().item() for n in after if "lora_A" in n]
-    return {"loss": record["metrics"]["train_loss"], "moved": statistics.fmean(moved)}
+    return {"loss": record.metrics["train_loss"], "moved": statistics.fmean(moved)}
 
 
 def main() -> None:

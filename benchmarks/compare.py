@@ -28,6 +28,7 @@ import yaml
 
 from lora_recipes.ablation import interval
 from lora_recipes.core.files import ROOT, write
+from lora_recipes.core.record import Answer
 from lora_recipes.evaluation.evaluate import evaluation
 from lora_recipes.recipe import check
 from lora_recipes.recipe import load as recipes
@@ -105,29 +106,29 @@ def run(section: dict[str, Any], rate: float, seed: int, outputs: Path) -> dict[
     file = outputs / "arm.yaml"
     write(file, yaml.safe_dump(sections, allow_unicode=True))
     record = train(resolve(recipes.load(str(file)), outputs), force=True)
-    kept = evaluation("arm", outputs)["sets"]["kept"]
-    answers = record["probes"]["after"]
-    change, keep = ([a for a in answers if a["kind"] == kind] for kind in ("change", "keep"))
+    kept = evaluation("arm", outputs).sets["kept"]
+    answers = record.probes.after
+    change, keep = ([a for a in answers if a.kind == kind] for kind in ("change", "keep"))
     near = {probe["prompt"] for probe in shipped["probes"]["keep"]}
     logs = [json.loads(line) for line in (outputs / "arm" / "metrics.jsonl").read_text().splitlines()]
     return {
         "rate": rate,
-        "trainable": record["plan"]["model"]["trainable"],
+        "trainable": record.plan.model.trainable,
         "losses": [log["loss"] for log in logs if "loss" in log],
         "corrected": first(change),
-        "corrected_probability": statistics.fmean(a["probability"] for a in change),
-        "named": first([a for a in keep if a["prompt"] in near]),
+        "corrected_probability": statistics.fmean(a.probability for a in change),
+        "named": first([a for a in keep if a.prompt in near]),
         "kept": first(keep),
-        "kept_probability": statistics.fmean(a["probability"] for a in keep),
-        "forgotten": kept["trained"]["loss"] - kept["base"]["loss"],
-        "before": [a["probability"] for a in record["probes"]["before"] if a["prompt"] in PAIR],
-        "after": [a["probability"] for a in answers if a["prompt"] in PAIR],
+        "kept_probability": statistics.fmean(a.probability for a in keep),
+        "forgotten": kept.trained.loss - kept.base.loss,
+        "before": [a.probability for a in record.probes.before if a.prompt in PAIR],
+        "after": [a.probability for a in answers if a.prompt in PAIR],
     }
 
 
-def first(answers: list[dict[str, Any]]) -> int:
+def first(answers: list[Answer]) -> int:
     """How many have their answer as the likeliest next word."""
-    return sum(a["probability"] >= a["top"][0][1] for a in answers)
+    return sum(a.first for a in answers)
 
 
 def chosen(tried: list[dict[str, Any]]) -> float:

@@ -20,13 +20,12 @@ def on_8b(recipe: Recipe) -> Recipe:
     """qwen3_8b_fact with the method of `recipe`."""
     large = recipes.load("qwen3_8b_fact")
     sections = {name: section for name, section in large.sections.items() if name not in METHODS}
-    model = large.model | {
+    model = large.model.given | {
         key: recipe.model.given[key] for key in ("quantize", "new_tokens") if key in recipe.model.given
     }
     # Prefix tuning cannot be checkpointed; without it the activations of 36 layers are kept.
-    train = large.train | (
-        {"gradient_checkpointing": False} if recipe.peft.get("peft_type") == "PREFIX_TUNING" else {}
-    )
+    prefixed = recipe.peft is not None and recipe.peft.peft_type == "PREFIX_TUNING"
+    train = large.train.given | ({"gradient_checkpointing": False} if prefixed else {})
     return dataclasses.replace(
         large, sections=sections | {"model": model, "train": train, recipe.method: recipe.settings}
     )
@@ -38,17 +37,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted((recipes.RECIPES / "methods").glob("*.yaml")):
             recipe = recipes.load(file.stem)
-            facts, peak = (
-                plan.make(resolve(recipe, Path(folder))).facts,
-                memory.plan(resolve(on_8b(recipe), Path(folder))),
-            )
-            adapter = facts.get("adapter")
-            served = "whole model" if adapter is None else "yes" if adapter["max_lora_rank"] else "no"
-            merges = "-" if adapter is None else "yes" if adapter["merges"] else "no"
+            facts = plan.make(resolve(recipe, Path(folder))).facts
+            peak = memory.plan(resolve(on_8b(recipe), Path(folder)))
+            adapter = facts.adapter
+            served = "whole model" if adapter is None else "yes" if adapter.max_lora_rank else "no"
+            merges = "-" if adapter is None else "yes" if adapter.merges else "no"
             note = " (closed form)" if peak.why_closed else ""
             cells = [
                 file.stem,
-                f"{facts['model']['trainable']:,}",
+                f"{facts.model.trainable:,}",
                 served,
                 merges,
                 fits.gib(peak.peak_bytes) + note,

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lora_recipes.core import record
 from lora_recipes.core.cli import quiet
 from lora_recipes.recipe.check import schema
 from lora_recipes.recipe.other_tools import OWNED
@@ -252,7 +253,7 @@ def main() -> None:
     """Write every page that changed, and the picture."""
     quiet()
     made = {page: filled(page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md"))}
-    for path, text in (made | {PICTURE: picture()}).items():
+    for path, text in (made | {PICTURE: picture(), DOCS / "run_json.md": record.page()}).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print(f"wrote docs/{path.name}")

@@ -114,6 +114,7 @@ def _plan(parser: ArgumentParser) -> None:
 
 def plan(given: Namespace) -> None:
     """Check the recipe, plan, print."""
+    from lora_recipes.core import record
     from lora_recipes.recipe import layout, load
     from lora_recipes.recipe.base import resolve
 
@@ -135,7 +136,7 @@ def plan(given: Namespace) -> None:
         return
     plan.beside_lora(made, resolved, plan.add_memory(made, resolved))
     print(
-        json.dumps(made.facts | {"warnings": made.warnings}, indent=2, ensure_ascii=False)
+        json.dumps(record.plain(made.facts) | {"warnings": made.warnings}, indent=2, ensure_ascii=False)
         if given.json
         else made.text()
     )

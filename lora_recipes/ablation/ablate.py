@@ -159,21 +159,21 @@ def state(resolved: Resolved, made: Plan) -> tuple[str, str]:
     """
     folder = resolved.folder
     try:
-        record = folder.record
-        if not record:
+        done = folder.run
+        if done is None:
             return "new", ""
         facts = train.resume_facts(made, resolved, resolved.base.real_config())
-        changed = differences(folder, resolved.recipe, facts)
-        before, now = record["plan"]["data"]["eval"]["sha256"], made.facts["data"]["eval"]["sha256"]
+        changed = differences(folder, resolved.recipe, vars(facts))
+        before, now = done.plan.data.eval.sha256, made.facts.data.eval.sha256
         changed += ["eval data: other rows than it was evaluated on"] if before != now else []
         if changed:
             return "anew", f"{changed[0]}" + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
         if folder.finished and resolved.result.is_dir():
             return "finished", ""
         checkpoint, _ = newest_whole(folder.checkpoints)
-    except (RecipeError, KeyError) as error:  # not as any run leaves it
+    except RecipeError as error:  # not as any run leaves it
         return "anew", f"cannot be read: {str(error).splitlines()[0]}"
-    ended = record.get("error") or "it was cut off"
+    ended = done.error or "it was cut off"
     return (
         ("continues", f"from {checkpoint.name} ({ended})")
         if checkpoint

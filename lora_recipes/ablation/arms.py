@@ -95,12 +95,13 @@ def table(ablation: Ablation, plans: dict[str, tuple[Plan, Memory]], cuda: bool)
     total = 0
     for arm in (arm for arm in ablation.arms if arm.name in plans):
         made, found = plans[arm.name]
-        steps, adapter = made.facts.get("steps", {}).get("total"), made.facts.get("adapter", {})
+        facts, adapter = made.facts, made.facts.adapter
+        steps = facts.steps.total if facts.steps else None
         total += steps or 0
         size = f"{gib(found.peak_bytes)} GiB" + "*" * bool(found.why_closed)
         cells = (
-            f"{made.facts['model']['trainable']:>12,}  {adapter.get('bytes', 0):>10,} B "
-            f" {adapter.get('max_lora_rank') or '-':>8}"
+            f"{facts.model.trainable:>12,}  {adapter.bytes if adapter else 0:>10,} B "
+            f" {(adapter and adapter.max_lora_rank) or '-':>8}"
         )
         yield (
             f"{arm.name:<{width}}  {cells}  {steps or '?':>7}  {size:>12} "

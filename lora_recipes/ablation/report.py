@@ -16,6 +16,7 @@ from lora_recipes.ablation.interval import Mean, mean
 from lora_recipes.ablation.spec import FILE
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import write as write_text
+from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder, logged
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.recipe.recipe import Recipe
@@ -36,19 +37,19 @@ class Arm:
     name: str
     overrides: list[str]
     sections: dict[str, Any]
-    records: list[dict[str, Any]]
+    runs: list[FinishedRun]
     logs: list[list[dict[str, Any]]]
     missing: list[str] = field(default_factory=list)  # why each other seed does not count
 
-    def over(self, value: Callable[[dict[str, Any]], float | None]) -> Mean | None:
+    def over(self, value: Callable[[FinishedRun], float | None]) -> Mean | None:
         """Mean over the runs of what `value` takes from run.json; None where none has it."""
-        found = [v for v in map(value, self.records) if v is not None]
+        found = [v for v in map(value, self.runs) if v is not None]
         return mean(found) if found else None
 
     @cached_property
     def eval_loss(self) -> Mean | None:
         """Eval loss at the end, nats a token."""
-        return self.over(lambda record: record["metrics"].get("eval_loss"))
+        return self.over(lambda run: run.metrics.get("eval_loss"))
 
     @cached_property
     def train_loss(self) -> Mean | None:
@@ -75,7 +76,7 @@ def write(folder: Path) -> str:
                 shown(folder / FILE), f"is not as an ablation leaves it: {type(error).__name__}: {error}", do
             )
         ) from None
-    counted = [arm for arm in arms if arm.records]
+    counted = [arm for arm in arms if arm.runs]
     kind = "eval_loss" if counted and all(arm.eval_loss for arm in counted) else "train_loss"
     table, said, notes = rows(arms, kind), verdict(counted, kind), list(remarks(arms, kind))
     pictures = figures.draw(folder, counted, kind) if counted else {}
@@ -94,25 +95,25 @@ def _arm(folder: Path, resolved: dict[str, Any], name: str) -> Arm:
     arm = resolved["arms"][name]
     made = Arm(name, arm["overrides"], arm["sections"], [], [])
     for seed in resolved["seeds"]:
-        run = RunFolder(folder / name / f"s{seed}")
+        place = RunFolder(folder / name / f"s{seed}")
         sections = arm["sections"] | {"train": arm["sections"]["train"] | {"seed": seed}}
         try:
-            record = run.record
-            changed = differences(run, Recipe(name, folder / FILE, sections), {}) if record else []
+            run = place.run
+            changed = differences(place, Recipe(name, folder / FILE, sections), {}) if run else []
         except RecipeError as error:
-            record, changed = {"status": "broken", "error": error.problems[0].found}, []
-        if not record:
+            first = error.problems[0]
+            key = first.where.partition("run.json: ")[2]
+            made.missing.append(f"s{seed} broken: {f'{key}: ' * bool(key)}{first.found}")
+            continue
+        if run is None:
             made.missing.append(f"s{seed} was not run")
         elif changed:
             made.missing.append(f"s{seed} is of an older recipe ({changed[0]}): `make ablate` trains it anew")
-        elif record.get("status") != "finished":
-            made.missing.append(
-                f"s{seed} {record.get('status', 'broken')}:"
-                f" {str(record.get('error', 'not at its end')).splitlines()[0]}"
-            )
+        elif not isinstance(run, FinishedRun):
+            made.missing.append(f"s{seed} {run.status}: {(run.error or 'not at its end').splitlines()[0]}")
         else:
-            made.records.append(record)
-            made.logs.append(logged(run.metrics))
+            made.runs.append(run)
+            made.logs.append(logged(place.metrics))
     return made
 
 
@@ -122,15 +123,15 @@ def rows(arms: list[Arm], kind: str) -> list[list[str]]:
     columns: dict[str, Callable[[Arm], str]] = {
         "arm": lambda arm: arm.name,
         "seeds": lambda arm: (
-            f"{len(arm.records)}" + (f" of {len(arm.records) + len(arm.missing)}" if arm.missing else "")
+            f"{len(arm.runs)}" + (f" of {len(arm.runs) + len(arm.missing)}" if arm.missing else "")
         ),
         title: lambda arm: str(getattr(arm, kind) or "-"),
         "changed": lambda arm: _answers(arm, "change"),
         "kept": lambda arm: _answers(arm, "keep"),
-        "trainable": lambda arm: _first(arm, lambda r: f"{r['plan']['model']['trainable']:,}"),
-        "seconds": lambda arm: f"{found.value:.1f}" if (found := arm.over(lambda r: r["seconds"])) else "-",
+        "trainable": lambda arm: _first(arm, lambda r: f"{r.plan.model.trainable:,}"),
+        "seconds": lambda arm: f"{found.value:.1f}" if (found := arm.over(lambda r: r.seconds)) else "-",
         "peak memory": _memory,
-        "adapter": lambda arm: _first(arm, lambda r: f"{r['result_bytes'] / 1e6:,.2f} MB"),
+        "adapter": lambda arm: _first(arm, lambda r: f"{r.result_bytes / 1e6:,.2f} MB"),
         "servable rank": lambda arm: _first(arm, _served),
     }
     lines = [[cell(arm) for cell in columns.values()] for arm in arms]
@@ -138,34 +139,33 @@ def rows(arms: list[Arm], kind: str) -> list[list[str]]:
     return [[line[i] for i in kept] for line in [list(columns), *lines]]
 
 
-def _first(arm: Arm, said: Callable[[dict[str, Any]], str]) -> str:
-    return said(arm.records[0]) if arm.records else "-"
+def _first(arm: Arm, said: Callable[[FinishedRun], str]) -> str:
+    return said(arm.runs[0]) if arm.runs else "-"
 
 
 def _answers(arm: Arm, kind: str) -> str:
     """Probes of a kind whose answer comes first, mean over the seeds: `3.7 of 4`."""
-    asked = [p for record in arm.records for p in record["probes"]["after"] if p["kind"] == kind]
-    return f"{_right(arm, kind):.1f} of {len(asked) // len(arm.records)}" if asked else "-"
+    asked = [p for run in arm.runs for p in run.probes.after if p.kind == kind]
+    return f"{_right(arm, kind):.1f} of {len(asked) // len(arm.runs)}" if asked else "-"
 
 
 def _right(arm: Arm, kind: str) -> float:
-    asked = [p for record in arm.records for p in record["probes"]["after"] if p["kind"] == kind]
-    return sum(p["probability"] >= p["top"][0][1] for p in asked) / len(arm.records)
+    return sum(p.first for run in arm.runs for p in run.probes.after if p.kind == kind) / len(arm.runs)
 
 
 def _memory(arm: Arm) -> str:
     """The GPU's peak; without one, what was planned: the process, which several runs share, says nothing of
     one of them.
     """
-    if found := arm.over(lambda r: r["memory"].get("max_allocated_bytes")):
+    if found := arm.over(lambda r: r.memory.max_allocated_bytes):
         return f"{found.value / 2**20:,.0f} MiB"
-    found = arm.over(lambda r: r["memory"]["planned_peak_bytes"])
+    found = arm.over(lambda r: r.memory.planned_peak_bytes)
     return f"{found.value / 2**20:,.1f} MiB planned" if found else "-"
 
 
-def _served(record: dict[str, Any]) -> str:
-    rank = record["plan"].get("adapter", {}).get("max_lora_rank")
-    return str(rank) if rank and not record.get("not_servable") else "no"
+def _served(run: FinishedRun) -> str:
+    rank = run.plan.adapter and run.plan.adapter.max_lora_rank
+    return str(rank) if rank and not run.not_servable else "no"
 
 
 def verdict(arms: list[Arm], kind: str) -> list[str]:
@@ -209,7 +209,7 @@ def verdict(arms: list[Arm], kind: str) -> list[str]:
 
 
 def _trainable(arm: Arm) -> int:
-    return int(arm.records[0]["plan"]["model"]["trainable"])
+    return arm.runs[0].plan.model.trainable
 
 
 def remarks(arms: list[Arm], kind: str) -> Iterator[str]:
@@ -219,20 +219,20 @@ def remarks(arms: list[Arm], kind: str) -> Iterator[str]:
     for arm in arms:
         for why in arm.missing:
             yield f"{arm.name}: {why}"
-    records = [record for arm in arms for record in arm.records]
-    alike: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "versions": lambda r: ", ".join(f"{k} {v}" for k, v in r["versions"].items()),
-        "code (git commit)": lambda r: f"{r['git']['commit']}{' with changes' if r['git']['dirty'] else ''}",
-        "devices": lambda r: r["hardware"].get("gpu") or r["hardware"]["device"],
-        "base weights": lambda r: f"{r['base']['name_or_path']} {r['resume_facts'].get('base weights')}",
+    runs = [run for arm in arms for run in arm.runs]
+    alike: dict[str, Callable[[FinishedRun], Any]] = {
+        "versions": lambda r: ", ".join(f"{k} {v}" for k, v in r.versions.items()),
+        "code (git commit)": lambda r: f"{r.git.commit}{' with changes' if r.git.dirty else ''}",
+        "devices": lambda r: r.hardware.gpu or r.hardware.device,
+        "base weights": lambda r: f"{r.base.name_or_path} {r.resume_facts.base_weights}",
     }
     if kind == "eval_loss":
-        alike["eval rows, whose losses do not compare"] = lambda r: r["plan"]["data"]["eval"]["sha256"]
+        alike["eval rows, whose losses do not compare"] = lambda r: r.plan.data.eval.sha256
     for name, value in alike.items():
-        if len(found := list(dict.fromkeys(str(value(record)) for record in records))) > 1:
+        if len(found := list(dict.fromkeys(str(value(run)) for run in runs))) > 1:
             yield f"the runs are of different {name}: {listed(found, 3)}"
-    if any("max_allocated_bytes" not in record["memory"] for record in records):
-        most = max(record["memory"]["max_rss_bytes"] for record in records) / 2**20
+    if any(run.memory.max_allocated_bytes is None for run in runs):
+        most = max(run.memory.max_rss_bytes for run in runs) / 2**20
         yield (
             "peak memory is the plan's, of tensors; a process with its libraries took at most"
             f" {most:,.0f} MiB"

@@ -94,20 +94,20 @@ class Kept:
             torch.cuda.reset_peak_memory_stats()
         try:
             resolved = resolve(run.recipe, outputs)
-            record = train(resolved, how.get("resume", False), how.get("force", False), shared)
+            done = train(resolved, how.get("resume", False), how.get("force", False), shared)
         except RecipeError as error:
             return Outcome(name, True, f"FAILED: {error}")
         except Exception as error:
             traceback.print_exc()
             log = f"{shown(outputs / run.recipe.name)}.log"
             return Outcome(name, True, f"FAILED: {type(error).__name__}: {error} ({log} has the traceback)")
-        found = record["metrics"]
+        found = done.metrics
         losses = "".join(
             f", {word} loss {found[key]:.4f}"
             for word, key in (("train", "train_loss"), ("eval", "eval_loss"))
             if key in found
         )
-        return Outcome(name, False, f"{record['steps']} steps in {record['seconds']:.1f} s{losses}")
+        return Outcome(name, False, f"{done.steps} steps in {done.seconds:.1f} s{losses}")
 
 
 def group(recipe: Recipe) -> str:

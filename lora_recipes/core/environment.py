@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core.files import INSTALLED, ROOT
+from lora_recipes.core.record import Git, Hardware
 
 PACKAGES = (
     "lora-recipes",
@@ -24,20 +25,30 @@ PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git commit and whether the tree differs from it, and the machine (no host name, no paths)."""
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that are installed."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        "versions": versions,
-        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
-    }
+    return found
+
+
+def git() -> Git:
+    """The commit, and whether the tree differs from it."""
+    return Git(commit=_git("rev-parse", "HEAD"), dirty=bool(_git("status", "--porcelain")))
+
+
+def command() -> str:
+    """How this process was called."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def hardware(**more: Any) -> Hardware:
+    """The machine (no host name, no paths); `more`: what the caller knows of its devices."""
+    return Hardware(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), **more)
 
 
 def _git(*arguments: str) -> str | None:

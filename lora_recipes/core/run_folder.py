@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_recipes.core import record
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.files import write
+from lora_recipes.core.record import Record, Run
 from lora_recipes.core.yamlfile import shown
 
 PLAN = "plan.txt"  # the whole plan, as it was before the first step
@@ -49,25 +51,32 @@ class RunFolder:
         return self.path / ("model" if method in WHOLE else "adapter")
 
     @property
-    def record(self) -> dict[str, Any]:
-        """run.json, empty when there is none."""
+    def record(self) -> Record | None:
+        """run.json; None when there is none. RecipeError when it is not as this version, or the one before,
+        writes it.
+        """
         file = self.path / "run.json"
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            return record.loads(file.read_text(encoding="utf-8"), shown(file))
         except FileNotFoundError:
-            return {}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise RecipeError(
-                Problem(shown(file), f"cannot be read: {error}", "FORCE=1 trains anew")
-            ) from None
-        if not isinstance(record, dict):
-            raise RecipeError(Problem(shown(file), "is no run.json of a run", "FORCE=1 trains anew"))
-        return record
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(Problem(shown(file), f"cannot be read: {error}", record.ANEW)) from None
+
+    @property
+    def run(self) -> Run | None:
+        """The record of the training run here; None when there is none. RecipeError for a combination."""
+        found = self.record
+        if found is not None and not isinstance(found, Run):
+            do = "name a recipe that was trained, or another OUTPUTS=dir"
+            raise RecipeError(Problem(shown(self.path), "holds a combination, which was not trained", do))
+        return found
 
     @property
     def finished(self) -> bool:
         """Did a run end well here?"""
-        return self.record.get("status") == "finished"
+        found = self.record
+        return found is not None and found.status == "finished"
 
     @property
     def replaced(self) -> Path:
@@ -94,9 +103,9 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def write_record(self, record: dict[str, Any]) -> None:
+    def write_record(self, new: Record) -> None:
         """Write run.json in one move."""
-        write(self.path / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write(self.path / "run.json", record.dumps(new))
 
 
 def run_name(word: str) -> str:

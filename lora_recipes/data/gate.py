@@ -9,6 +9,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
+from lora_recipes.core.record import DataFacts, EvalFacts, TrainFacts
 from lora_recipes.data import read, render
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.read import Split
@@ -64,7 +65,7 @@ class Gate:
     train: list[Example]
     evaluation: list[Example]
     counts: Counts
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: DataFacts
     warnings: list[str] = field(default_factory=list)
 
 
@@ -82,20 +83,19 @@ def pass_through(resolved: Resolved, network: bool) -> Gate:
     tokenizer = _tokenizer(resolved, network)
     raise_if(_unknown_kwargs(recipe, tokenizer))
     train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
-    gate = Gate(tokenizer, splits, train, evaluation, render.counts(train, tokenizer, recipe))
+    counted = render.counts(train, tokenizer, recipe)
     twice, both = splits["train"].duplicates, read.in_both(splits["train"], splits["eval"])
     held_out = render.counts(evaluation, tokenizer, recipe)
-    gate.facts = {
-        "train": (
-            vars(gate.counts)
-            | {
-                "format": splits["train"].rows[0].format,
-                "duplicates": len(twice),
-                "sha256": splits["train"].sha256,
-            }
+    facts = DataFacts(
+        train=TrainFacts(
+            **vars(counted),
+            format=splits["train"].rows[0].format,
+            duplicates=len(twice),
+            sha256=splits["train"].sha256,
         ),
-        "eval": vars(held_out) | {"train_in_eval": len(both), "sha256": splits["eval"].sha256},
-    }
+        eval=EvalFacts(**vars(held_out), train_in_eval=len(both), sha256=splits["eval"].sha256),
+    )
+    gate = Gate(tokenizer, splits, train, evaluation, counted, facts)
     if gate.counts.dropped == gate.counts.rows:
         do = "raise train.max_length: after truncation no row has a trained token left"
         raise RecipeError(

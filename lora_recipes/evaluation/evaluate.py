@@ -21,6 +21,7 @@ from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import base_fit, files, locate, provenance
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now
+from lora_recipes.core.record import Evaluation, Generation, Loss, SetLosses, Sides
 from lora_recipes.core.run_folder import RunFolder, run_name
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import new_tokens, read, render
@@ -43,7 +44,7 @@ class Pair:
     tokenizer: Any
     trained: Any
     untrained: Any = None  # the base, when it is a model of its own
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # fields of Evaluation that say which two
 
     def side(self, which: str) -> tuple[Any, AbstractContextManager[None]]:
         """The model to ask for `base` or `trained`, and the context to ask it in."""
@@ -65,7 +66,7 @@ def evaluation(
     overrides: Sequence[str] = (),
     adapter: Path | None = None,
     base: Path | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Ask base and trained model of the run outputs/<name>/; writes run.json's `evaluation` and returns it.
 
     `overrides`: data.eval=, data.kept= and probes.*= only. `adapter`: another one for the same base (a
@@ -78,22 +79,29 @@ def evaluation(
     sets = _rows(asked)
     pair = _pair(resolve(asked, outputs), adapter or run.result(asked.method), base)
     raise_if(probes.problems(pair.tokenizer, asked))
-    found: dict[str, Any] = {"at": now(), "overrides": list(overrides), **pair.facts, "sets": {}}
+    losses = {}
     for which, split in sets.items():
         examples = [render.truncated(e, asked) for e in render.examples(split, pair.tokenizer, asked)]
-        found["sets"][which] = {"rows": len(examples), "sha256": split.sha256} | _losses(pair, examples)
-    sides = {side: pair.side(side) for side in SIDES}
-    found["probes"] = {}
-    for side, (model, context) in sides.items():
+        losses[which] = _losses(pair, examples, split.sha256)
+    answered = {}
+    for side in SIDES:
+        model, context = pair.side(side)
         with context:
-            found["probes"][side] = probes.probes(model, pair.tokenizer, asked)
-    found["generations"] = _generations(pair, asked, sets.get("eval"))
-    found["notes"] = _notes(run, found)
+            answered[side] = probes.probes(model, pair.tokenizer, asked)
+    found = Evaluation(
+        at=now(),
+        overrides=list(overrides),
+        **pair.facts,
+        sets=losses,
+        probes=Sides(**answered),
+        generations=_generations(pair, asked, sets.get("eval")),
+        notes=_notes(run, losses),
+    )
     target = RunFolder(adapter.parent) if adapter else run
-    if target.record:
-        target.write_record(target.record | {"evaluation": found})
-    else:
-        found["notes"].append(f"{shown(target.path)} has no run.json: this is not recorded there")
+    if (record := target.record) is None:
+        note = f"{shown(target.path)} has no run.json: this is not recorded there"
+        return dataclasses.replace(found, notes=[*found.notes, note])
+    target.write_record(dataclasses.replace(record, evaluation=found))
     return found
 
 
@@ -180,23 +188,22 @@ def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
     return base
 
 
-def _losses(pair: Pair, examples: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+def _losses(pair: Pair, examples: list[tuple[list[int], list[int]]], sha256: str) -> SetLosses:
     """Mean loss (nats a trained token) and perplexity of both sides; one row at a time, so that no padding
     has a say.
     """
-    found: dict[str, Any] = {
-        "tokens": sum(label != IGNORED for _, labels in examples for label in labels[1:])
-    }
-    if not found["tokens"]:
+    tokens = sum(label != IGNORED for _, labels in examples for label in labels[1:])
+    if not tokens:
         raise RecipeError(
             Problem("data", "no token of these rows is in the loss", "look at train.max_length and the rows")
         )
+    found = {}
     for side in SIDES:
         model, context = pair.side(side)
         with context, torch.no_grad():
-            mean = math.fsum(_loss(model, *example) for example in examples) / found["tokens"]
-        found[side] = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
-    return found
+            mean = math.fsum(_loss(model, *example) for example in examples) / tokens
+        found[side] = Loss(loss=mean, perplexity=math.exp(min(mean, 700.0)))
+    return SetLosses(rows=len(examples), sha256=sha256, tokens=tokens, **found)
 
 
 def _loss(model: Any, ids: list[int], labels: list[int]) -> float:
@@ -213,7 +220,7 @@ def _loss(model: Any, ids: list[int], labels: list[int]) -> float:
     )
 
 
-def _generations(pair: Pair, asked: Recipe, split: read.Split | None) -> list[dict[str, Any]]:
+def _generations(pair: Pair, asked: Recipe, split: read.Split | None) -> list[Generation]:
     """The greedy continuations of both sides: of eval rows as a server renders them; of the probes where the
     rows have no prompt.
     """
@@ -225,13 +232,13 @@ def _generations(pair: Pair, asked: Recipe, split: read.Split | None) -> list[di
         asked_for = (asked.probes.change, asked.probes.keep)
         texts = [probe["prompt"] for kind in asked_for for probe in kind[:PROMPTS]]
     prompts += [list(pair.tokenizer(text)["input_ids"]) for text in texts]
-    written: list[dict[str, Any]] = [{"prompt": pair.tokenizer.decode(ids)} for ids in prompts]
+    written: list[dict[str, str]] = [{"prompt": pair.tokenizer.decode(ids)} for ids in prompts]
     for side in SIDES:
         model, context = pair.side(side)
         with context:
             for ids, entry in zip(prompts, written, strict=True):
                 entry[side] = _greedy(model, pair.tokenizer, ids)
-    return written
+    return [Generation(**entry) for entry in written]
 
 
 def _greedy(model: Any, tokenizer: Any, ids: list[int]) -> str:
@@ -249,28 +256,27 @@ def _greedy(model: Any, tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
 
 
-def _notes(run: RunFolder, found: dict[str, Any]) -> list[str]:
-    planned = run.record.get("plan", {}).get("data", {}).get("eval", {}).get("sha256")
-    held_out = found["sets"].get("eval")
-    if held_out and planned != held_out["sha256"]:
+def _notes(folder: RunFolder, losses: dict[str, SetLosses]) -> list[str]:
+    run, held_out = folder.run, losses.get("eval")
+    if held_out and (run is None or run.plan.data.eval.sha256 != held_out.sha256):
         return ["the eval rows are not those that the training run evaluated"]
     return []
 
 
-def report(found: dict[str, Any]) -> str:
+def report(found: Evaluation) -> str:
     """The evaluation for a person: a table of losses, the probes, and the generations side by side."""
-    lines = [f"base {found['base']}, trained {found['result']}"]
-    if found["sets"]:
+    lines = [f"base {found.base}, trained {found.result}"]
+    if found.sets:
         head = ("rows", "tokens", "base", "trained", "change", "base", "trained")
         lines += ["", f"{'':<10} {'':>6} {'':>8}  {'loss, nats a token':^28}  {'perplexity':^19}".rstrip()]
         lines += ["{:<10} {:>6} {:>8}  {:>8} {:>8} {:>10}  {:>9} {:>9}".format("", *head)]
-    for which, row in found["sets"].items():
-        base, trained = row["base"], row["trained"]
-        numbers = f"{base['loss']:>8.4f} {trained['loss']:>8.4f} {trained['loss'] - base['loss']:>+10.4f}"
-        perplexities = f"{base['perplexity']:>9.4g} {trained['perplexity']:>9.4g}"
-        lines.append(f"{SETS[which]:<10} {row['rows']:>6,} {row['tokens']:>8,}  {numbers}  {perplexities}")
-    if table := probes.table(found["probes"]["base"], found["probes"]["trained"]):
+    for which, row in found.sets.items():
+        base, trained = row.base, row.trained
+        numbers = f"{base.loss:>8.4f} {trained.loss:>8.4f} {trained.loss - base.loss:>+10.4f}"
+        perplexities = f"{base.perplexity:>9.4g} {trained.perplexity:>9.4g}"
+        lines.append(f"{SETS[which]:<10} {row.rows:>6,} {row.tokens:>8,}  {numbers}  {perplexities}")
+    if table := probes.table(found.probes.base, found.probes.trained):
         lines += ["", *table]
-    for entry in found["generations"]:
-        lines += ["", f"> {entry['prompt'].strip()}", *(f"{side:>9}  {entry[side]}" for side in SIDES)]
-    return "\n".join([*lines, *(f"NOTE        {note}" for note in found["notes"])])
+    for entry in found.generations:
+        lines += ["", f"> {entry.prompt.strip()}", *(f"{side:>9}  {getattr(entry, side)}" for side in SIDES)]
+    return "\n".join([*lines, *(f"NOTE        {note}" for note in found.notes)])

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_recipes.core.record import MemoryFacts, ProcessBytes
+
 MIB, GIB = 2**20, 2**30
 CARDS = (
     16,
@@ -63,19 +65,19 @@ class Memory:
             return FITS
         return LIKELY if self.process_bytes() <= room else NOT
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> MemoryFacts:
         """For machines."""
-        return {
-            "peak_bytes": self.peak_bytes,
-            "parts": self.parts,
-            "at": self.at,
-            "method": "closed form" if self.why_closed else "one training step on fake tensors",
-            "why_closed": self.why_closed,
-            "assumptions": list(self.assumptions),
-            "notes": list(self.notes),
-            "cards_gb": {str(card): self.verdict(card) for card in CARDS},
-            "process_bytes": {"median": self.process_bytes(), "worst": self.process_bytes(RESERVED_WORST)},
-        }
+        return MemoryFacts(
+            peak_bytes=self.peak_bytes,
+            parts=self.parts,
+            at=self.at,
+            method="closed form" if self.why_closed else "one training step on fake tensors",
+            why_closed=self.why_closed,
+            assumptions=list(self.assumptions),
+            notes=list(self.notes),
+            cards_gb={str(card): self.verdict(card) for card in CARDS},
+            process_bytes=ProcessBytes(median=self.process_bytes(), worst=self.process_bytes(RESERVED_WORST)),
+        )
 
     def lines(self) -> list[tuple[str, str]]:
         """For people: (label, text) pairs."""

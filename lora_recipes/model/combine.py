@@ -19,13 +19,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import locate, provenance
+from lora_recipes.core import environment, locate, provenance
 from lora_recipes.core import safetensors as weights
 from lora_recipes.core.adapter_folder import Adapter
-from lora_recipes.core.environment import environment
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
 from lora_recipes.core.files import now, replace_folder
 from lora_recipes.core.provenance import Probe, Provenance
+from lora_recipes.core.record import Combined, CombinedRecord
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.model import answers, attach
@@ -111,7 +111,7 @@ def combine(
     outputs: Path,
     base: Path | None = None,
     force: bool = False,
-) -> dict[str, Any]:
+) -> CombinedRecord:
     """Combine the adapters `words` (name=folder, a folder or a recipe's name) into outputs/<name>/adapter;
     returns its run.json.
 
@@ -129,12 +129,18 @@ def combine(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         facts = _combine(read, known, source, asked, name, temporary)
-        record = {"status": "finished", "recipe": name, "ended": now(), **environment()}
-        record["combined"] = {
-            "adapters": {key: shown(f) for key, f in chosen.items()},
-            **asdict(asked),
-            **facts,
-        }
+        record = CombinedRecord(
+            status="finished",
+            recipe=name,
+            ended=now(),
+            versions=environment.versions(),
+            git=environment.git(),
+            command=environment.command(),
+            hardware=environment.hardware(),
+            combined=Combined(
+                adapters={key: shown(f) for key, f in chosen.items()}, **asdict(asked), **facts
+            ),
+        )
         replace_folder(temporary, run.result("lora"))
         for stale in ("serving", "merged"):  # made of what stood here before
             shutil.rmtree(run.path / stale, ignore_errors=True)
@@ -157,7 +163,7 @@ def _place(run: RunFolder, chosen: dict[str, Path], force: bool) -> list[Problem
     if any(run.path.resolve() in folder.resolve().parents for folder in chosen.values()):
         return [Problem(shown(run.path), "holds one of the adapters that are to be combined", "another NAME")]
     if run.path.exists() and any(run.path.iterdir()):
-        if "combined" not in run.record:
+        if not isinstance(run.record, CombinedRecord):
             return [Problem(shown(run.path), "holds something else than a combination", "another NAME")]
         if not force:
             return [Problem(shown(run.path), "is already there", "FORCE=1 replaces it")]
@@ -355,22 +361,22 @@ def _reloaded(
     return apart
 
 
-def report(record: dict[str, Any], folder: Path) -> str:
+def report(record: CombinedRecord, folder: Path) -> str:
     """The record for a person."""
-    done = record["combined"]
-    parts = " + ".join(f"{w:g} x {name}" for w, name in zip(done["weights"], done["adapters"], strict=True))
-    cat = f"{' + '.join(map(str, done['ranks']))} = " if done["combination_type"] == "cat" else ""
+    done = record.combined
+    parts = " + ".join(f"{w:g} x {name}" for w, name in zip(done.weights, done.adapters, strict=True))
+    cat = f"{' + '.join(map(str, done.ranks))} = " if done.combination_type == "cat" else ""
     return "\n".join(
         [
             (
-                f"{parts}, {done['combination_type']}: rank {cat}{done['rank']}, vLLM needs --max-lora-rank"
-                f" {done['max_lora_rank']}"
+                f"{parts}, {done.combination_type}: rank {cat}{done.rank}, vLLM needs --max-lora-rank"
+                f" {done.max_lora_rank}"
             ),
-            f"{100 * done['from_sum']:.2g} % from the weighted sum of their deltas (Frobenius, all modules)",
+            f"{100 * done.from_sum:.2g} % from the weighted sum of their deltas (Frobenius, all modules)",
             (
-                f"saved and loaded again: logits differ by at most {done['reloaded_logits']:.1e}; the saved"
+                f"saved and loaded again: logits differ by at most {done.reloaded_logits:.1e}; the saved"
                 " files pass vLLM's rules"
             ),
-            f"{shown(folder)}/  {done['bytes']:,} bytes",
+            f"{shown(folder)}/  {done.bytes:,} bytes",
         ]
     )

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from lora_recipes.core import base_fit, safetensors
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.locate import local
+from lora_recipes.core.record import WarmStart
 from lora_recipes.data.render import Example
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.initialisation import MUTATE, kind
@@ -41,14 +42,14 @@ class Start:
     state: dict[str, torch.Tensor] | None = None
     errors: dict[str, float] | None = None
 
-    def lost(self) -> dict[str, Any]:
+    def lost(self) -> WarmStart | None:
         """How much of the update a warm start leaves out: |delta - s B A| / |delta|, the `mean` of all
-        modules and the `worst`. Else empty.
+        modules and the `worst`. None for another start.
         """
         if not self.errors:
-            return {}
+            return None
         module, worst = max(self.errors.items(), key=lambda item: item[1])
-        return {"mean": sum(self.errors.values()) / len(self.errors), "worst": worst, "module": module}
+        return WarmStart(mean=sum(self.errors.values()) / len(self.errors), worst=worst, module=module)
 
     @contextlib.contextmanager
     def base_of(self, model: PeftModel) -> Iterator[None]:

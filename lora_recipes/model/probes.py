@@ -2,28 +2,13 @@
 every adapted module learn?
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes.core.errors import Problem
+from lora_recipes.core.record import Answer
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.recipe.sections import Probe
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What follows `prompt`: the three likeliest tokens with their probabilities, and the probability of
-    `answer`'s first token.
-    """
-
-    kind: str
-    prompt: str
-    answer: str
-    probability: float
-    top: list[tuple[str, float]]
 
 
 def problems(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Problem]:
@@ -51,14 +36,12 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[list[int]
     return ids, full[len(ids)] if full[: len(ids)] == ids and len(full) > len(ids) else None
 
 
-def probes(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
-) -> list[dict[str, Any]]:
+def probes(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Answer]:
     """The recipe's `probes:` asked of `model`; in eval mode, without dropout, changing nothing."""
     was_training = model.training
     model.eval()
     asked = [(kind, probe) for kind, probes in _kinds(recipe).items() for probe in probes]
-    answers = [asdict(_ask(model, tokenizer, kind, probe)) for kind, probe in asked]
+    answers = [_ask(model, tokenizer, kind, probe) for kind, probe in asked]
     model.train(was_training)
     return answers
 
@@ -77,27 +60,26 @@ def _ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, 
     return Answer(kind, probe["prompt"], probe["answer"], round(shares[wanted].item(), 4), top)
 
 
-def table(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+def table(before: list[Answer], after: list[Answer]) -> list[str]:
     """Before and after, a probe a row, in two blocks: what should change, what should stay."""
     if not after:
         return []
-    width = max(len(p["prompt"]) for p in after)
+    width = max(len(p.prompt) for p in after)
     said = {"change": "should change", "keep": "should stay"}
     first = {"change": "have their answer first", "keep": "kept theirs first"}
     lines = []
     for kind in ("change", "keep"):
-        rows = [(b, a) for b, a in zip(before, after, strict=True) if a["kind"] == kind]
+        rows = [(b, a) for b, a in zip(before, after, strict=True) if a.kind == kind]
         if rows:
             lines.append(
                 f"{said[kind]:<{width}}  {'answer':<10} {'before':>7} {'after':>7}   top 3 before -> after"
             )
         for b, a in rows:
-            tops = " -> ".join(", ".join(f"{w} {100 * p:.0f}" for w, p in side["top"]) for side in (b, a))
+            tops = " -> ".join(", ".join(f"{w} {100 * p:.0f}" for w, p in side.top) for side in (b, a))
             lines.append(
-                f"{a['prompt']:<{width}}  {a['answer']:<10} {b['probability']:>7.1%} {a['probability']:>7.1%}"
-                f"   {tops}"
+                f"{a.prompt:<{width}}  {a.answer:<10} {b.probability:>7.1%} {a.probability:>7.1%}   {tops}"
             )
         if rows:
-            count = sum(a["probability"] >= a["top"][0][1] for _, a in rows)
+            count = sum(a.first for _, a in rows)
             lines += [f"{count} of {len(rows)} that {said[kind]} {first[kind]}", ""]
     return lines[:-1]

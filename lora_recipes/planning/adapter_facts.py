@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 
 from lora_recipes.core import adapter_folder
 from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.record import AdapterFacts
 from lora_recipes.model import build
 from lora_recipes.recipe import initialisation
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.recipe.sections import Lora, Peft
 from lora_recipes.serving import rules
 
-Said = tuple[dict[str, Any], str, list[str]]  # facts for machines, a line for people, warnings
+Said = tuple[AdapterFacts, str, list[str]]  # facts for machines, a line for people, warnings
 
 
 def counts(model: PreTrainedModel, config: PeftConfig, recipe: Recipe) -> tuple[int, int, int]:
@@ -57,14 +58,9 @@ def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str]) -> Sa
         faults.append(("target_modules", *alone))
     served = None if faults else rules.max_lora_rank(rank)
     merges = not config.lora_bias  # PEFT merges that only where the base has a bias too
-    facts = {
-        "r": config.r,
-        "scaling": scaling,
-        "bytes": size,
-        "rank": rank,
-        "max_lora_rank": served,
-        "merges": merges,
-    }
+    facts = AdapterFacts(
+        r=config.r, scaling=scaling, bytes=size, rank=rank, max_lora_rank=served, merges=merges
+    )
     patterns = (
         " (others by rank_pattern, alpha_pattern)" if config.rank_pattern or config.alpha_pattern else ""
     )
@@ -89,4 +85,5 @@ def other(section: Peft, config: PeftConfig, size: int) -> Said:
         )
     parts.append("merges" if merges else "has no weights to merge: PEFT uses it")
     parts.append("vLLM serves only LoRA as an adapter" + (": serve the merged model" if merges else ""))
-    return {"peft_type": kind, "bytes": size, "merges": merges, "max_lora_rank": None}, "; ".join(parts), []
+    facts = AdapterFacts(peft_type=kind, bytes=size, merges=merges, max_lora_rank=None)
+    return facts, "; ".join(parts), []

@@ -13,6 +13,15 @@ from transformers import PreTrainedModel, get_scheduler
 from trl import SFTConfig, pack_dataset
 
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
+from lora_recipes.core.record import (
+    AdapterFacts,
+    CoverageFacts,
+    LayoutFacts,
+    ModelFacts,
+    PlanFacts,
+    RateFacts,
+    StepFacts,
+)
 from lora_recipes.data import gate, new_tokens
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices, memory
@@ -47,13 +56,13 @@ SHORT = (
 @dataclass
 class Plan:
     """What was found: `facts` for machines, `lines` for people, `warnings`; and the `gate`, whose rows
-    training takes over.
+    training takes over. `facts` are there once `make` has counted the model.
     """
 
     gate: Gate
     layout: Layout = SINGLE
     sizes: Sizes | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: PlanFacts = field(init=False)
     lines: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -104,26 +113,29 @@ def make(
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
-    plan.facts |= {
-        "recipe": recipe.name,
-        "method": recipe.method,
-        "overrides": list(recipe.overrides.values()),
-    }
-    plan.facts["resolved"] = recipe.sections
     plan.say("recipe", f"{recipe.name}{changed}")
-    plan.facts["layout"] = {"kind": layout.kind, "processes": layout.processes}
     if layout != SINGLE:
         plan.say("layout", str(layout))
     plan.sizes = _sizes(model, recipe)
-    _model(plan, resolved, model, config)
+    counted, adapter, coverage = _model(plan, resolved, model, config)
+    plan.facts = PlanFacts(
+        recipe=recipe.name,
+        method=recipe.method,
+        overrides=list(recipe.overrides.values()),
+        resolved=recipe.sections,
+        layout=LayoutFacts(kind=layout.kind, processes=layout.processes),
+        model=counted,
+        adapter=adapter,
+        coverage=coverage,
+        data=plan.gate.facts,
+    )
     if different := rates.said(model, recipe, arguments.learning_rate):
         plan.say("rates", different)
-    plan.facts["data"] = plan.gate.facts
     for label, text in gate.lines(plan.gate, recipe):
         plan.say(label, text)
     _steps(plan, recipe, arguments, layout.processes)
-    if "steps" in plan.facts:
-        build.peft_config(recipe, plan.facts["steps"]["total"])  # does AdaLoRA's schedule fit into the steps?
+    if plan.facts.steps:
+        build.peft_config(recipe, plan.facts.steps.total)  # does AdaLoRA's schedule fit into the steps?
     plan.say("example", gate.example(plan.gate, recipe))
     plan.warnings += plan.gate.warnings
     return plan
@@ -169,12 +181,12 @@ def add_memory(
             parts=parts,
             assumptions=(*found.assumptions, f"each of {plan.layout}, by arithmetic", *said),
         )
-    plan.facts["memory"] = found.facts()
+    plan.facts.memory = found.facts()
     for label, text in found.lines():
         if accelerator or label != "cards":
             plan.say(label, text)
     counts, here = (
-        (plan.facts["model"]["total"], plan.facts["model"]["trainable"]),
+        (plan.facts.model.total, plan.facts.model.trainable),
         (found.parameters, found.trainable),
     )
     if counts != here:
@@ -192,13 +204,18 @@ def beside_lora(plan: Plan, resolved: Resolved, here: Memory) -> None:
     if (plain := choices.plain(resolved.recipe)) is None:
         return
     peak = memory.plan(resolved.by(plain), plan.gate).peak_bytes
-    plan.facts["memory"]["lora_peak_bytes"] = peak
+    assert plan.facts.memory, "add_memory comes first: `here` is what it found"
+    plan.facts.memory = replace(plan.facts.memory, lora_peak_bytes=peak)
     kind = "the same without its variant" if resolved.recipe.lora else "r 16 on all linear modules"
     plan.say("with LoRA", f"peak {gib(peak)} GiB ({kind}): here {100 * (here.peak_bytes / peak - 1):+.1f} %")
 
 
-def _model(plan: Plan, resolved: Resolved, model: PreTrainedModel, config: PeftConfig | None) -> None:
-    """Counts and coverage; `model`, on the meta device, gets the new tokens' rows and the adapter."""
+def _model(
+    plan: Plan, resolved: Resolved, model: PreTrainedModel, config: PeftConfig | None
+) -> tuple[ModelFacts, AdapterFacts | None, list[CoverageFacts] | None]:
+    """Say what the model is and what of it is trained; the same as facts. `model`, on the meta device, gets
+    the new tokens' rows and the adapter.
+    """
     recipe, contract = resolved.recipe, resolved.base.contract
     base, kind = model.num_parameters(), type(model).__name__
     indices = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
@@ -206,8 +223,8 @@ def _model(plan: Plan, resolved: Resolved, model: PreTrainedModel, config: PeftC
     plan.warnings += (
         new_tokens.unseen(plan.gate.train, indices, recipe) if plan.gate.counts.tokens is not None else []
     )
-    source = recipe.model.name_or_path or recipe.model.from_recipe
-    source = "random weights" if recipe.model.weights == "random" else source
+    named = recipe.model.name_or_path or recipe.model.from_recipe
+    source = "random weights" if recipe.model.weights == "random" or not named else named
     words, why = build.precision(recipe)
     compute = next((k for k, on in words.items() if on), "float32")
     known = f", contract {contract.name}" if contract else ""
@@ -223,8 +240,15 @@ def _model(plan: Plan, resolved: Resolved, model: PreTrainedModel, config: PeftC
         found = targets.coverage(model, adapted) if adapted else []
         trainable, total, size = adapter_facts.counts(model, config, recipe)
     share = 100 * trainable / total
-    facts = {"name_or_path": source, "class": kind, "dtype": recipe.model.dtype, "base": base}
-    plan.facts["model"] = facts | {"trainable": trainable, "total": total, "share_percent": share}
+    facts = ModelFacts(
+        name_or_path=source,
+        class_=kind,
+        dtype=recipe.model.dtype,
+        base=base,
+        trainable=trainable,
+        total=total,
+        share_percent=share,
+    )
     if config is None:
         parts = freeze.parts(model, recipe.freeze) if recipe.freeze else []
         base = model.num_parameters()  # new tokens included
@@ -235,17 +259,20 @@ def _model(plan: Plan, resolved: Resolved, model: PreTrainedModel, config: PeftC
         )
         said += "; a whole model, served as it is"
         plan.say("parameters", f"{base:,}, {said}")
-        return
+        return facts, None, None
     plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
     if recipe.lora:
-        facts, said, faults = adapter_facts.lora(recipe.lora, cast(LoraConfig, config), size, adapted)
-    elif recipe.peft:
-        facts, said, faults = adapter_facts.other(recipe.peft, config, size)
-    plan.facts["adapter"] = facts
+        adapter, said, faults = adapter_facts.lora(recipe.lora, cast(LoraConfig, config), size, adapted)
+    else:
+        assert recipe.peft, "the other methods have no PeftConfig"
+        adapter, said, faults = adapter_facts.other(recipe.peft, config, size)
     plan.say("adapter", said)
     plan.warnings += faults
-    plan.facts["coverage"] = [vars(c) for c in found]
     plan.say("coverage", "\n".join(map(str, found)) or "no module: virtual tokens before each text")
+    coverage = [
+        CoverageFacts(kind=c.kind, layers=c.layers, adapted=list(c.adapted), left=list(c.left)) for c in found
+    ]
+    return facts, adapter, coverage
 
 
 def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
@@ -293,20 +320,20 @@ def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int) -> No
         arguments.dataloader_drop_last,
     )
     raise_if(steps.problems(recipe))
-    counted = {
-        "examples": steps.examples,
-        "per_epoch": steps.per_epoch,
-        "total": steps.total,
-        "warmup": steps.warmup,
-    }
-    plan.facts["steps"] = counted | {"devices": devices}
+    plan.facts.steps = StepFacts(
+        examples=steps.examples,
+        per_epoch=steps.per_epoch,
+        total=steps.total,
+        warmup=steps.warmup,
+        devices=devices,
+    )
     plan.say("steps", str(steps))
     kind = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
     if steps.warmup and kind in ("constant", "reduce_lr_on_plateau"):
         plan.warnings.append(f"the schedule {kind} ignores train.warmup_steps: constant_with_warmup has one")
     else:
         plan.say("warm-up", steps.warmup_said)
-    plan.facts["learning_rate"] = {"peak": arguments.learning_rate, "lr_scheduler_type": kind}
+    plan.facts.learning_rate = RateFacts(peak=arguments.learning_rate, lr_scheduler_type=kind)
     rate = _rate(recipe, arguments, steps)
     drawn = chart(rate, steps.total) if rate else []
     plan.say("schedule", "\n".join([f"{kind}, peak {arguments.learning_rate:g}", *drawn]))

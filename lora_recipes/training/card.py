@@ -2,20 +2,18 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lora_recipes.core.record import FinishedRun
 from lora_recipes.recipe.recipe import Recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
-def write(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
-    """Write README.md into `folder`, from the recipe and the run's run.json (`record`)."""
-    ModelCard(f"---\n{metadata(recipe, record).to_yaml()}\n---\n{text(recipe, record)}").save(
-        folder / "README.md"
-    )
+def write(folder: Path, recipe: Recipe, run: FinishedRun) -> None:
+    """Write README.md into `folder`, from the recipe and its run.json (`run`)."""
+    ModelCard(f"---\n{metadata(recipe, run).to_yaml()}\n---\n{text(recipe, run)}").save(folder / "README.md")
 
 
 def sources(recipe: Recipe) -> list[str]:
@@ -24,11 +22,11 @@ def sources(recipe: Recipe) -> list[str]:
     return [given] if isinstance(given, str) else [s if isinstance(s, str) else s["path"] for s in given]
 
 
-def metadata(recipe: Recipe, record: dict[str, Any]) -> ModelCardData:
+def metadata(recipe: Recipe, run: FinishedRun) -> ModelCardData:
     """The Hub's fields. A base or a data set that is only a folder here is named in the text instead: the Hub
     refuses it.
     """
-    base, eval_loss = recipe.model.name_or_path or "", record["metrics"].get("eval_loss")
+    base, eval_loss = recipe.model.name_or_path or "", run.metrics.get("eval_loss")
     results = None
     if eval_loss is not None:
         name = f"{recipe.name} eval"
@@ -50,9 +48,9 @@ def metadata(recipe: Recipe, record: dict[str, Any]) -> ModelCardData:
     )
 
 
-def text(recipe: Recipe, record: dict[str, Any]) -> str:
+def text(recipe: Recipe, run: FinishedRun) -> str:
     """What was trained, on what, with which figures and versions; and the recipe itself."""
-    plan, metrics = record["plan"], record["metrics"]
+    plan, metrics = run.plan, run.metrics
     kind = "Model" if recipe.whole else f"{recipe.settings.get('peft_type', 'LoRA')} adapter"
     base = recipe.model.name_or_path or recipe.model.from_recipe or "random weights"
     losses = [
@@ -66,15 +64,15 @@ def text(recipe: Recipe, record: dict[str, Any]) -> str:
         f"{kind} trained on {base} with lora-recipes.",
         "",
         (
-            f"- trainable parameters: {plan['model']['trainable']:,} of {plan['model']['total']:,}"
-            f" ({plan['model']['share_percent']:.4f} %)"
+            f"- trainable parameters: {plan.model.trainable:,} of {plan.model.total:,}"
+            f" ({plan.model.share_percent:.4f} %)"
         ),
-        f"- data: {', '.join(sources(recipe))} ({plan['data']['train']['rows']:,} rows)",
-        f"- {record['steps']} steps, {', '.join(losses)}",
-        f"- versions: {', '.join(f'{k} {v}' for k, v in record['versions'].items())}",
+        f"- data: {', '.join(sources(recipe))} ({plan.data.train.rows:,} rows)",
+        f"- {run.steps} steps, {', '.join(losses)}",
+        f"- versions: {', '.join(f'{k} {v}' for k, v in run.versions.items())}",
     ]
-    if rank := plan.get("adapter", {}).get("max_lora_rank"):
-        lines.append(f"- vLLM: `--enable-lora --max-lora-rank {rank}`")
+    if plan.adapter and plan.adapter.max_lora_rank:
+        lines.append(f"- vLLM: `--enable-lora --max-lora-rank {plan.adapter.max_lora_rank}`")
     if recipe.method == "lora":
         lines.append(
             "- provenance.json: which base it was trained on, and PEFT's answers to a few rows of the data,"

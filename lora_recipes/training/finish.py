@@ -1,17 +1,19 @@
 """The end of a training run: verify what was learned, save it, move it into place, say what came of it."""
 
 import shutil
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 
-from lora_recipes.core import adapter_folder
+from lora_recipes.core import adapter_folder, record
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import now, replace_folder
 from lora_recipes.core.locate import local
 from lora_recipes.core.provenance import Provenance
+from lora_recipes.core.record import FinishedRun, Probes, ResumeFacts, Run
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.memory.fits import Memory
@@ -26,15 +28,16 @@ from lora_recipes.training import card, verify, watch
 
 @dataclass
 class Session:
-    """One training run while it lasts."""
+    """One training run while it lasts; `run` is what is known of it so far, from its beginning on."""
 
     resolved: Resolved
     plan: Plan
     expected: Memory
     trainer: Any  # trl.SFTTrainer, whose `model` is typed as optional
     start: Start  # how the adapter began
-    facts: dict[str, Any]  # what a resumed run must find as it was
+    facts: ResumeFacts
     real: PreTrainedConfig  # of the base's weights
+    run: Run = field(init=False)
 
     @property
     def recipe(self) -> Recipe:
@@ -58,16 +61,22 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
-def finish(session: Session, record: dict[str, Any]) -> None:
-    """Verify, then move the result into place; run.json says `finished` only after that."""
+def finish(session: Session) -> FinishedRun:
+    """Verify, then move the result into place; run.json says `finished` only after that. All processes get
+    what the first one wrote.
+    """
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
     sharded = session.plan.layout.sharded
     if recipe.method == "lora" and not sharded:
         _learned(recipe, verify.untrained(trainer.accelerator.unwrap_model(trainer.model)))
     if sharded:  # only now are the weights where they can be used
         with session.start.base_of(trainer.model):
-            record["probes"] = {"before": probes.probes(trainer.model, session.tokenizer, recipe)}
-    record["probes"]["after"] = probes.probes(trainer.model, session.tokenizer, recipe)
+            session.run = replace(
+                session.run, probes=Probes(before=probes.probes(trainer.model, session.tokenizer, recipe))
+            )
+    assert session.run.probes
+    asked = replace(session.run.probes, after=probes.probes(trainer.model, session.tokenizer, recipe))
+    session.run = replace(session.run, probes=asked)
     provenance = None if recipe.whole else _provenance(session)
     final = folder.result(recipe.method)
     temporary = final.with_name(f".{final.name}.tmp")
@@ -77,25 +86,29 @@ def finish(session: Session, record: dict[str, Any]) -> None:
     trainer.save_model(str(temporary))
     if PartialState().is_main_process:
         if sharded:
-            _learned(recipe, verify.incomplete(temporary, session.plan.facts["model"]["trainable"]))
+            _learned(recipe, verify.incomplete(temporary, session.plan.facts.model.trainable))
         if not recipe.whole:
             session.start.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
         # A pickle with this machine's paths; recipe.yaml says the same.
         (temporary / "training_args.bin").unlink(missing_ok=True)
-        record |= {"status": "finished", "ended": now()}
-        record["result_bytes"] = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
-        card.write(temporary, recipe, record)
+        not_servable = None
         if provenance:
             provenance.save(temporary)
             faults = export.check(
                 adapter_folder.read(temporary, anything=True),
                 local(provenance.name_or_path, provenance.revision),
             )
-            record["not_servable"] = [f"{fault.found}: {fault.do}" for fault in faults]
+            not_servable = [f"{fault.found}: {fault.do}" for fault in faults]
+        size = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
+        done = record.finished(session.run, now(), size, not_servable)
+        card.write(temporary, recipe, done)
         replace_folder(temporary, final)
         watch.draw(folder)
-        folder.write_record(record)
+        folder.write_record(done)
         shutil.rmtree(folder.replaced, ignore_errors=True)
+        session.run = done
+    shared: list[Any] = [session.run]
+    return cast(FinishedRun, broadcast_object_list(shared)[0])
 
 
 def _learned(recipe: Recipe, wrong: list[str]) -> None:
@@ -117,25 +130,25 @@ def _provenance(session: Session) -> Provenance:
     return answers.provenance(model, session.start, session.tokenizer, session.resolved, rows)
 
 
-def report(session: Session, record: dict[str, Any]) -> None:
+def report(session: Session, run: FinishedRun) -> None:
     """What came of it, for a person."""
-    metrics = record["metrics"]
+    metrics = run.metrics
     losses = [
         f"{name} {metrics[key]:.4f}"
         for name, key in (("train loss", "train_loss"), ("eval loss", "eval_loss"))
         if key in metrics
     ]
-    say(f"\n{record['steps']} steps in {record['seconds']:.1f} s; {', '.join(losses)}")
+    say(f"\n{run.steps} steps in {run.seconds:.1f} s; {', '.join(losses)}")
     if not session.recipe.whole:
         lora = session.recipe.method == "lora"
         said = "adapted module has finite, non-zero A and B" if lora else "trained tensor has changed"
         say(f"every {said}")
-        faults = [f"WARNING     vLLM cannot serve it as it is: {fault}" for fault in record["not_servable"]]
+        faults = [f"WARNING     vLLM cannot serve it as it is: {fault}" for fault in run.not_servable or []]
         say("\n".join(faults or ["the saved files pass vLLM's rules for adapters"]))
-    if lines := probes.table(record["probes"]["before"], record["probes"]["after"]):
+    if lines := probes.table(run.probes.before, run.probes.after):
         say("\n" + "\n".join(lines))
     final = session.folder.result(session.recipe.method)
     say(
-        f"\n{shown(final)}/  {record['result_bytes']:,} bytes;  beside it run.json, metrics.jsonl, loss.png,"
+        f"\n{shown(final)}/  {run.result_bytes:,} bytes;  beside it run.json, metrics.jsonl, loss.png,"
         " recipe.yaml"
     )

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,8 @@ def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
 
 def _failed(folder: RunFolder, text: str) -> None:
     """Say in run.json what the processes themselves could not."""
-    if folder.record.get("status") == "running":
-        folder.write_record(folder.record | {"status": "failed", "error": text, "ended": now()})
+    if (run := folder.record) and run.status == "running":
+        folder.write_record(replace(run, status="failed", error=text, ended=now()))
 
 
 def lost(error: Exception, recipe: Recipe, step: int) -> Problem | None:

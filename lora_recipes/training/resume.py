@@ -1,6 +1,6 @@
 """May a run begin here, or go on? And what may not change in between. Imports no torch."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import yaml
 
@@ -57,9 +57,9 @@ def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
         )
 
 
-def differences(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> list[str]:
+def differences(folder: RunFolder, recipe: Recipe, facts: Mapping[str, str | None]) -> list[str]:
     """What a resumed run would silently ignore or mix: each value that differs from the run that is to be
-    continued.
+    continued. `facts`: fields of ResumeFacts by name, as they are now.
     """
     try:
         before = yaml.safe_load((folder.path / "recipe.yaml").read_text(encoding="utf-8")) or {}
@@ -82,7 +82,9 @@ def differences(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> lis
                 found.append(
                     f"{section}.{key}: the run began with {old.get(key)!r}, now it is {new.get(key)!r}"
                 )
-    for key, value in facts.items():
-        if (old := folder.record.get("resume_facts", {}).get(key)) != value:
-            found.append(f"{key}: the run began with {old}, now it is {value}")
+    run = folder.run if facts else None
+    for name, value in facts.items():
+        began_with = getattr(run.resume_facts, name) if run else None
+        if began_with != value:
+            found.append(f"{name.replace('_', ' ')}: the run began with {began_with}, now it is {value}")
     return found

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedModel, ProgressCallback
 
+from lora_recipes.core import environment
 from lora_recipes.core.checkpoints import newest_whole
-from lora_recipes.core.environment import environment
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
+from lora_recipes.core.record import BaseModel, FinishedRun, Probes, Resumed, ResumeFacts, Run
 from lora_recipes.core.run_folder import PLAN, RunFolder, make_folder
 from lora_recipes.core.yamlfile import dump, shown
 from lora_recipes.data import gate, read
@@ -47,7 +48,7 @@ ALONE = Shared()
 
 def train(
     resolved: Resolved, resume: bool = False, force: bool = False, shared: Shared = ALONE
-) -> dict[str, Any]:
+) -> FinishedRun:
     """Train a recipe into `outputs/<name>/` and return its run.json. RecipeError when anything is not as the
     recipe says.
 
@@ -73,37 +74,37 @@ def train(
     checkpoint = _checkpoint(folder, recipe, facts) if resume else None
     arguments, base = build.sft_config(recipe, folder), shared.model(resolved)
     callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe)]
-    rows, steps = (plan.gate.train, plan.gate.evaluation), plan.facts["steps"]["total"]
+    rows = (plan.gate.train, plan.gate.evaluation)
+    assert plan.facts.steps, "the tokenizer is there, so the steps were counted"
+    steps = plan.facts.steps.total
     trainer, start = build.trainer(resolved, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps)
     launch.check(asked, trainer.accelerator)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
     session = Session(resolved, plan, expected, trainer, start, facts, real)
     verify.as_planned(trainer, recipe, plan.facts)
-    record = _continue(session, checkpoint) if checkpoint else _begin(session)
+    session.run = _continue(session, checkpoint) if checkpoint else _begin(session)
     say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
     try:
-        record |= _run(session, checkpoint)
-        finish(session, record)
+        session.run = _run(session, checkpoint)
+        done = finish(session)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what filled it
-            _save(
-                folder,
-                record | {"status": "failed", "error": str(error) or type(error).__name__, "ended": now()},
-            )
+            said = str(error) or type(error).__name__
+            _save(folder, replace(session.run, status="failed", error=said, ended=now()))
         if isinstance(error, KeyboardInterrupt):
             say("\nwhere a checkpoint was saved, RESUME=1 continues from it")
         if folder.replaced.exists():
             say(f"the run that was to be replaced is kept in {shown(folder.replaced)}/")
         raise
     if PartialState().is_main_process:
-        report(session, record)
-    return record
+        report(session, done)
+    return done
 
 
-def _save(folder: RunFolder, record: dict[str, Any]) -> None:
+def _save(folder: RunFolder, run: Run) -> None:
     if PartialState().is_main_process:
-        folder.write_record(record)
+        folder.write_record(run)
 
 
 def prepare_base(resolved: Resolved) -> None:
@@ -118,7 +119,7 @@ def prepare_base(resolved: Resolved) -> None:
         return
     base, folder = maker.recipe, maker.folder
     if folder.finished:
-        changed = differences(folder, base, {"train data sha256": read.read(base, "train").sha256})
+        changed = differences(folder, base, {"train_data_sha256": read.read(base, "train").sha256})
         if changed:
             do = f"make train RECIPE={base.name} FORCE=1, or set it back"
             raise RecipeError(
@@ -142,30 +143,30 @@ def warm_ready(resolved: Resolved) -> list[Problem]:
     """Was the full update of a warm start trained, and on the weights that the base has now?"""
     if resolved.warm is None:
         return []
-    name, run = resolved.warm.recipe.name, resolved.warm.folder
+    name, folder = resolved.warm.recipe.name, resolved.warm.folder
     where = resolved.recipe.at("warm_start", "from_recipe")
-    if not run.finished:
-        return [Problem(where, f"{shown(run.path)} holds no finished run", f"make train RECIPE={name}")]
-    if run.record["resume_facts"]["base weights"] != answers.fingerprint(resolved.base):
+    if not isinstance(done := folder.run, FinishedRun):
+        return [Problem(where, f"{shown(folder.path)} holds no finished run", f"make train RECIPE={name}")]
+    if done.resume_facts.base_weights != answers.fingerprint(resolved.base):
         found = f"{name} was trained on other weights than the base has now"
         return [Problem(where, found, f"make train RECIPE={name} FORCE=1")]
     return []
 
 
-def resume_facts(plan: Plan, resolved: Resolved, real: PreTrainedConfig) -> dict[str, Any]:
+def resume_facts(plan: Plan, resolved: Resolved, real: PreTrainedConfig) -> ResumeFacts:
     """What a resumed run must find as it was, beyond the recipe. `real`: the config of the base's weights."""
-    return {
-        "train data sha256": plan.facts["data"]["train"]["sha256"],
-        "tokens sha256": watch.sha256(plan.gate.train),
-        "chat template sha256": watch.sha256(plan.gate.tokenizer.chat_template),
-        "base weights": answers.fingerprint(resolved.base),
-        "base revision": getattr(real, "_commit_hash", None),
-        "layout": str(plan.layout),
-    }
+    return ResumeFacts(
+        train_data_sha256=plan.facts.data.train.sha256,
+        tokens_sha256=watch.sha256(plan.gate.train),
+        chat_template_sha256=watch.sha256(plan.gate.tokenizer.chat_template),
+        base_weights=answers.fingerprint(resolved.base),
+        base_revision=getattr(real, "_commit_hash", None),
+        layout=str(plan.layout),
+    )
 
 
-def _checkpoint(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> Path:
-    if changed := differences(folder, recipe, facts):
+def _checkpoint(folder: RunFolder, recipe: Recipe, facts: ResumeFacts) -> Path:
+    if changed := differences(folder, recipe, vars(facts)):
         do = "the trainer would ignore it and go on with the old value: set it back, or FORCE=1 to begin anew"
         raise RecipeError([Problem(shown(folder.path), line, do) for line in changed])
     checkpoint, skipped = newest_whole(folder.checkpoints, PartialState().num_processes)
@@ -182,59 +183,60 @@ def _checkpoint(folder: RunFolder, recipe: Recipe, facts: dict[str, Any]) -> Pat
     return checkpoint
 
 
-def _begin(session: Session) -> dict[str, Any]:
+def _begin(session: Session) -> Run:
     """Clear the folder (what was there was asked to go), and write recipe.yaml and the first run.json."""
     PartialState().wait_for_everyone()  # all have looked at the folder before the first one changes it
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
-    base = {
-        "name_or_path": session.resolved.base.weights,
-        "revision": getattr(session.real, "_commit_hash", None),
-        "config_sha256": watch.sha256(session.real.to_dict()),
-    }
-    record = {
-        "status": "running",
-        "recipe": recipe.name,
-        "started": now(),
-        **environment(),
-        "base": base,
-        "plan": session.plan.facts,
-    }
-    record["hardware"] |= {
-        "device": str(trainer.args.device),
-        "processes": PartialState().num_processes,
-        **watch.accelerator(),
-    }
-    record |= {"resume_facts": session.facts, "warnings": session.plan.warnings}
     if lost := session.start.lost():
-        record["warm_start"] = lost
         say(
-            f"\nwarm start  A and B leave out {lost['mean']:.1%} of the update (mean of modules;"
-            f" {lost['worst']:.1%} of {lost['module']})"
+            f"\nwarm start  A and B leave out {lost.mean:.1%} of the update (mean of modules;"
+            f" {lost.worst:.1%} of {lost.module})"
         )
+    before = None
     if not session.plan.layout.sharded:
         trainer.model.to(trainer.args.device)  # DeepSpeed would do it later
-        record["probes"] = {"before": probes.probes(trainer.model, session.tokenizer, recipe)}
+        before = Probes(before=probes.probes(trainer.model, session.tokenizer, recipe))
+    run = Run(
+        status="running",
+        recipe=recipe.name,
+        started=now(),
+        versions=environment.versions(),
+        git=environment.git(),
+        command=environment.command(),
+        hardware=environment.hardware(
+            device=str(trainer.args.device), processes=PartialState().num_processes, **watch.accelerator()
+        ),
+        base=BaseModel(
+            name_or_path=session.resolved.base.weights,
+            revision=getattr(session.real, "_commit_hash", None),
+            config_sha256=watch.sha256(session.real.to_dict()),
+        ),
+        plan=session.plan.facts,
+        resume_facts=session.facts,
+        warnings=session.plan.warnings,
+        warm_start=lost,
+        probes=before,
+    )
     if PartialState().is_main_process:
         folder.clear()
         write(folder.path / "recipe.yaml", dump(recipe.anywhere()))
         write(folder.path / PLAN, session.plan.text() + "\n")
-        folder.write_record(record)
+        folder.write_record(run)
     PartialState().wait_for_everyone()
-    return record
+    return run
 
 
-def _continue(session: Session, checkpoint: Path) -> dict[str, Any]:
-    record = session.folder.record
-    record.pop("error", None)
-    record |= {
-        "status": "running",
-        "resumed": [*record.get("resumed", []), {"from": checkpoint.name, "at": now()}],
-    }
-    _save(session.folder, record)
-    return record
+def _continue(session: Session, checkpoint: Path) -> Run:
+    run = session.folder.run
+    assert run, "a checkpoint is taken only where its run.json was compared"
+    again = [*(run.resumed or []), Resumed(from_=checkpoint.name, at=now())]
+    run = replace(run, status="running", error=None, resumed=again)
+    _save(session.folder, run)
+    return run
 
 
-def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
+def _run(session: Session, checkpoint: Path | None) -> Run:
+    """Train; the run with what came of it."""
     began, trainer, before = time.monotonic(), session.trainer, usage.now()
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -259,10 +261,11 @@ def _run(session: Session, checkpoint: Path | None) -> dict[str, Any]:
     peak = usage.measured(before)
     say(f"\n{peak.line(session.expected)}")
     steps, epochs = trainer.state.global_step, trainer.state.epoch
-    return {
-        "steps": steps,
-        "epochs": epochs,
-        "seconds": round(seconds, 2),
-        "metrics": metrics,
-        "memory": peak.facts(session.expected),
-    }
+    return replace(
+        session.run,
+        steps=steps,
+        epochs=epochs,
+        seconds=round(seconds, 2),
+        metrics=metrics,
+        memory=peak.facts(session.expected),
+    )

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from lora_recipes.core.errors import Problem
+from lora_recipes.core.record import MemoryUse
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices
 from lora_recipes.memory.fits import GIB, Memory, gib
@@ -28,16 +29,15 @@ class Usage:
     allocated: int | None = None
     reserved: int | None = None
 
-    def facts(self, planned: Memory) -> dict[str, int]:
+    def facts(self, planned: Memory) -> MemoryUse:
         """For run.json."""
-        found = {
-            "max_rss_bytes": self.rss,
-            "rss_before_bytes": self.before,
-            "planned_peak_bytes": planned.peak_bytes,
-        }
-        if self.allocated is not None and self.reserved is not None:
-            found |= {"max_allocated_bytes": self.allocated, "max_reserved_bytes": self.reserved}
-        return found
+        return MemoryUse(
+            max_rss_bytes=self.rss,
+            rss_before_bytes=self.before,
+            planned_peak_bytes=planned.peak_bytes,
+            max_allocated_bytes=self.allocated,
+            max_reserved_bytes=self.reserved,
+        )
 
     def line(self, planned: Memory) -> str:
         """Planned against measured. RSS holds the libraries and PyTorch's caches too, so that it is no

@@ -9,10 +9,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.record import PlanFacts
 from lora_recipes.recipe.recipe import Recipe
 
 
-def as_planned(trainer: Any, recipe: Recipe, planned: dict[str, Any]) -> None:
+def as_planned(trainer: Any, recipe: Recipe, planned: PlanFacts) -> None:
     """RecipeError unless the trainer holds what the plan (`planned`: its facts) said: trainable parameters,
     and steps an epoch.
     """
@@ -25,14 +26,15 @@ def as_planned(trainer: Any, recipe: Recipe, planned: dict[str, Any]) -> None:
         )
         do = "an adapter trains a small share; look at target_modules and modules_to_save"
         raise RecipeError(Problem(recipe.at(recipe.method), found, do))
-    if trainable != planned["model"]["trainable"]:
-        found = f"{trainable:,} trainable parameters, {planned['model']['trainable']:,} planned"
+    if trainable != planned.model.trainable:
+        found = f"{trainable:,} trainable parameters, {planned.model.trainable:,} planned"
         raise RecipeError(Problem(recipe.at(recipe.method), found, "please report this"))
     steps = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-    if steps != planned["steps"]["per_epoch"]:
+    assert planned.steps, "training has tokens, so the plan has counted its steps"
+    if steps != planned.steps.per_epoch:
         found = (
             f"{len(trainer.train_dataset):,} rows give {steps} steps an epoch,"
-            f" {planned['steps']['per_epoch']} planned"
+            f" {planned.steps.per_epoch} planned"
         )
         raise RecipeError(Problem(recipe.at("train"), found, "please report this"))
 

@@ -282,7 +282,7 @@ def test_arms_are_planned_with_their_memory_and_those_of_one_shape_share_a_rehea
         found["r2_lr0.1"] is found["r2_lr0.2"]
         and found["r64_lr0.1"].peak_bytes > found["r2_lr0.1"].peak_bytes
     )
-    assert plans["r64_lr0.2"][0].facts["memory"]["peak_bytes"] == found["r64_lr0.2"].peak_bytes
+    assert plans["r64_lr0.2"][0].facts.memory.peak_bytes == found["r64_lr0.2"].peak_bytes
     alone = plan.make(resolve(loaded.arms[0].recipe, trained))
     assert (
         plan.add_memory(alone, resolve(loaded.arms[0].recipe, trained), accelerator=False).parts
@@ -359,8 +359,8 @@ def test_an_arm_after_others_in_another_process_is_what_training_it_here_makes(d
     record = train(resolve(run.recipe, tmp_path))
     assert equal(tmp_path / run.recipe.name, done[0] / "outputs" / run.recipe.name)
     assert (
-        record["memory"]["planned_peak_bytes"]
-        == RunFolder(done[0] / "outputs" / run.recipe.name).record["memory"]["planned_peak_bytes"]
+        record.memory.planned_peak_bytes
+        == RunFolder(done[0] / "outputs" / run.recipe.name).record.memory.planned_peak_bytes
     )
 
 

@@ -2,15 +2,19 @@
 
 import json
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_recipes.core import checkpoints, files, run_folder
+from lora_recipes.core import checkpoints, files, record, run_folder
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.recipe import load as recipes
 from lora_recipes.training import resume
+
+RUN = record.loads(Path(__file__).with_name("run_before_schema.json").read_text(), "run.json")
 
 
 @pytest.fixture
@@ -78,12 +82,12 @@ def test_a_broken_run_json_is_said(tmp_path):
 def test_differences_name_both_values_and_leave_out_what_is_only_shown(tmp_path):
     folder = run_folder.RunFolder(tmp_path)
     (tmp_path / "recipe.yaml").write_text(recipes.load("tiny_facts").to_yaml())
-    folder.write_record({"resume_facts": {"processes": 1}})
+    folder.write_record(RUN)
     changed = recipes.load("tiny_facts", ["train.seed=1", "train.logging_steps=1", "lora.lora_alpha=8"])
-    assert resume.differences(folder, changed, {"processes": 2}) == [
+    assert resume.differences(folder, changed, {"layout": "DDP, 2 processes"}) == [
         "lora.lora_alpha: the run began with 4, now it is 8",
         "train.seed: the run began with 42, now it is 1",
-        "processes: the run began with 1, now it is 2",
+        "layout: the run began with one process, now it is DDP, 2 processes",
     ]
 
 
@@ -107,10 +111,10 @@ def test_somebody_elses_files_survive_a_new_run_and_a_finished_run_is_kept_aside
     folder = run_folder.RunFolder(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "adapter").mkdir()
-    folder.write_record({"status": "finished"})
+    folder.write_record(RUN)
     folder.clear()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".replaced", "notes.txt"]
-    folder.write_record({"status": "failed"})
+    folder.write_record(replace(RUN, status="failed"))
     folder.clear()
     assert (tmp_path / ".replaced" / "adapter").is_dir(), "a failed run does not push out the finished one"
 

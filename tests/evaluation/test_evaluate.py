@@ -5,6 +5,7 @@ missing is said.
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,41 +69,39 @@ def test_the_kept_sentences_are_the_base_s_but_for_the_corrected_ones():
 def test_held_out_loss_is_the_trainer_s_and_the_base_is_the_model_before(style):
     found = evaluation("tiny_qwen35_style", style)
     held_out, record = (
-        found["sets"]["eval"],
+        found.sets["eval"],
         json.loads((style / "tiny_qwen35_style" / "run.json").read_text()),
     )
-    assert held_out["trained"]["loss"] == pytest.approx(record["metrics"]["eval_loss"], abs=2e-5)
-    assert held_out["tokens"] == record["plan"]["data"]["eval"]["supervised"] and held_out["rows"] == 20
-    assert held_out["trained"]["perplexity"] == pytest.approx(math.exp(held_out["trained"]["loss"]))
-    assert held_out["base"]["loss"] == pytest.approx(math.log(2048), abs=0.2), "random weights know nothing"
-    assert found["notes"] == [] and record["evaluation"] == json.loads(json.dumps(found)), (
+    assert held_out.trained.loss == pytest.approx(record["metrics"]["eval_loss"], abs=2e-5)
+    assert held_out.tokens == record["plan"]["data"]["eval"]["supervised"] and held_out.rows == 20
+    assert held_out.trained.perplexity == pytest.approx(math.exp(held_out.trained.loss))
+    assert held_out.base.loss == pytest.approx(math.log(2048), abs=0.2), "random weights know nothing"
+    assert found.notes == [] and RunFolder(style / "tiny_qwen35_style").record.evaluation == found, (
         "the rows are those of the run"
     )
 
 
 def test_conversations_are_continued_from_the_prompt_that_a_server_renders(style):
-    found = evaluation("tiny_qwen35_style", style)["generations"]
+    found = evaluation("tiny_qwen35_style", style).generations
     assert len(found) == 3
-    assert all(entry["prompt"].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") for entry in found)
+    assert all(entry.prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") for entry in found)
 
 
 def test_corrected_facts_hold_in_other_words_and_the_kept_sentences_cost_something(outputs):
     found = evaluation("tiny_facts", outputs, [REPHRASED])
-    held_out, kept = found["sets"]["eval"], found["sets"]["kept"]
-    assert held_out["trained"]["loss"] < held_out["base"]["loss"] - 1 and (
-        held_out["rows"],
-        held_out["tokens"],
+    held_out, kept = found.sets["eval"], found.sets["kept"]
+    assert held_out.trained.loss < held_out.base.loss - 1 and (
+        held_out.rows,
+        held_out.tokens,
     ) == (4, 12)
-    assert kept["rows"] == 32 and kept["trained"]["loss"] > kept["base"]["loss"], (
-        "what is not trained is forgotten a little"
-    )
-    assert found["notes"] == ["the eval rows are not those that the training run evaluated"]
-    assert found["generations"][0]["trained"] == "sofa." != found["generations"][0]["base"]
+    assert kept.rows == 32 and kept.trained.loss > kept.base.loss, "what is not trained is forgotten a little"
+    assert found.notes == ["the eval rows are not those that the training run evaluated"]
+    assert found.generations[0].trained == "sofa." != found.generations[0].base
 
 
 def test_losses_are_weighted_by_tokens_and_made_without_padding(outputs):
     """Against one forward pass over all rows together, padded, as a trainer would make it."""
-    found = evaluation("tiny_facts", outputs)["sets"]["kept"]
+    found = evaluation("tiny_facts", outputs).sets["kept"]
     folder = outputs / "tiny_facts" / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(
@@ -119,15 +118,15 @@ def test_losses_are_weighted_by_tokens_and_made_without_padding(outputs):
             .eval()(**batch, labels=labels, use_cache=False)
             .loss.item()
         )
-    assert found["base"]["loss"] == pytest.approx(before, abs=1e-5)
-    assert found["trained"]["loss"] == pytest.approx(after, abs=1e-5)
+    assert found.base.loss == pytest.approx(before, abs=1e-5)
+    assert found.trained.loss == pytest.approx(after, abs=1e-5)
 
 
 def test_probes_are_those_of_the_training_run_and_the_rest_of_run_json_stays(outputs):
     before = json.loads((outputs / "tiny_facts" / "run.json").read_text())
     found = evaluation("tiny_facts", outputs)
     for mine, theirs in (("base", "before"), ("trained", "after")):
-        ours = [answer["probability"] for answer in found["probes"][mine]]
+        ours = [answer.probability for answer in getattr(found.probes, mine)]
         assert ours == pytest.approx([answer["probability"] for answer in before["probes"][theirs]], abs=2e-4)
     after = json.loads((outputs / "tiny_facts" / "run.json").read_text())
     assert {key: value for key, value in after.items() if key != "evaluation"} == before
@@ -140,7 +139,7 @@ def test_probes_are_those_of_the_training_run_and_the_rest_of_run_json_stays(out
 
 
 def test_generations_are_greedy(outputs):
-    found = evaluation("tiny_facts", outputs)["generations"]
+    found = evaluation("tiny_facts", outputs).generations
     folder = outputs / "tiny_facts" / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(
@@ -148,32 +147,28 @@ def test_generations_are_greedy(outputs):
     )
     model = PeftModel.from_pretrained(base, folder).eval()
     for entry in found:
-        ids = tokenizer(entry["prompt"], return_tensors="pt")["input_ids"]
+        ids = tokenizer(entry.prompt, return_tensors="pt")["input_ids"]
         start = ids.shape[1]
         while ids[0, -1] != tokenizer.eos_token_id and ids.shape[1] < start + evaluations.LONGEST:
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-        assert entry["trained"] == tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+        assert entry.trained == tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
 
 
 def test_a_whole_model_is_held_against_the_one_it_came_from(trained, tmp_path):
     shutil.copytree(trained / "tiny_base", tmp_path / "tiny_base")
     (tmp_path / "_bases").symlink_to(trained / "_bases")
     found = evaluation("tiny_base", tmp_path, ["data.eval=data/facts/kept.jsonl"])
-    assert found["sets"]["eval"]["base"]["loss"] > 4 > 0.5 > found["sets"]["eval"]["trained"]["loss"]
+    assert found.sets["eval"].base.loss > 4 > 0.5 > found.sets["eval"].trained.loss
 
 
 def test_another_adapter_is_asked_on_the_data_of_a_run_and_its_own_run_json_gets_the_answer(outputs):
     shutil.copytree(outputs / "tiny_facts", outputs / "copy")
     before = (outputs / "tiny_facts" / "run.json").read_text()
     found = evaluation("tiny_facts", outputs, adapter=outputs / "copy" / "adapter")
-    assert json.loads((outputs / "copy" / "run.json").read_text())["evaluation"] == json.loads(
-        json.dumps(found)
-    )
+    assert RunFolder(outputs / "copy").record.evaluation == found
     assert (outputs / "tiny_facts" / "run.json").read_text() == before
     (outputs / "copy" / "run.json").unlink()
-    assert (
-        "no run.json" in evaluation("tiny_facts", outputs, adapter=outputs / "copy" / "adapter")["notes"][0]
-    )
+    assert "no run.json" in evaluation("tiny_facts", outputs, adapter=outputs / "copy" / "adapter").notes[0]
     assert not (outputs / "copy" / "run.json").exists()
 
 
@@ -189,7 +184,8 @@ def test_other_kept_rows_are_no_other_training(outputs):
 def test_a_run_that_did_not_finish_is_not_evaluated(outputs):
     with pytest.raises(RecipeError, match=r"holds no finished run\n    -> make train RECIPE=nothing"):
         evaluation("nothing", outputs)
-    (outputs / "tiny_facts" / "run.json").write_text('{"status": "failed"}')
+    folder = RunFolder(outputs / "tiny_facts")
+    folder.write_record(replace(folder.record, status="failed"))
     with pytest.raises(RecipeError, match="holds no finished run"):
         evaluation("tiny_facts", outputs)
 

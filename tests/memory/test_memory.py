@@ -235,12 +235,12 @@ def test_every_shipped_recipe_is_planned_by_running_its_step(name, tmp_path):
     found = plan.add_memory(made, resolve(recipe, tmp_path))
     assert found.why_closed == "" and found.peak_bytes > 0
     assert (found.parameters, found.trainable) == (
-        made.facts["model"]["total"],
-        made.facts["model"]["trainable"],
+        made.facts.model.total,
+        made.facts.model.trainable,
     )
     assert all(word in made.text() for word in ("memory ", "assumed ", "cards "))
     assert not any("memory was planned" in warning for warning in made.warnings)
-    assert made.facts["memory"]["method"] == "one training step on fake tensors"
+    assert made.facts.memory.method == "one training step on fake tensors"
 
 
 def test_a_longer_or_larger_batch_takes_more_and_checkpointing_less(tmp_path):
@@ -291,7 +291,7 @@ def test_a_step_that_cannot_be_run_gives_the_closed_form_and_says_so(tmp_path):
     recipe = recipes.load("qwen35_4b_style")
     found = memory.plan(resolve(recipe, tmp_path), seconds=0.01)
     assert found.why_closed == "no answer within 0.01 s"
-    assert "closed form, not run" in found.lines()[0][1] and found.facts()["method"] == "closed form"
+    assert "closed form, not run" in found.lines()[0][1] and found.facts().method == "closed form"
     ran = memory.plan(resolve(recipe, tmp_path))
     assert (
         found.parts["base"] == pytest.approx(ran.parts["base"], rel=0.01) and found.trainable == ran.trainable

@@ -84,7 +84,7 @@ def test_the_methods_are_peft_s_own():
 
 def test_linear_of_one_adapter_with_weight_one_is_that_adapter(outputs):
     record = combine(["one"], Combination([1.0], "linear"), "same", outputs)
-    assert record["combined"]["from_sum"] < 1e-6 and record["combined"]["rank"] == 4
+    assert record.combined.from_sum < 1e-6 and record.combined.rank == 4
     assert torch.allclose(
         logits(outputs / "same" / "adapter", outputs), logits(outputs / "one" / "adapter", outputs), atol=1e-4
     )
@@ -96,19 +96,15 @@ def test_cat_is_the_weighted_sum_of_the_deltas(outputs):
     assert both.keys() == one.keys()
     for name, delta in both.items():
         assert torch.allclose(delta, 0.7 * one[name] - 0.3 * two[name], atol=1e-6)
-    assert (
-        record["combined"]["rank"] == 8
-        and record["combined"]["ranks"] == [4, 4]
-        and record["combined"]["from_sum"] < 1e-6
-    )
+    assert record.combined.rank == 8 and record.combined.ranks == [4, 4] and record.combined.from_sum < 1e-6
     said = report(record, outputs / "cat" / "adapter")
     assert "0.7 x one + -0.3 x two, cat: rank 4 + 4 = 8, vLLM needs --max-lora-rank 8" in said
 
 
 def test_svd_of_full_rank_is_the_sum_too_and_of_less_says_what_is_lost(outputs):
-    whole = combine(["one", "two"], Combination([0.5, 0.5], "svd", svd_rank=8), "svd8", outputs)["combined"]
-    part = combine(["one", "two"], Combination([0.5, 0.5], "svd"), "svd4", outputs)["combined"]
-    assert whole["from_sum"] < 1e-5 and whole["rank"] == 8
+    whole = combine(["one", "two"], Combination([0.5, 0.5], "svd", svd_rank=8), "svd8", outputs).combined
+    part = combine(["one", "two"], Combination([0.5, 0.5], "svd"), "svd4", outputs).combined
+    assert whole.from_sum < 1e-5 and whole.rank == 8
     one, two, half = (deltas(outputs / name / "adapter", outputs) for name in ("one", "two", "svd4"))
     sums = {n: 0.5 * one[n] + 0.5 * two[n] for n in half}
     apart, size = (
@@ -122,8 +118,8 @@ def test_svd_of_full_rank_is_the_sum_too_and_of_less_says_what_is_lost(outputs):
 def test_linear_of_two_is_not_the_sum_and_that_is_said(outputs):
     """PEFT adds the As and the Bs: (A1 + A2)(B1 + B2) has two products more than the sum."""
     record = combine(["one", "two"], Combination([0.5, 0.5], "linear"), "linear", outputs)
-    assert record["combined"]["from_sum"] > 0.1
-    assert f"{100 * record['combined']['from_sum']:.2g} % from the weighted sum" in report(record, outputs)
+    assert record.combined.from_sum > 0.1
+    assert f"{100 * record.combined.from_sum:.2g} % from the weighted sum" in report(record, outputs)
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"linear", "svd", "cat"}))
@@ -167,7 +163,7 @@ def test_ranks_and_alphas_by_pattern_are_summed_and_targets_may_be_worded_differ
     )
     assert (
         all(torch.allclose(both[n], one[n] + 2 * two[n], atol=1e-4) for n in both)
-        and record["combined"]["rank"] == 8
+        and record.combined.rank == 8
     )
 
 
@@ -179,9 +175,7 @@ def test_the_combination_merges_serves_by_the_rules_and_is_evaluated(outputs):
     assert server.command[server.command.index("--max-lora-rank") + 1] == "8"
     found = evaluation("one", outputs, adapter=outputs / "mix" / "adapter")
     assert all(
-        answer["top"][0][0] == answer["answer"]
-        for answer in found["probes"]["trained"]
-        if answer["kind"] == "change"
+        answer.top[0][0] == answer.answer for answer in found.probes.trained if answer.kind == "change"
     )
     assert "evaluation" in json.loads((outputs / "mix" / "run.json").read_text())
 
@@ -211,8 +205,8 @@ def test_adapters_of_a_4_bit_base_are_combined_on_it(outputs):
             ),
         )
         (outputs / "tiny_facts").rename(outputs / name)
-    record = combine(["four", "bits"], Combination([0.5, 0.5], "cat"), "nf4", outputs)["combined"]
-    assert record["from_sum"] < 1e-5 and record["reloaded_logits"] < 1e-4
+    record = combine(["four", "bits"], Combination([0.5, 0.5], "cat"), "nf4", outputs).combined
+    assert record.from_sum < 1e-5 and record.reloaded_logits < 1e-4
     known = provenance.read(outputs / "nf4" / "adapter")
     assert known is not None and known.quantize == "nf4"
     with pytest.raises(RecipeError, match=r"trained with different model.quantize \(one: None; four: nf4\)"):

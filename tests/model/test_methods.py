@@ -4,6 +4,7 @@ merges or says why not.
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ BLOCK, EMBEDDINGS = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64 + 2 * 32, 192 * 64
 )
 def test_freezing_trains_what_it_names_and_nothing_else(run, trained, section, trainable, changed):
     record, folder = run("freeze", section)
-    assert record["plan"]["model"]["trainable"] == trainable
+    assert record.plan.model.trainable == trainable
     before, after = (
         load_file(path / "model" / "model.safetensors") for path in (trained / "tiny_base", folder)
     )
@@ -226,14 +227,14 @@ def test_another_peft_method_trains_as_planned_reloads_and_merges_or_says_why_no
     record, folder = run(
         "peft", recipe.peft.given, train__learning_rate=recipe.train.learning_rate, probes=...
     )
-    assert record["plan"]["model"]["trainable"] == OTHERS[kind] and recipe.peft.peft_type == kind
-    size = record["plan"]["adapter"][
-        "bytes"
-    ]  # the file has a header besides; AdaLoRA's is smaller: its budget was cut
-    assert size <= record["result_bytes"] < size + 8192 or (
-        kind == "ADALORA" and record["result_bytes"] < size + 4096
+    assert record.plan.model.trainable == OTHERS[kind] and recipe.peft.peft_type == kind
+    size = (
+        record.plan.adapter.bytes
+    )  # the file has a header besides; AdaLoRA's is smaller: its budget was cut
+    assert size <= record.result_bytes < size + 8192 or (
+        kind == "ADALORA" and record.result_bytes < size + 4096
     )
-    assert "serves only LoRA" in record["not_servable"][0]
+    assert "serves only LoRA" in record.not_servable[0]
     first, last = (
         json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()[:4:3]
     )
@@ -244,11 +245,8 @@ def test_another_peft_method_trains_as_planned_reloads_and_merges_or_says_why_no
     known = provenance.read(folder / "adapter").probes[0]
     assert answers.logprobs(attached, known.input_ids) == pytest.approx(known.adapter, abs=1e-4)
     assert known.adapter != pytest.approx(known.base, abs=1e-1)
-    kept = evaluation("peft_run", trained)["sets"]["kept"]
-    assert (
-        kept["base"]["loss"] == pytest.approx(untouched, abs=1e-5)
-        and abs(kept["trained"]["loss"] - untouched) > 1e-3
-    )
+    kept = evaluation("peft_run", trained).sets["kept"]
+    assert kept.base.loss == pytest.approx(untouched, abs=1e-5) and abs(kept.trained.loss - untouched) > 1e-3
     if kind.endswith("_TUNING") and kind != "LN_TUNING":
         with pytest.raises(RecipeError, match="has no weights to merge"):
             merge(folder / "adapter", tmp_path / "merged")
@@ -375,7 +373,7 @@ def test_a_lora_variant_gives_on_the_untouched_base_what_was_trained(
     record, folder = run("lora", corrections | INITIALISATIONS[name], name=f"method_{name}")
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert saved["r"] == (8 if name in TAKES_FROM_BASE else 4)
-    assert record["plan"]["model"]["trainable"] == 4096 + (512 if name == "dora" else 0)
+    assert record.plan.model.trainable == 4096 + (512 if name == "dora" else 0)
     base = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model").eval()
     for known in provenance.read(folder / "adapter").probes:
         assert answers.logprobs(base, known.input_ids) == pytest.approx(known.base, abs=1e-4)
@@ -383,10 +381,10 @@ def test_a_lora_variant_gives_on_the_untouched_base_what_was_trained(
     for known in provenance.read(folder / "adapter").probes:
         assert answers.logprobs(attached, known.input_ids) == pytest.approx(known.adapter, abs=1e-3)
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert record["plan"]["adapter"]["bytes"] == sum(t.numel() * 4 for t in tensors.values())
-    assert record["not_servable"] == [] or name == "dora"
+    assert record.plan.adapter.bytes == sum(t.numel() * 4 for t in tensors.values())
+    assert record.not_servable == [] or name == "dora"
     assert merge(folder / "adapter", tmp_path / "merged")["greedy_equal"] == 80
-    assert [p["top"][0][0] for p in record["probes"]["after"] if p["kind"] == "change"] == [
+    assert [p.top[0][0] for p in record.probes.after if p.kind == "change"] == [
         "sofa",
         "York",
         "lamp",
@@ -461,9 +459,7 @@ def test_loftq_begins_with_what_nf4_rounded_away(run, trained, corrections, writ
         best = torch.linalg.svdvals(lost)[4:].norm()
         assert (lost - delta(module)).norm().item() == pytest.approx(best.item(), rel=1e-3)
     record, folder = run("lora", lora, name="loftq", model__quantize="nf4")
-    assert (
-        record["not_servable"] == [] and merge(folder / "adapter", tmp_path / "merged")["greedy_equal"] == 80
-    )
+    assert record.not_servable == [] and merge(folder / "adapter", tmp_path / "merged")["greedy_equal"] == 80
 
 
 def test_a_pissa_run_goes_on_where_it_was_cut_off(trained, corrections, write_recipe, tmp_path):
@@ -474,7 +470,7 @@ def test_a_pissa_run_goes_on_where_it_was_cut_off(trained, corrections, write_re
     train(resolve(recipes.load(str(path)), trained))
     whole = load_file(trained / "resumed" / "adapter" / "adapter_model.safetensors")
     record = RunFolder(trained / "resumed").record
-    RunFolder(trained / "resumed").write_record(record | {"status": "failed"})
+    RunFolder(trained / "resumed").write_record(replace(record, status="failed"))
     shutil.rmtree(trained / "resumed" / "checkpoints" / "checkpoint-40")
     shutil.rmtree(trained / "resumed" / "adapter")
     train(resolve(recipes.load(str(path)), trained), resume=True)
@@ -508,7 +504,7 @@ def test_a_warm_start_is_the_best_part_of_the_update(trained, write_recipe):
             assert start.errors[name] == pytest.approx(tail, abs=1e-6)
             assert (0.01 < tail < 0.9) if rank == 4 else tail == 0
     record = train(resolve(recipes.load(str(path)), trained))
-    assert record["not_servable"] == [] and record["warm_start"]["worst"] == max(start.errors.values())
+    assert record.not_servable == [] and record.warm_start.worst == max(start.errors.values())
 
 
 @pytest.mark.parametrize(
@@ -598,10 +594,10 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(
         not growing.get("from_recipe")
         and not AutoConfig.from_pretrained(growing["name_or_path"]).tie_word_embeddings
     )
-    assert record["plan"]["model"]["trainable"] == 4096 + 3 * 64 * (2 if untied else 1)
-    assert "' nowhere' in no training row" in " ".join(record["warnings"])
-    assert any("trained token embeddings" in fault for fault in record["not_servable"])
-    assert [p["top"][0][0] for p in record["probes"]["after"]] == ["parrot", "pretzel"]
+    assert record.plan.model.trainable == 4096 + 3 * 64 * (2 if untied else 1)
+    assert "' nowhere' in no training row" in " ".join(record.warnings)
+    assert any("trained token embeddings" in fault for fault in record.not_servable)
+    assert [p.top[0][0] for p in record.probes.after] == ["parrot", "pretzel"]
     shapes = {
         tuple(t.shape)
         for n, t in load_file(folder / "adapter" / "adapter_model.safetensors").items()
@@ -615,8 +611,8 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(
     assert len(tokenizer) == 119 and model.config.vocab_size == (192 if "from_recipe" in growing else 119)
     for known in provenance.read(folder / "adapter").probes:
         assert answers.logprobs(model.eval(), known.input_ids) == pytest.approx(known.adapter, abs=1e-3)
-    asked = evaluation("grown", folder.parent, [f"data.eval={parrots['train']}"])["sets"]["eval"]
-    assert asked["base"]["loss"] > 2 and asked["trained"]["loss"] < 0.5, (
+    asked = evaluation("grown", folder.parent, [f"data.eval={parrots['train']}"]).sets["eval"]
+    assert asked.base.loss > 2 and asked.trained.loss < 0.5, (
         "the base as training began, with its new embeddings"
     )
 
@@ -647,7 +643,7 @@ def test_new_tokens_of_a_whole_model_are_saved_with_it(run, growing, parrots, me
         AutoModelForCausalLM.from_pretrained(folder / "model"),
     )
     assert len(tokenizer) == 119 and model.config.vocab_size == (192 if "from_recipe" in growing else 119)
-    assert record["plan"]["model"]["trainable"] == sum(
+    assert record.plan.model.trainable == sum(
         p.numel() for n, p in model.named_parameters() if name == "full" or "layers" not in n
     ) - (0 if name == "full" else 64)
 
@@ -687,10 +683,10 @@ def rows_of_the_table():
 def test_the_table_of_methods_is_what_the_plan_says(tmp_path, row):
     name, trainable, served, merges = row
     facts = plan.make(resolve(recipes.load(name), tmp_path)).facts
-    adapter = facts.get("adapter")
-    assert f"{facts['model']['trainable']:,}" == trainable
-    assert served == ("whole model" if adapter is None else "yes" if adapter["max_lora_rank"] else "no")
-    assert merges == ("-" if adapter is None else "yes" if adapter["merges"] else "no")
+    adapter = facts.adapter
+    assert f"{facts.model.trainable:,}" == trainable
+    assert served == ("whole model" if adapter is None else "yes" if adapter.max_lora_rank else "no")
+    assert merges == ("-" if adapter is None else "yes" if adapter.merges else "no")
 
 
 def test_the_table_of_methods_has_every_recipe_of_methods_and_every_peft_type():
@@ -706,5 +702,5 @@ def test_the_table_of_methods_has_every_recipe_of_methods_and_every_peft_type():
 
 def test_the_shipped_recipe_of_new_tokens_teaches_its_words(trained):
     record = train(resolve(recipes.load("tiny_new_tokens"), trained), force=True)
-    assert not any("no training row" in warning for warning in record["warnings"])
-    assert [p["top"][0][0] for p in record["probes"]["after"]] == ["conservatory", "Greenland"]
+    assert not any("no training row" in warning for warning in record.warnings)
+    assert [p.top[0][0] for p in record.probes.after] == ["conservatory", "Greenland"]

@@ -29,12 +29,12 @@ def test_every_shipped_recipe_loads_and_plans(name, tmp_path):
 
 def test_the_seed_recipe_shows_its_known_figures(tmp_path):
     planned = made("qwen35_4b_style", tmp_path)
-    model, steps = planned.facts["model"], planned.facts["steps"]
-    assert (model["base"], model["trainable"], model["total"]) == (4_205_751_296, 10_616_832, 4_216_368_128)
-    assert f"{model['share_percent']:.4f}" == "0.2518"
-    assert (steps["examples"], steps["total"]) == (4, 750)
-    assert planned.facts["adapter"]["bytes"] == 10_616_832 * 4
-    assert planned.facts["adapter"]["max_lora_rank"] == 8
+    model, steps = planned.facts.model, planned.facts.steps
+    assert (model.base, model.trainable, model.total) == (4_205_751_296, 10_616_832, 4_216_368_128)
+    assert f"{model.share_percent:.4f}" == "0.2518"
+    assert (steps.examples, steps.total) == (4, 750)
+    assert planned.facts.adapter.bytes == 10_616_832 * 4
+    assert planned.facts.adapter.max_lora_rank == 8
     text = planned.text()
     assert "2 x 2 x 1 device = 4 examples a step, ceil(1000 / 4) x 3 = 750 steps" in text
     assert "linear_attention 24 layers: mlp only - no token mixer adapted (in_proj_qkv, in_proj_z" in text
@@ -43,15 +43,15 @@ def test_the_seed_recipe_shows_its_known_figures(tmp_path):
 
 def test_all_shipped_chat_recipes_train_what_a_server_renders(tmp_path):
     for name in recipes.names():
-        train = made(name, tmp_path).facts["data"]["train"]
-        assert train["faithful"] == train["turns"], name
-        assert train["turns"] == (0 if train["format"] == "text" else train["rows"]), name
+        train = made(name, tmp_path).facts.data.train
+        assert train.faithful == train.turns, name
+        assert train.turns == (0 if train.format == "text" else train.rows), name
 
 
 def test_the_all_layers_recipe_adapts_a_token_mixer_in_every_layer(tmp_path):
-    coverage = {c["kind"]: c for c in made("qwen35_4b_style_all_layers", tmp_path).facts["coverage"]}
-    assert "linear_attn.in_proj_qkv" in coverage["linear_attention"]["adapted"]
-    assert coverage["linear_attention"]["layers"] == 24 and coverage["full_attention"]["layers"] == 8
+    coverage = {c.kind: c for c in made("qwen35_4b_style_all_layers", tmp_path).facts.coverage}
+    assert "linear_attn.in_proj_qkv" in coverage["linear_attention"].adapted
+    assert coverage["linear_attention"].layers == 24 and coverage["full_attention"].layers == 8
 
 
 def test_a_plan_needs_neither_network_nor_weights_and_prints_json(tmp_path):
@@ -64,25 +64,25 @@ def test_a_plan_needs_neither_network_nor_weights_and_prints_json(tmp_path):
 
 
 def test_tokens_are_counted_only_with_the_real_tokenizer(tmp_path):
-    assert made("qwen35_4b_style", tmp_path).facts["data"]["train"]["tokens"] is None
-    assert made("tiny_qwen35_style", tmp_path).facts["data"]["train"]["tokens"] > 10_000
+    assert made("qwen35_4b_style", tmp_path).facts.data.train.tokens is None
+    assert made("tiny_qwen35_style", tmp_path).facts.data.train.tokens > 10_000
 
 
 def test_devices_change_the_arithmetic(tmp_path):
     planned = made("qwen35_4b_style", tmp_path, devices=2)
-    assert planned.facts["steps"]["examples"] == 8 and planned.facts["steps"]["total"] == 375
+    assert planned.facts.steps.examples == 8 and planned.facts.steps.total == 375
 
 
 def test_rank_pattern_counts_for_the_rank_that_serving_needs(tmp_path):
     planned = made("qwen35_4b_style", tmp_path, "lora.rank_pattern={q_proj: 24}")
-    assert planned.facts["adapter"]["rank"] == 24 and planned.facts["adapter"]["max_lora_rank"] == 32
+    assert planned.facts.adapter.rank == 24 and planned.facts.adapter.max_lora_rank == 32
 
 
 def test_packing_a_hybrid_model_is_refused_now_and_not_in_the_first_step(tmp_path):
     with pytest.raises(RecipeError, match="cannot keep packed rows apart"):
         made("tiny_qwen35_style", tmp_path, "train.packing=true")
     planned = made("tiny_qwen35_style", tmp_path, "train.packing=true", "train.packing_strategy=wrapped")
-    assert planned.facts["steps"]["total"] < 40
+    assert planned.facts.steps.total < 40
 
 
 def test_one_row_a_turn_makes_an_unfaithful_chat_faithful(write_recipe, tmp_path):
@@ -99,7 +99,7 @@ def test_one_row_a_turn_makes_an_unfaithful_chat_faithful(write_recipe, tmp_path
         "50.0 % of the trained turns stand after tokens that no server renders" in w for w in planned.warnings
     )
     planned = made(path, tmp_path, "data.rows=assistant_turn")
-    assert planned.facts["data"]["train"]["rows"] == 2 and not planned.warnings
+    assert planned.facts.data.train.rows == 2 and not planned.warnings
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_null_takes_one_of_our_keys_out_so_that_another_base_can_be_named(tmp_pa
         "tiny_facts", ["model.from_recipe=null", "model.contract=tiny_qwen3", "model.weights=random"]
     )
     assert "from_recipe" not in chosen.model.given
-    assert plan.make(resolve(chosen, tmp_path)).facts["model"]["name_or_path"] == "random weights"
+    assert plan.make(resolve(chosen, tmp_path)).facts.model.name_or_path == "random weights"
 
 
 @pytest.mark.parametrize("name", contract.names())
@@ -236,7 +236,7 @@ def test_random_weights_can_be_made_from_every_contract(name):
 
 def test_the_plan_holds_the_resolved_recipe(tmp_path):
     planned = made("tiny_facts", tmp_path, "lora.r=2")
-    assert planned.facts["resolved"]["lora"]["r"] == 2
+    assert planned.facts.resolved["lora"]["r"] == 2
     assert planned.text().startswith("recipe      tiny_facts with lora.r=2\n")
 
 
@@ -247,8 +247,8 @@ def test_the_memory_of_a_method_stands_beside_that_of_plain_lora(name, least, mo
     recipe = recipes.load(name)
     planned = plan.make(resolve(recipe, tmp_path))
     plan.beside_lora(planned, resolve(recipe, tmp_path), plan.add_memory(planned, resolve(recipe, tmp_path)))
-    facts = planned.facts["memory"]
-    assert least <= 100 * (facts["peak_bytes"] / facts["lora_peak_bytes"] - 1) <= most
+    facts = planned.facts.memory
+    assert least <= 100 * (facts.peak_bytes / facts.lora_peak_bytes - 1) <= most
     assert "with LoRA   peak" in planned.text()
 
 
@@ -256,4 +256,4 @@ def test_plain_lora_is_not_compared_with_itself(tmp_path):
     recipe = recipes.load("tiny_lora")
     planned = plan.make(resolve(recipe, tmp_path))
     plan.beside_lora(planned, resolve(recipe, tmp_path), plan.add_memory(planned, resolve(recipe, tmp_path)))
-    assert "with LoRA" not in planned.text() and "lora_peak_bytes" not in planned.facts["memory"]
+    assert "with LoRA" not in planned.text() and planned.facts.memory.lora_peak_bytes is None

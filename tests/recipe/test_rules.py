@@ -222,7 +222,7 @@ def test_every_key_of_the_table_is_a_key_of_the_schema():
 )
 def test_a_variant_that_needs_nothing_else_is_planned(override, tmp_path):
     made = plan.make(resolve(recipes.load("tiny_facts", [f"lora.{override}"]), tmp_path))
-    assert made.facts["model"]["trainable"] >= 4096
+    assert made.facts.model.trainable >= 4096
 
 
 def test_the_plan_tells_all_broken_rules_at_once(tmp_path):

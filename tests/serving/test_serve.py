@@ -221,7 +221,7 @@ def test_a_rank_above_the_server_s_is_refused_by_it_and_said(dense, work, tmp_pa
     big = train(
         resolve(recipes.load("tiny_facts", ["lora.r=32", "train.max_steps=2"]), _symlinked(work, tmp_path))
     )
-    assert big["status"] == "finished"
+    assert big.status == "finished"
     with pytest.raises(RecipeError, match=r"LoRA rank 32 is greater than max_lora_rank 16"):
         serve.add(dense.url, [f"big={tmp_path / 'tiny_facts' / 'adapter'}"], work)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,8 @@ def test_a_model_card_has_the_fields_of_the_hub(trained, tmp_path):
         and "lora" in written.data.tags
         and written.data.base_model is None
     )
-    loaded, done = recipes.load("qwen35_4b_style"), record(trained, "tiny_facts")
-    done["metrics"]["eval_loss"] = 1.5
+    loaded, done = recipes.load("qwen35_4b_style"), RunFolder(trained / "tiny_facts").record
+    done = replace(done, metrics=done.metrics | {"eval_loss": 1.5})
     card.write(tmp_path, loaded, done)
     written = ModelCard.load(tmp_path / "README.md")
     assert written.data.base_model == "Qwen/Qwen3.5-4B" and written.data.metrics == ["loss"]
@@ -286,8 +287,8 @@ def test_early_stopping_ends_the_run_when_the_eval_loss_rises(trained, write_rec
         train__learning_rate=2e-2,
     )
     done = train(resolve(recipes.load(str(path)), trained))
-    assert done["steps"] < 40
-    assert done["status"] == "finished"
+    assert done.steps < 40
+    assert done.status == "finished"
 
 
 # resume
@@ -518,10 +519,11 @@ def test_a_cut_last_line_of_the_metrics_does_not_stop_a_resume(killed, tmp_path)
     assert len([log for log in lines(outputs, "tiny_qwen35_style") if "loss" in log]) == 16
 
 
-def test_an_unfinished_base_is_not_thrown_away_by_a_recipe_that_builds_on_it(tmp_path):
+def test_an_unfinished_base_is_not_thrown_away_by_a_recipe_that_builds_on_it(tmp_path, trained):
     checkpoint = tmp_path / "tiny_base" / "checkpoints" / "checkpoint-100"
     checkpoint.mkdir(parents=True)
-    (tmp_path / "tiny_base" / "run.json").write_text('{"status": "failed"}')
+    written = (trained / "tiny_base" / "run.json").read_text()
+    (tmp_path / "tiny_base" / "run.json").write_text(written.replace('"finished"', '"failed"'))
     with pytest.raises(RecipeError, match=r"tiny_base: holds an unfinished run \(checkpoint-100\)"):
         train(resolve(recipes.load("tiny_facts"), tmp_path))
     assert checkpoint.is_dir()
@@ -535,8 +537,7 @@ def test_the_saved_adapter_is_held_against_the_rules_of_the_server(trained, styl
     )
     path = write_recipe("tiny_facts", "dora", lora__use_dora=True)
     assert any(
-        "serves no DoRA" in fault
-        for fault in train(resolve(recipes.load(str(path)), trained))["not_servable"]
+        "serves no DoRA" in fault for fault in train(resolve(recipes.load(str(path)), trained)).not_servable
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_recipes.core import files
+from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import gate
 from lora_recipes.memory.fits import GIB, Memory
 from lora_recipes.recipe import load as recipes
@@ -19,10 +20,10 @@ PLANNED = Memory({"base": 8 * GIB, "activations": 2 * GIB}, "the loss", 0, 0)
 
 
 def test_a_run_records_what_was_planned_and_what_was_used(trained):
-    record = json.loads((trained / "tiny_facts" / "run.json").read_text())
-    memory = record["memory"]
-    assert memory["planned_peak_bytes"] == record["plan"]["memory"]["peak_bytes"] > 0
-    assert memory["max_rss_bytes"] >= memory["rss_before_bytes"] > 0
+    record = RunFolder(trained / "tiny_facts").record
+    memory = record.memory
+    assert memory.planned_peak_bytes == record.plan.memory.peak_bytes > 0
+    assert memory.max_rss_bytes >= memory.rss_before_bytes > 0
 
 
 def test_on_a_gpu_the_plan_stands_beside_allocated_and_reserved():

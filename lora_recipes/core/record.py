@@ -1,0 +1,581 @@
+"""run.json, typed: what a run records of itself, its one writer and its one strict reader. Imports no torch.
+
+Each field says what it is, and its unit, in its annotation; docs/run_json.md is made from that. A field that
+may be null has no default and is always written; one with the default None is left out where it is None. A
+name that Python keeps for itself has an underscore at its end, here and not in the file.
+"""
+
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal
+
+from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
+
+SCHEMA = 1
+ANEW = "FORCE=1 trains anew"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Git:
+    """The code that ran."""
+
+    commit: Annotated[str | None, "the commit of this repository; null outside one"]
+    dirty: Annotated[bool, "did the files differ from the commit?"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The machine, without its name."""
+
+    machine: Annotated[str, "processor architecture"]
+    system: Annotated[str, "operating system"]
+    cpus: Annotated[int | None, "processors that the system has"]
+    device: Annotated[str | None, "torch's name of the device; of a training run"] = None
+    processes: Annotated[int | None, "how many trained together, one a device; of a training run"] = None
+    gpu: Annotated[str | None, "the GPU's name; where there is one"] = None
+    gpu_memory_bytes: Annotated[int | None, "its memory, bytes"] = None
+    cuda: Annotated[str | None, "the CUDA version that torch was built for"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The model that the run began with."""
+
+    name_or_path: Annotated[str, "hub id or folder"]
+    revision: Annotated[str | None, "commit on the Hub; null for a folder"]
+    config_sha256: Annotated[str, "hash of its config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutFacts:
+    """How the run is spread over devices."""
+
+    kind: Annotated[str, "one process, DDP, FSDP2, ZeRO-2, ZeRO-3, or as accelerate calls it"]
+    processes: Annotated[int, "one a device"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The model and how much of it is trained."""
+
+    name_or_path: Annotated[str, "the base as the recipe names it, or `random weights`"]
+    class_: Annotated[str, "its class in transformers"]
+    dtype: Annotated[str, "dtype of the base's weights, before any quantisation"]
+    base: Annotated[int, "parameters of the base, without new tokens"]
+    trainable: Annotated[int, "parameters that are trained"]
+    total: Annotated[int, "parameters of base, new tokens and adapter"]
+    share_percent: Annotated[float, "trainable in percent of total"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """The adapter before it is trained."""
+
+    r: Annotated[int | None, "lora.r; of a lora: recipe"] = None
+    scaling: Annotated[float | None, "factor of B A: alpha / r, or alpha / sqrt(r); of a lora: recipe"] = None
+    peft_type: Annotated[str | None, "PEFT's name of the method; of a peft: recipe"] = None
+    bytes: Annotated[int, "bytes of its tensors as they are saved"]
+    rank: Annotated[int | None, "largest rank as saved, patterns included; of a lora: recipe"] = None
+    max_lora_rank: Annotated[int | None, "--max-lora-rank that vLLM needs; null where vLLM cannot serve it"]
+    merges: Annotated[bool, "can it be merged into the base?"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageFacts:
+    """One kind of layer, and which of its linear modules the adapter reaches."""
+
+    kind: Annotated[str, "kind of layer, as the model's config calls it"]
+    layers: Annotated[int, "how many there are"]
+    adapted: Annotated[list[str], "modules with an adapter"]
+    left: Annotated[list[str], "modules without one"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFacts:
+    """The rows of a split after truncation."""
+
+    rows: Annotated[int, "rows read"]
+    tokens: Annotated[int | None, "tokens; null where no tokenizer was at hand, as may be in a plan"]
+    supervised: Annotated[int | None, "tokens in the loss; null as above"]
+    longest: Annotated[int | None, "longest row, tokens; null as above"]
+    truncated: Annotated[int, "rows cut at train.max_length"]
+    dropped: Annotated[int, "rows with no token in the loss"]
+    turns: Annotated[int, "replies with a token in the loss"]
+    faithful: Annotated[int, "of them, those that stand after the prompt a server renders"]
+    open_turns: Annotated[int, "of them, those that do not learn to stop"]
+    sha256: Annotated[str, "hash of the rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFacts(SplitFacts):
+    """The training rows."""
+
+    format: Annotated[str, "their form: text, prompt-completion, messages ..."]
+    duplicates: Annotated[int, "rows that stand there more than once"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalFacts(SplitFacts):
+    """The held-out rows; 0 of everything where there are none."""
+
+    train_in_eval: Annotated[int, "rows that stand in train too"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """Both splits."""
+
+    train: Annotated[TrainFacts, "rows of data.train"]
+    eval: Annotated[EvalFacts, "rows of data.eval"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """Optimiser steps."""
+
+    examples: Annotated[int, "examples a step, over all devices"]
+    per_epoch: Annotated[int, "steps an epoch"]
+    total: Annotated[int, "steps of the run"]
+    warmup: Annotated[int, "of them, with a rising learning rate"]
+    devices: Annotated[int, "devices that were counted with"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateFacts:
+    """The learning rate."""
+
+    peak: Annotated[float, "highest learning rate"]
+    lr_scheduler_type: Annotated[str, "its schedule, as transformers calls it"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessBytes:
+    """What nvidia-smi would show of one process."""
+
+    median: Annotated[int, "bytes, with the median reserve of the measured runs"]
+    worst: Annotated[int, "bytes, with the worst reserve of the measured runs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFacts:
+    """The predicted peak memory of one device."""
+
+    peak_bytes: Annotated[int, "bytes of all tensors at the peak: torch.cuda.max_memory_allocated"]
+    parts: Annotated[dict[str, int], "bytes at the peak, by part"]
+    at: Annotated[str, "in which part of a step the peak is"]
+    method: Annotated[str, "one training step on fake tensors, or closed form"]
+    why_closed: Annotated[str, "why the step could not be run; empty where it ran"]
+    assumptions: Annotated[list[str], "what was counted with"]
+    notes: Annotated[list[str], "what else to know"]
+    cards_gb: Annotated[dict[str, str], "memory of a card, 10^9 bytes: fits, likely or does not"]
+    process_bytes: Annotated[ProcessBytes, "of the whole process"]
+    lora_peak_bytes: Annotated[int | None, "peak of the same recipe as plain LoRA; of a plan only"] = None
+
+
+@dataclass(kw_only=True)
+class PlanFacts:
+    """What would be trained; `make plan JSON=1` prints it. `memory` and the steps are added as they are
+    known.
+    """
+
+    recipe: Annotated[str, "the recipe's name"]
+    method: Annotated[str, "section that says what is trained: lora, peft, freeze or full"]
+    overrides: Annotated[list[str], "section.key=value as given"]
+    resolved: Annotated[dict[str, Any], "the recipe's sections, overrides applied"]
+    layout: Annotated[LayoutFacts, "processes"]
+    model: Annotated[ModelFacts, "model and counts"]
+    adapter: Annotated[AdapterFacts | None, "the adapter; where one is trained"] = None
+    coverage: Annotated[list[CoverageFacts] | None, "what it reaches, by kind of layer"] = None
+    data: Annotated[DataFacts, "rows and tokens"]
+    steps: Annotated[StepFacts | None, "absent where packing needs tokens that are not counted"] = None
+    learning_rate: Annotated[RateFacts | None, "as steps"] = None
+    memory: Annotated[MemoryFacts | None, "predicted peak memory"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeFacts:
+    """What a resumed run must find as it was, beyond the recipe."""
+
+    train_data_sha256: Annotated[str, "hash of the training rows"]
+    tokens_sha256: Annotated[str, "hash of their tokens and labels"]
+    chat_template_sha256: Annotated[str, "hash of the chat template"]
+    base_weights: Annotated[str | None, "hash over the base's weights; null where it is no folder here"]
+    base_revision: Annotated[str | None, "the base's commit on the Hub"]
+    layout: Annotated[str, "the processes, in words"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """What A and B leave out of the full update that they began with: |delta - s B A| / |delta|."""
+
+    mean: Annotated[float, "share, mean of the modules"]
+    worst: Annotated[float, "share, the worst module"]
+    module: Annotated[str, "the worst module"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What follows a prompt."""
+
+    kind: Annotated[str, "change or keep: should training change the answer?"]
+    prompt: Annotated[str, "the text before"]
+    answer: Annotated[str, "the word that should follow"]
+    probability: Annotated[float, "of the answer's first token, 0 to 1"]
+    top: Annotated[list[tuple[str, float]], "the three likeliest tokens with their probabilities"]
+
+    @property
+    def first(self) -> bool:
+        """Is the answer the likeliest token?"""
+        return self.probability >= self.top[0][1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """The recipe's probes."""
+
+    before: Annotated[list[Answer], "asked of the base"]
+    after: Annotated[list[Answer], "asked at the end; empty until then"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Memory while training ran."""
+
+    max_rss_bytes: Annotated[int, "the process at its largest, bytes resident"]
+    rss_before_bytes: Annotated[int, "the process before training began, bytes resident"]
+    planned_peak_bytes: Annotated[int, "what the plan said, bytes of tensors"]
+    max_allocated_bytes: Annotated[int | None, "most that PyTorch allocated on the GPU, bytes"] = None
+    max_reserved_bytes: Annotated[int | None, "most that PyTorch reserved on the GPU, bytes"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """One continuation."""
+
+    from_: Annotated[str, "the checkpoint"]
+    at: Annotated[str, "when, UTC, ISO 8601"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Of one model on one set of rows."""
+
+    loss: Annotated[float, "mean, nats a token"]
+    perplexity: Annotated[float, "exp(loss)"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetLosses:
+    """Both models on one set of rows."""
+
+    rows: Annotated[int, "rows asked"]
+    sha256: Annotated[str, "hash of the rows"]
+    tokens: Annotated[int, "tokens in the loss"]
+    base: Annotated[Loss, "of the base"]
+    trained: Annotated[Loss, "of what training made of it"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """The probes, asked of both models."""
+
+    base: Annotated[list[Answer], "of the base"]
+    trained: Annotated[list[Answer], "of what training made of it"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Greedy continuations of a prompt."""
+
+    prompt: Annotated[str, "as a server would render it"]
+    base: Annotated[str, "by the base"]
+    trained: Annotated[str, "by what training made of it"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Base against trained model: `make eval`."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    overrides: Annotated[list[str], "section.key=value as given"]
+    result: Annotated[str, "folder of the adapter or model that was asked"]
+    base: Annotated[str, "folder of the base"]
+    adapter_sha256: Annotated[str | None, "hash of the adapter's weights; where it is one"] = None
+    quantize: Annotated[str | None, "how the base was quantised; where it was"] = None
+    sets: Annotated[dict[str, SetLosses], "losses: eval (held out), kept"]
+    probes: Annotated[Sides, "the probes' answers"]
+    generations: Annotated[list[Generation], "texts side by side"]
+    notes: Annotated[list[str], "what to know before comparing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined:
+    """What a combination was made of, and what was measured: `make combine`."""
+
+    adapters: Annotated[dict[str, str], "name: folder"]
+    weights: Annotated[list[float], "factor of each, in the same order"]
+    combination_type: Annotated[str, "as PEFT's add_weighted_adapter calls it"]
+    density: Annotated[float | None, "share of values kept, for methods that drop"]
+    svd_rank: Annotated[int | None, "rank asked of a decomposition"]
+    seed: Annotated[int, "of the methods that drop at random"]
+    rank: Annotated[int, "rank of the combination"]
+    ranks: Annotated[list[int], "rank of each adapter"]
+    max_lora_rank: Annotated[int, "--max-lora-rank that vLLM needs"]
+    bytes: Annotated[int, "size of its weights, bytes"]
+    from_sum: Annotated[float, "relative distance from the weighted sum of deltas (Frobenius norm)"]
+    reloaded_logits: Annotated[float, "largest logit difference after saving and loading"]
+
+
+Status = Literal["running", "failed", "finished"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What every run.json has."""
+
+    schema: Annotated[int, "version of this form"] = SCHEMA
+    status: Annotated[Status, "running (or cut off), failed or finished"]
+    recipe: Annotated[str, "the run's name"]
+    ended: Annotated[str | None, "when it ended, UTC, ISO 8601"] = None
+    error: Annotated[str | None, "why it failed"] = None
+    versions: Annotated[dict[str, str], "of Python and the libraries"]
+    git: Annotated[Git, "the code"]
+    command: Annotated[str, "as it was called"]
+    hardware: Annotated[Hardware, "the machine"]
+    evaluation: Annotated[Evaluation | None, "the last evaluation, if one was made"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedRecord(Record):
+    """run.json of several adapters combined as one."""
+
+    combined: Annotated[Combined, "of what, and how exactly"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Record):
+    """run.json of a training run, from its first step on."""
+
+    started: Annotated[str, "when it began, UTC, ISO 8601"]
+    base: Annotated[BaseModel, "the model it began with"]
+    plan: Annotated[PlanFacts, "what was planned"]
+    resume_facts: Annotated[ResumeFacts, "what must be the same to go on"]
+    warnings: Annotated[list[str], "the plan's warnings"]
+    warm_start: Annotated[WarmStart | None, "of a warm_start: recipe"] = None
+    resumed: Annotated[list[Resumed] | None, "each time it was continued"] = None
+    probes: Annotated[Probes | None, "the probes' answers"] = None
+    steps: Annotated[int | None, "optimiser steps done; from the end of training on"] = None
+    epochs: Annotated[float | None, "epochs done; as steps"] = None
+    seconds: Annotated[float | None, "training alone, s; as steps"] = None
+    metrics: Annotated[dict[str, float] | None, "the trainer's last, under its names; losses: nats"] = None
+    memory: Annotated[MemoryUse | None, "memory used; as steps"] = None
+    result_bytes: Annotated[int | None, "size of the saved weights, bytes; when finished"] = None
+    not_servable: Annotated[list[str] | None, "why vLLM cannot serve the adapter; empty where it can"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun(Run):
+    """run.json of a training run that ended well: nothing of its outcome is missing."""
+
+    status: Literal["finished"] = "finished"
+    ended: str = field()
+    probes: Probes = field()
+    steps: int = field()
+    epochs: float = field()
+    seconds: float = field()
+    metrics: dict[str, float] = field()
+    memory: MemoryUse = field()
+    result_bytes: int = field()
+
+
+def finished(run: Run, ended: str, result_bytes: int, not_servable: list[str] | None) -> FinishedRun:
+    """`run` at its good end. Training has filled in all else of its outcome."""
+    known = {f.name: getattr(run, f.name) for f in fields(Run)}
+    known |= {
+        "status": "finished",
+        "ended": ended,
+        "result_bytes": result_bytes,
+        "not_servable": not_servable,
+    }
+    open_ = [name for name in FinishedRun.__annotations__ if known[name] is None]
+    assert not open_, f"the outcome lacks {open_}"
+    return FinishedRun(**known)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON holds it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {f: getattr(value, f.name) for f in fields(value)}
+        return {_key(f): plain(v) for f, v in named.items() if not (v is None and f.default is None)}
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def dumps(record: Record) -> str:
+    """The text of run.json."""
+    return json.dumps(plain(record), indent=2, ensure_ascii=False) + "\n"
+
+
+def loads(text: str, file: str) -> Record:
+    """The record in the text of run.json. RecipeError names `file` and each key that is not as it must be."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(Problem(file, f"cannot be read: {error}", ANEW)) from None
+    if not isinstance(found, dict):
+        raise RecipeError(Problem(file, "is no run.json of a run", ANEW))
+    do = ANEW
+    if "schema" not in found:
+        found, do = _upgraded(found), f"it is of the form before schema 1, and lacks what that had: {ANEW}"
+    if found["schema"] != SCHEMA:
+        said, other = f"the form {found['schema']!r}, and this is lora-recipes of form {SCHEMA}", "install"
+        raise RecipeError(Problem(f"{file}: schema", said, f"{other} the version that wrote it, or {ANEW}"))
+    finished = found.get("status") == "finished"
+    kind = CombinedRecord if "combined" in found else FinishedRun if finished else Run
+    problems: list[Problem] = []
+    record = _made(kind, found, f"{file}: ", do, problems)
+    raise_if(problems)
+    return typing.cast(Record, record)
+
+
+def _upgraded(found: dict[str, Any]) -> dict[str, Any]:
+    """A run.json without `schema` in the form of schema 1: the words of resume_facts were set apart by
+    spaces.
+    """
+    facts = found.get("resume_facts")
+    if isinstance(facts, dict):
+        found = found | {"resume_facts": {str(key).replace(" ", "_"): v for key, v in facts.items()}}
+    return {"schema": 1, **found}
+
+
+def _key(of: Field[Any]) -> str:
+    return of.name.rstrip("_")
+
+
+def _made(kind: Any, value: Any, at: str, do: str, problems: list[Problem]) -> Any:
+    """`value` of JSON as the type `kind`; what does not fit is added to `problems`, with its key after
+    `at`.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (arg for arg in args if arg is not types.NoneType)
+        return None if value is None else _made(inner, value, at, do, problems)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _filled(kind, value, at, do, problems)
+    if origin is list and isinstance(value, list):
+        return [_made(args[0], v, f"{at}[{i}]", do, problems) for i, v in enumerate(value)]
+    if origin is tuple and isinstance(value, list) and len(value) == len(args):
+        return tuple(
+            _made(a, v, f"{at}[{i}]", do, problems) for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
+    if origin is dict and isinstance(value, dict):
+        return {key: _made(args[1], v, f"{_dot(at)}{key}", do, problems) for key, v in value.items()}
+    number = kind is float and isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is Any or number or (origin is Literal and value in args) or type(value) is kind:
+        return value
+    problems.append(Problem(at.removesuffix(": "), f"is {value!r:.60}, must be {_named(kind)}", do))
+    return None
+
+
+def _filled(kind: Any, value: dict[str, Any], at: str, do: str, problems: list[Problem]) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {_key(f): f for f in fields(kind)}
+    for key in sorted(set(value) - set(known)):
+        problems.append(Problem(f"{_dot(at)}{key}", f"unknown, did you mean {nearest(key, known)}?", do))
+    missing = [k for k, f in known.items() if k not in value and _required(f)]
+    problems += [Problem(f"{_dot(at)}{key}", "is missing", do) for key in missing]
+    given = {
+        f.name: _made(hints[f.name], value[key], f"{_dot(at)}{key}", do, problems)
+        for key, f in known.items()
+        if key in value
+    }
+    return None if missing else kind(**given)
+
+
+def _required(of: Field[Any]) -> bool:
+    return of.default is MISSING and of.default_factory is MISSING
+
+
+def _dot(at: str) -> str:
+    return at if at.endswith(": ") else f"{at}."
+
+
+def _named(kind: Any) -> str:
+    """A type in words."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if a is types.NoneType else _named(a) for a in args)
+    if origin is Literal:
+        return " or ".join(f"`{a}`" for a in args)
+    if origin is list:
+        return f"list of {_named(args[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(_named, args))}]"
+    if origin is dict:
+        return f"mapping of name to {_named(args[1])}"
+    words = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
+    return words.get(kind) or f"mapping ({kind.__name__})"
+
+
+INTRODUCTION = """# run.json
+
+What a run leaves of itself in `outputs/<name>/run.json`: one writer, one form, `"schema": {schema}`. Made by
+`make docs` from lora_recipes/core/record.py; a test holds them against each other. Read it in Python as
+`RunFolder(path).record`.
+
+A training run and a combination of adapters have the fields of *Every run.json* and their own. "always": the
+key is there, though it may be null; "may be absent": it is left out where it says nothing. A file without
+`schema` is of the form before: it is read where its fields fit, else the error names each that does not. A
+file of a later form is an error.
+"""
+
+
+def page() -> str:
+    """docs/run_json.md: a table for each class, from run.json down to its parts."""
+    lines = [INTRODUCTION.format(schema=SCHEMA)]
+    titles = {Record: "Every run.json", Run: "A training run", CombinedRecord: "A combination of adapters"}
+    for kind in _classes():
+        inherited = fields(Record) if kind in (Run, CombinedRecord) else ()
+        rows = [f for f in fields(kind) if f.name not in {other.name for other in inherited}]
+        lines += [f"## {titles.get(kind, kind.__name__)}", "", " ".join((kind.__doc__ or "").split()), ""]
+        lines += ["| key | type | there | what it is |", "|---|---|---|---|"]
+        for row in rows:
+            hint, text = typing.get_args(typing.get_type_hints(kind, include_extras=True)[row.name])
+            there = "may be absent" if row.default is None else "always"
+            shown = _named(hint).removesuffix(" or null") if row.default is None else _named(hint)
+            linked = re.sub(r"mapping \((\w+)\)", lambda m: f"mapping [{m[1]}](#{m[1].lower()})", shown)
+            lines.append(f"| `{_key(row)}` | {linked} | {there} | {text} |")
+        lines.append("")
+    always = [f"`{_key(f)}`" for f in fields(FinishedRun) if f.name in FinishedRun.__annotations__]
+    lines += ["## A finished training run", "", f"Always has {', '.join(always)} too.", ""]
+    return "\n".join(lines)
+
+
+def _classes() -> list[Any]:
+    """The classes of run.json, each after the one that names it."""
+    found: list[Any] = []
+    for kind in (Record, Run, CombinedRecord):
+        found.append(kind)
+    for kind in found:  # grows
+        found += [part for part in _parts(kind) if part not in found]
+    return found
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """The classes among the types of `kind`'s fields, each once."""
+    seen: dict[Any, None] = {}
+
+    def look(hint: Any) -> None:
+        if is_dataclass(hint):
+            seen[hint] = None
+        for inner in typing.get_args(hint):
+            look(inner)
+
+    for hint in typing.get_type_hints(kind).values():
+        look(hint)
+    yield from seen
