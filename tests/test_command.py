@@ -166,7 +166,7 @@ def test_a_run_finds_its_data_and_its_base_again_from_any_folder(own, trained, t
     again = recipes.load(str(outputs / "own" / "recipe.yaml"))
     assert again.file(again.data.train).samefile(own.parent / "rows.jsonl")
     found = evaluation(str(own), outputs)
-    assert found["sets"]["kept"]["rows"] > 0
+    assert found.sets["kept"].rows > 0
     folder, loaded = RunFolder(outputs / "own"), recipes.load(str(own))
     assert differences(folder, loaded, {}) == []
     shutil.copy(own.parent / "rows.jsonl", own.parent / "other.jsonl")

@@ -86,11 +86,11 @@ def test_the_german_twin_is_the_same_design_and_corrects_its_facts(tmp_path):
     """The facts of the documents (table -> sofa): only the words differ from tiny_facts."""
     ours, twin = (recipes.load(name).sections for name in ("tiny_facts", "tiny_facts_de"))
     assert (ours["lora"], ours["train"]) == (twin["lora"], twin["train"])
-    done = train(recipes.load("tiny_facts_de"), tmp_path)
-    assert done["plan"]["model"]["trainable"] == 4096
-    changed = [p["top"][0][0] for p in done["probes"]["after"] if p["kind"] == "change"]
+    done = train(resolve(recipes.load("tiny_facts_de"), tmp_path))
+    assert done.plan.model.trainable == 4096
+    changed = [p.top[0][0] for p in done.probes.after if p.kind == "change"]
     assert changed == ["Sofa", "Bremen", "Lampe", "Kakao"]
-    assert [p["top"][0][0] for p in done["probes"]["before"]][:4] == ["Tisch", "Hamburg", "Matte", "Tee"]
+    assert [p.top[0][0] for p in done.probes.before][:4] == ["Tisch", "Hamburg", "Matte", "Tee"]
 
 
 def test_run_json_tells_versions_data_hardware_and_memory(trained):
