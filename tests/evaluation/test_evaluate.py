@@ -5,6 +5,7 @@ missing is said.
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,11 +144,11 @@ def test_generations_are_greedy(outputs):
     )
     model = PeftModel.from_pretrained(base, folder).eval()
     for entry in found:
-        ids = tokenizer(entry["prompt"], return_tensors="pt")["input_ids"]
+        ids = tokenizer(entry.prompt, return_tensors="pt")["input_ids"]
         start = ids.shape[1]
         while ids[0, -1] != tokenizer.eos_token_id and ids.shape[1] < start + evaluations.LONGEST:
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-        assert entry["trained"] == tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+        assert entry.trained == tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
 
 
 def test_a_whole_model_is_held_against_the_one_it_came_from(trained, tmp_path):
@@ -180,7 +181,8 @@ def test_other_kept_rows_are_no_other_training(outputs):
 def test_a_run_that_did_not_finish_is_not_evaluated(outputs):
     with pytest.raises(RecipeError, match=r"holds no finished run\n    -> make train RECIPE=nothing"):
         evaluation("nothing", outputs)
-    (outputs / "tiny_facts" / "run.json").write_text('{"status": "failed"}')
+    folder = RunFolder(outputs / "tiny_facts")
+    folder.write_record(replace(folder.record, status="failed"))
     with pytest.raises(RecipeError, match="holds no finished run"):
         evaluation("tiny_facts", outputs)
 

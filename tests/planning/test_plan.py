@@ -60,7 +60,7 @@ def test_all_shipped_chat_recipes_train_what_a_server_renders(tmp_path):
 def test_the_all_layers_recipe_adapts_a_token_mixer_in_every_layer(tmp_path):
     coverage = {c.kind: c for c in made("qwen35_4b_style_all_layers", tmp_path).facts.coverage}
     assert "linear_attn.in_proj_qkv" in coverage["linear_attention"].adapted
-    assert coverage["linear_attention"]["layers"] == 24 and coverage["full_attention"]["layers"] == 8
+    assert coverage["linear_attention"].layers == 24 and coverage["full_attention"].layers == 8
 
 
 def test_a_plan_needs_neither_network_nor_weights_and_prints_json(tmp_path):
