@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
@@ -438,8 +438,8 @@ def loads(text: str, file: str) -> Record:
     finished = found.get("status") == "finished"
     kind = CombinedRecord if "combined" in found else FinishedRun if finished else Run
     problems: list[Problem] = []
-    record = _made(kind, found, f"{file}: ", do, problems)
-    raise_if(problems)
+    record = _made(kind, found, f"{file}: ", problems)
+    raise_if([*problems[:-1], *(replace(last, do=do) for last in problems[-1:])])  # what to do is said once
     return typing.cast(Record, record)
 
 
@@ -457,40 +457,40 @@ def _key(of: Field[Any]) -> str:
     return of.name.rstrip("_")
 
 
-def _made(kind: Any, value: Any, at: str, do: str, problems: list[Problem]) -> Any:
+def _made(kind: Any, value: Any, at: str, problems: list[Problem]) -> Any:
     """`value` of JSON as the type `kind`; what does not fit is added to `problems`, with its key after
     `at`.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         (inner,) = (arg for arg in args if arg is not types.NoneType)
-        return None if value is None else _made(inner, value, at, do, problems)
+        return None if value is None else _made(inner, value, at, problems)
     if is_dataclass(kind) and isinstance(value, dict):
-        return _filled(kind, value, at, do, problems)
+        return _filled(kind, value, at, problems)
     if origin is list and isinstance(value, list):
-        return [_made(args[0], v, f"{at}[{i}]", do, problems) for i, v in enumerate(value)]
+        return [_made(args[0], v, f"{at}[{i}]", problems) for i, v in enumerate(value)]
     if origin is tuple and isinstance(value, list) and len(value) == len(args):
         return tuple(
-            _made(a, v, f"{at}[{i}]", do, problems) for i, (a, v) in enumerate(zip(args, value, strict=True))
+            _made(a, v, f"{at}[{i}]", problems) for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if origin is dict and isinstance(value, dict):
-        return {key: _made(args[1], v, f"{_dot(at)}{key}", do, problems) for key, v in value.items()}
+        return {key: _made(args[1], v, f"{_dot(at)}{key}", problems) for key, v in value.items()}
     number = kind is float and isinstance(value, int | float) and not isinstance(value, bool)
     if kind is Any or number or (origin is Literal and value in args) or type(value) is kind:
         return value
-    problems.append(Problem(at.removesuffix(": "), f"is {value!r:.60}, must be {_named(kind)}", do))
+    problems.append(Problem(at.removesuffix(": "), f"is {value!r:.60}, must be {_named(kind)}"))
     return None
 
 
-def _filled(kind: Any, value: dict[str, Any], at: str, do: str, problems: list[Problem]) -> Any:
+def _filled(kind: Any, value: dict[str, Any], at: str, problems: list[Problem]) -> Any:
     hints = typing.get_type_hints(kind)
     known = {_key(f): f for f in fields(kind)}
     for key in sorted(set(value) - set(known)):
-        problems.append(Problem(f"{_dot(at)}{key}", f"unknown, did you mean {nearest(key, known)}?", do))
+        problems.append(Problem(f"{_dot(at)}{key}", f"unknown, did you mean {nearest(key, known)}?"))
     missing = [k for k, f in known.items() if k not in value and _required(f)]
-    problems += [Problem(f"{_dot(at)}{key}", "is missing", do) for key in missing]
+    problems += [Problem(f"{_dot(at)}{key}", "is missing") for key in missing]
     given = {
-        f.name: _made(hints[f.name], value[key], f"{_dot(at)}{key}", do, problems)
+        f.name: _made(hints[f.name], value[key], f"{_dot(at)}{key}", problems)
         for key, f in known.items()
         if key in value
     }

@@ -164,6 +164,6 @@ def chart(rate: Callable[[int], float], total: int, width: int = 60, height: int
     lines = []
     for level in range(height, 0, -1):
         bar = "".join("#" if r > peak * (level - 0.5) / height else " " for r in rates).rstrip()
-        lines.append(f"{peak * level / height:8.1e} |{bar}")
+        lines.append(f"  {peak * level / height:8.1e} |{bar}")
     last = f"{total:>{max(width - 1, len(str(total)) + 1)}}" if total > 1 else ""
-    return [*lines, f"{'step':>8} +1{last}"]
+    return [*lines, f"  {'step':>8} +1{last}"]

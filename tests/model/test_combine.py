@@ -111,8 +111,8 @@ def test_svd_of_full_rank_is_the_sum_too_and_of_less_says_what_is_lost(outputs):
         sum((half[n] - sums[n]).square().sum() for n in half),
         sum(s.square().sum() for s in sums.values()),
     )
-    assert part["from_sum"] == pytest.approx(float((apart / size) ** 0.5), rel=1e-3)
-    assert 0.01 < part["from_sum"] < 1 and part["rank"] == 4
+    assert part.from_sum == pytest.approx(float((apart / size) ** 0.5), rel=1e-3)
+    assert 0.01 < part.from_sum < 1 and part.rank == 4
 
 
 def test_linear_of_two_is_not_the_sum_and_that_is_said(outputs):

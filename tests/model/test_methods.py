@@ -47,7 +47,7 @@ OTHERS = {
     "P_TUNING": 8 * 64 + 3 * (64 * 64 + 64),
     "VERA": 8 * (16 + 64),
 }
-ADALORA = recipes.load("tiny_adalora").peft
+ADALORA = recipes.load("tiny_adalora").peft.given
 
 
 def logits(model, tokenizer):
