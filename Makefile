@@ -16,9 +16,10 @@ ABLATE_OPTIONS = $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(JOB
 LAYOUT = $(if $(ACCELERATE),--accelerate $(call quoted,$(ACCELERATE)))
 SERVE  := .venv-serve/.ready
 DOCS   := $(VENV)/.docs
+STRICT := --strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan memory train ablate merge eval combine serve chat bench-serve compare test lint schema docs clean
+.PHONY: help setup setup-serve plan memory train ablate merge eval combine serve chat bench-serve compare test test-fast coverage lint schema docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -74,10 +75,18 @@ compare: $(READY)  ## full, frozen or LoRA? on the tiny base, 5 seeds: docs/comp
 test: $(READY) $(SERVE)  ## every test, on the CPU, without network; vLLM's where a build for this platform exists
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(READY)  ## ruff and mypy
+test-fast: $(READY)  ## the tests without vLLM and without the slow ones: minutes, no .venv-serve
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm and not slow"
+
+coverage: $(READY)  ## make test-fast, and which lines of lora_recipes it does not reach
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm and not slow" --cov=lora_recipes --cov-report=term-missing:skip-covered
+
+lint: $(READY)  ## ruff, mypy (strict on core, recipe and serving), and is the schema current
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(PY) -m mypy $(STRICT)
+	@$(PY) scripts/schema.py --check
 
 schema: $(READY)  ## write recipe.schema.json anew from the installed peft and trl, and docs/run_json.md
 	@$(PY) scripts/schema.py

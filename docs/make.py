@@ -96,7 +96,7 @@ def peft_types() -> str:
 
 def owned() -> str:
     """Fields of the libraries that a recipe does not set."""
-    return table("field | instead", [(f"`{name}`", advice) for name, advice in OWNED.items()])
+    return table("field | instead", [(f"`{name}`", str(advice)) for name, advice in OWNED.items()])
 
 
 def docstring(path: Path) -> str:

@@ -59,8 +59,8 @@ def main() -> int:
                     end="\n" if why or memory.notes else "",
                 )
         print(
-            f"\nfor a process add its reserve (x {fits.RESERVED_MEDIAN} to {fits.RESERVED_WORST}) and its"
-            " CUDA context (141 MiB on a T4)"
+            f"\nfor a process add its reserve (x {fits.RESERVED_MEDIAN:.3f} to {fits.RESERVED_WORST:.3f})"
+            " and its CUDA context (141 MiB on a T4)"
         )
 
     return cli.run(action, False)

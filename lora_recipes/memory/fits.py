@@ -2,8 +2,11 @@
 Arithmetic; imports no torch.
 """
 
+import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lora_recipes.core.record import MemoryFacts, ProcessBytes
@@ -17,9 +20,18 @@ CARDS = (
     80,
 )  # GB; a card of N GB is counted as N x 10^9 bytes, of which it shows at least as much
 
-# From 35 published runs on a Tesla T4 (tests/data/README.md): reserved / allocated at the peak, and what
-# nvidia-smi shows beside it.
-RESERVED_MEDIAN, RESERVED_WORST = 1.11, 1.25
+
+def published_runs() -> list[dict[str, str]]:
+    """The published runs on a Tesla T4 that stand in vram_t4.csv beside this file (its first line says how
+    they were trained). All have peak_allocated_mib, peak_reserved_mib and process_mib, in MiB.
+    """
+    text = Path(__file__).with_name("vram_t4.csv").read_text(encoding="ascii")
+    return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
+
+
+# reserved / allocated at the peak of those runs, and what nvidia-smi shows beside the reserved memory.
+_RATIOS = [float(run["peak_reserved_mib"]) / float(run["peak_allocated_mib"]) for run in published_runs()]
+RESERVED_MEDIAN, RESERVED_WORST = median(_RATIOS), max(_RATIOS)
 CONTEXT = 141 * MIB
 
 # A cuBLAS handle takes 8.125 MiB (PyTorch's default, :4096:2:16:8), and the thread that runs the backward
@@ -99,7 +111,7 @@ def verdicts(memory: Memory) -> str:
     """The verdict for each common card, and what it counts with."""
     low, high = gib(memory.process_bytes()), gib(memory.process_bytes(RESERVED_WORST))
     cards = ", ".join(f"{card} GB {memory.verdict(card)}" for card in CARDS)
-    reserve = f"reserved / allocated {RESERVED_MEDIAN} (median) to {RESERVED_WORST} (worst)"
+    reserve = f"reserved / allocated {RESERVED_MEDIAN:.3f} (median) to {RESERVED_WORST:.3f} (worst)"
     return f"{cards}\na process of {low} to {high} GiB: {reserve}, context 141 MiB, as on a T4"
 
 

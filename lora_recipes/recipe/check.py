@@ -86,9 +86,9 @@ def elsewhere(word: str) -> tuple[str, str] | None:
     if homes:
         return "stands in the wrong place", f"write it as {' or '.join(homes)}"
     if owned:
-        return "cannot be set in a recipe", owned[0]
+        return "cannot be set in a recipe", str(owned[0])
     if word in OTHER_NAMES:
-        return "another tool's name", f"here it is {OTHER_NAMES[word]}"
+        return "another tool's name", str(OTHER_NAMES[word])
     return None
 
 
@@ -146,7 +146,7 @@ def _explained(error: Any) -> list[Fault]:
 
 def _unknown(word: str, section: Key, allowed: dict[str, Any]) -> tuple[str, str]:
     if advice := OWNED.get(dotted((*section, word))):
-        return "cannot be set in a recipe", advice
+        return "cannot be set in a recipe", str(advice)
     if known := elsewhere(word):
         return known
     if not allowed:

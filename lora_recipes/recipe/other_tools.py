@@ -1,177 +1,316 @@
-"""Names that people know from other tools, and fields that the launcher owns: what to write here instead."""
+"""Names that people know from other tools, and fields that the launcher owns: what to write here instead.
 
-# A key of another tool (or of an older release) -> the key here. Axolotl, LLaMA-Factory, torchtune, Unsloth,
-# older TRL and transformers.
-OTHER_NAMES = {
-    "adafactor": "train.optim: adafactor",
-    "adapter": "a section: lora: or full:",
-    "adapter_name_or_path": (
-        "model.from_recipe (an adapter is never the base; name the recipe that trained the base)"
+Each answer is of one kind (a key, a command, an environment variable, nothing), so that the tests can hold it
+against the schema, the scripts, the libraries or a finished run; `str(answer)` is what a person reads.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Write:
+    """A key of the recipe: `section.key`, or `section:` for a whole section.
+
+    `value`: what to give it, as YAML; `also`: more keys that take part of what the other tool's one says.
+    """
+
+    key: str
+    value: str = ""
+    note: str = ""
+    also: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The answer in words."""
+        value = f": {self.value}" if self.value else ""
+        note = f" ({self.note})" if self.note else ""
+        return f"here it is {', '.join((self.key, *self.also))}{value}{note}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Not a key but an option of scripts/`verb`.py, which make sets by `variable`."""
+
+    verb: str
+    variable: str
+    option: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        """The answer in words."""
+        command = f"make {self.verb} {self.variable}".rstrip()
+        option = f" (scripts/{self.verb}.py {self.option})" if self.option else ""
+        return f"use {command}{option}{self.note and f': {self.note}'}"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A variable of the environment."""
+
+    variable: str
+    note: str
+
+    def __str__(self) -> str:
+        """The answer in words."""
+        return f"set {self.variable} in the environment: {self.note}"
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Nothing to set, and why."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        """The answer in words."""
+        return f"nothing to set here: {self.reason}"
+
+
+Answer = Write | Run | Environment | Nothing
+
+_METHOD = Write(
+    "lora:", also=("peft:", "freeze:", "full:"), note="one of these sections says what is trained"
+)
+_MERGED = Write(
+    "model.name_or_path", note="an adapter is never the base: `make merge` first, then name the merged folder"
+)
+_MODULES = Write("lora.target_modules")
+_MODEL = Write("model.name_or_path")
+_TOKENIZER = Write("model.tokenizer")
+_ROWS = Write("data.train")
+_EVAL = Write("data.eval")
+_HELD_OUT = Write("data.eval", note="a file of its own")
+_NEW_TOKENS = Write("model.new_tokens", note="a list of texts; each becomes one token, and is trained")
+_DTYPE = Write("model.dtype")
+_NF4 = Write("model.quantize", "nf4")
+_NO_8BIT = Write("model.quantize", "nf4", "4 bits; a base in 8 bits is not offered")
+_ONLY_NF4 = Write("model.quantize", "nf4", "NF4 is the only kind; fp4 is not offered")
+_DOUBLE = Write("model.quantize", "nf4", "double quantisation is part of it")
+_COMPUTE = Write("model.dtype", note="a base in NF4 computes in it")
+_FLASH = Write("model.attn_implementation", "flash_attention_2")
+_BATCH = Write("train.per_device_train_batch_size")
+_EVAL_BATCH = Write("train.per_device_eval_batch_size")
+_EPOCHS = Write("train.num_train_epochs")
+_LENGTH = Write("train.max_length")
+_PACKING = Write("train.packing")
+_OPTIM = Write("train.optim")
+_SCHEDULE = Write("train.lr_scheduler_type")
+_CLIP = Write("train.max_grad_norm")
+_CHECKPOINTING = Write("train.gradient_checkpointing")
+_LIGER = Write("train.use_liger_kernel")
+_PROCESSES = Write("train.dataset_num_proc")
+_SEQUENTIAL = Write("train.train_sampling_strategy", "sequential")
+_MASKED = Write("train.completion_only_loss", also=("train.assistant_only_loss",))
+_ASSISTANT = Write("train.assistant_only_loss", "true")
+_TOKEN = Environment(
+    "HF_TOKEN",
+    "or run `hf auth login`; the recipe is copied into the run folder, and a secret would be with it",
+)
+_RESUME = Run("train", "RESUME=1", "--resume", "the newest whole checkpoint is found and checked")
+_NO_CACHE = Nothing("rows are read and made into tokens anew each time")
+_SFT = Nothing("supervised fine-tuning is the only kind of training here")
+_WRITTEN = "PEFT writes it from model.name_or_path"
+_TRAINS = "an adapter that is trained is never in inference mode"
+
+# A key of another tool (or of an older release) -> what to write here. Axolotl, LLaMA-Factory, torchtune,
+# Unsloth, older TRL and transformers, TRL's command line, the QLoRA script.
+OTHER_NAMES: dict[str, Answer] = {
+    "adafactor": Write("train.optim", "adafactor"),
+    "adapter": _METHOD,
+    "adapter_name_or_path": _MERGED,
+    "adapter_path": _MERGED,
+    "add_tokens": _NEW_TOKENS,
+    "additional_target": Write("lora.modules_to_save"),
+    "alpha": Write("lora.lora_alpha"),
+    "apply_lora_to_mlp": _MODULES,
+    "apply_lora_to_output": _MODULES,
+    "auto_resume_from_checkpoints": _RESUME,
+    "base_model": _MODEL,
+    "base_model_config": _MODEL,
+    "batch_size": _BATCH,
+    "betas": Write("train.adam_beta1", also=("train.adam_beta2",)),
+    "bnb_4bit_compute_dtype": _COMPUTE,
+    "bnb_4bit_quant_storage": Nothing("4-bit weights are stored as uint8"),
+    "bnb_4bit_quant_type": _ONLY_NF4,
+    "bnb_4bit_use_double_quant": _DOUBLE,
+    "chat_template_jinja": Write("model.chat_template", note="a .jinja file"),
+    "checkpoint_dir": _MODEL,
+    "clip_grad_norm": _CLIP,
+    "compile": Write("train.torch_compile"),
+    "compute_dtype": _DTYPE,
+    "curriculum_sampling": _SEQUENTIAL,
+    "cutoff_len": _LENGTH,
+    "dataset": _ROWS,
+    "dataset_config": Write("data.train", note="a source's name"),
+    "dataset_dir": _ROWS,
+    "dataset_name": _ROWS,
+    "dataset_path": _ROWS,
+    "dataset_prepared_path": _NO_CACHE,
+    "dataset_processes": _PROCESSES,
+    "dataset_streaming": Nothing("every row is read and checked before training"),
+    "dataset_test_split": Write("data.eval", note="a source's split"),
+    "dataset_train_split": Write("data.train", note="a source's split"),
+    "datasets": _ROWS,
+    "disable_gradient_checkpointing": Write("train.gradient_checkpointing", "false"),
+    "disable_shuffling": _SEQUENTIAL,
+    "double_quant": _DOUBLE,
+    "double_quantization": _DOUBLE,
+    "dropout": Write("lora.lora_dropout"),
+    "eager_attention": Write("model.attn_implementation", "eager"),
+    "enable_activation_checkpointing": _CHECKPOINTING,
+    "enable_activation_offloading": Write("train.activation_offloading"),
+    "enable_liger_kernel": _LIGER,
+    "enable_thinking": Write("data.chat_template_kwargs", "{enable_thinking: false}"),
+    "epochs": _EPOCHS,
+    "eval_batch_size": _EVAL_BATCH,
+    "eval_dataset": _EVAL,
+    "eval_file": _EVAL,
+    "eval_sample_packing": Write("train.eval_packing"),
+    "evals_per_epoch": Write("train.eval_steps", note="below 1: a share of all steps"),
+    "evaluation_strategy": Write("train.eval_strategy"),
+    "export_dir": Run("merge", "", "", "it writes outputs/<recipe name>/merged"),
+    "finetuning_type": _METHOD,
+    "flash_attention": _FLASH,
+    "flash_attn": _FLASH,
+    "flex_attention": Write("model.attn_implementation", "flex_attention"),
+    "freeze_trainable_layers": Write("freeze.last_blocks"),
+    "full_finetuning": Write("full:"),
+    "grad_accum": Write("train.gradient_accumulation_steps"),
+    "group_by_length": Write("train.train_sampling_strategy", "group_by_length"),
+    "hf_use_auth_token": _TOKEN,
+    "include_inputs_for_metrics": Write("train.include_for_metrics"),
+    "include_tokens_per_second": Write("train.include_num_input_tokens_seen"),
+    "instruction_template": _ASSISTANT,
+    "learning_rate_scheduler": _SCHEDULE,
+    "load_in_4bit": _NF4,
+    "load_in_8bit": _NO_8BIT,
+    "log_every_n_steps": Write("train.logging_steps"),
+    "log_peak_memory_stats": Nothing("run.json holds the memory that was used"),
+    "logging_dir": Nothing("metrics.jsonl and loss.png are in the run folder"),
+    "lora_attn_modules": _MODULES,
+    "lora_fan_in_fan_out": Write("lora.fan_in_fan_out"),
+    "lora_layers": Write("lora.layers_to_transform"),
+    "lora_model_dir": _MERGED,
+    "lora_modules": _MODULES,
+    "lora_modules_to_save": Write("lora.modules_to_save"),
+    "lora_r": Write("lora.r"),
+    "lora_rank": Write("lora.r"),
+    "lora_target": _MODULES,
+    "lora_target_linear": Write("lora.target_modules", "all-linear"),
+    "lora_target_modules": _MODULES,
+    "lora_target_parameters": Write("lora.target_parameters"),
+    "lora_task_type": Write("lora.task_type"),
+    "loss": Write("train.loss_type"),
+    "lr": Write("train.learning_rate"),
+    "lr_scheduler": _SCHEDULE,
+    "max_grad": _CLIP,
+    "max_len": _LENGTH,
+    "max_samples": Write("data.train", note="a source's weight below 1 takes a share"),
+    "max_seq_len": _LENGTH,
+    "max_seq_length": _LENGTH,
+    "max_steps_per_epoch": Write("train.max_steps", note="counted over the whole run"),
+    "metric_logger": Write("train.report_to"),
+    "micro_batch_size": _BATCH,
+    "model_id": _MODEL,
+    "model_name": _MODEL,
+    "model_name_or_path": _MODEL,
+    "model_revision": Write("model.revision"),
+    "model_type": Nothing("the checkpoint's config names its class"),
+    "modules": _MODULES,
+    "neat_packing": _PACKING,
+    "new_special_tokens": _NEW_TOKENS,
+    "no_cuda": Write("train.use_cpu"),
+    "noisy_embedding_alpha": Write("train.neftune_noise_alpha"),
+    "num_epochs": _EPOCHS,
+    "num_warmup_steps": Write("train.warmup_steps"),
+    "optimizer": _OPTIM,
+    "optimizer_name": _OPTIM,
+    "overwrite_cache": _NO_CACHE,
+    "overwrite_output_dir": Run("train", "FORCE=1", "--force", "a finished run is replaced"),
+    "packed": _PACKING,
+    "peft_init_lora_weights": Write("lora.init_lora_weights"),
+    "peft_layers_to_transform": Write("lora.layers_to_transform"),
+    "peft_use_dora": Write("lora.use_dora"),
+    "peft_use_rslora": Write("lora.use_rslora"),
+    "per_gpu_eval_batch_size": _EVAL_BATCH,
+    "per_gpu_train_batch_size": _BATCH,
+    "pissa_init": Write("lora.init_lora_weights", "pissa"),
+    "pissa_iter": Write("lora.init_lora_weights", "pissa_niter_16"),
+    "plot_loss": Nothing("loss.png is always drawn"),
+    "preprocessing_num_workers": _PROCESSES,
+    "pure_bf16": Write("model.dtype", "bfloat16"),
+    "push_to_hub_model_id": Write("train.hub_model_id"),
+    "push_to_hub_token": _TOKEN,
+    "qlora": _NF4,
+    "quant_method": _NF4,
+    "quant_type": _ONLY_NF4,
+    "quantization_bit": _NO_8BIT,
+    "quantization_config": _NO_8BIT,
+    "quantization_method": _NF4,
+    "quantization_type": _ONLY_NF4,
+    "quantize_base": _NF4,
+    "random_state": Write("train.seed"),
+    "rank": Write("lora.r"),
+    "response_template": _MASKED,
+    "revision_of_model": Write("model.revision"),
+    "rl": _SFT,
+    "roles_to_train": _ASSISTANT,
+    "sample_packing": _PACKING,
+    "save_safetensors": Nothing("safetensors is the only format now"),
+    "saves_per_epoch": Write("train.save_steps", note="below 1: a share of all steps"),
+    "sdp_attention": Write("model.attn_implementation", "sdpa"),
+    "sequence_len": _LENGTH,
+    "special_tokens": Write("train.eos_token", also=("train.pad_token",)),
+    "stage": _SFT,
+    "target": _MODULES,
+    "template": Write("model.chat_template", note="default: the tokenizer's own"),
+    "test_datasets": _EVAL,
+    "tokenizer_config": _TOKENIZER,
+    "tokenizer_name": _TOKENIZER,
+    "tokenizer_name_or_path": _TOKENIZER,
+    "tokens": _NEW_TOKENS,
+    "torch_dtype": _DTYPE,
+    "train_batch_size": _BATCH,
+    "train_file": _ROWS,
+    "train_on_input": Write("train.completion_only_loss", "false"),
+    "train_on_inputs": _MASKED,
+    "train_on_prompt": Write("train.completion_only_loss", "false"),
+    "use_auth_token": _TOKEN,
+    "use_bnb_nested_quant": _DOUBLE,
+    "use_flash_attention_2": _FLASH,
+    "use_gradient_checkpointing": _CHECKPOINTING,
+    "use_liger": _LIGER,
+    "use_mps_device": Nothing(
+        "training uses a CUDA device, or the CPU where there is none; Apple's GPU is not used"
     ),
-    "adapter_path": "model.from_recipe (an adapter is never the base; name the recipe that trained the base)",
-    "additional_target": "lora.modules_to_save",
-    "alpha": "lora.lora_alpha",
-    "apply_lora_to_mlp": "lora.target_modules",
-    "apply_lora_to_output": "lora.target_modules",
-    "base_model": "model.name_or_path",
-    "base_model_config": "model.name_or_path",
-    "batch_size": "train.per_device_train_batch_size",
-    "betas": "train.adam_beta1 and train.adam_beta2",
-    "chat_template_jinja": "model.chat_template",
-    "checkpoint_dir": "model.name_or_path",
-    "clip_grad_norm": "train.max_grad_norm",
-    "compile": "train.torch_compile",
-    "compute_dtype": "model.dtype",
-    "cutoff_len": "train.max_length",
-    "dataset": "data.train",
-    "dataset_config": "data.train (a source's name)",
-    "dataset_dir": "data.train",
-    "dataset_name": "data.train",
-    "dataset_path": "data.train",
-    "dataset_processes": "train.dataset_num_proc",
-    "dataset_test_split": "data.eval (a source's split)",
-    "dataset_train_split": "data.train (a source's split)",
-    "datasets": "data.train",
-    "disable_gradient_checkpointing": "train.gradient_checkpointing: false",
-    "dropout": "lora.lora_dropout",
-    "enable_activation_checkpointing": "train.gradient_checkpointing",
-    "enable_activation_offloading": "train.activation_offloading",
-    "enable_liger_kernel": "train.use_liger_kernel",
-    "enable_thinking": "data.chat_template_kwargs: {enable_thinking: false}",
-    "epochs": "train.num_train_epochs",
-    "eval_batch_size": "train.per_device_eval_batch_size",
-    "eval_dataset": "data.eval",
-    "eval_file": "data.eval",
-    "eval_sample_packing": "train.eval_packing",
-    "evals_per_epoch": "train.eval_steps (below 1: a share of all steps)",
-    "evaluation_strategy": "train.eval_strategy",
-    "finetuning_type": "a section: lora:, freeze: or full:",
-    "flash_attention": "model.attn_implementation: flash_attention_2",
-    "flash_attn": "model.attn_implementation: flash_attention_2",
-    "freeze_trainable_layers": "freeze.last_blocks",
-    "full_finetuning": "a section: full:",
-    "grad_accum": "train.gradient_accumulation_steps",
-    "group_by_length": "train.train_sampling_strategy: group_by_length",
-    "include_inputs_for_metrics": "train.include_for_metrics",
-    "include_tokens_per_second": "train.include_num_input_tokens_seen",
-    "learning_rate_scheduler": "train.lr_scheduler_type",
-    "load_in_4bit": "nothing to set: the base is loaded in model.dtype, quantized bases are not trained here",
-    "load_in_8bit": "nothing to set: the base is loaded in model.dtype, quantized bases are not trained here",
-    "log_every_n_steps": "train.logging_steps",
-    "logging_dir": "nothing to set: metrics.jsonl and loss.png are in the run folder",
-    "lora_attn_modules": "lora.target_modules",
-    "lora_fan_in_fan_out": "lora.fan_in_fan_out",
-    "lora_layers": "lora.layers_to_transform",
-    "lora_model_dir": (
-        "model.from_recipe (an adapter is never the base; name the recipe that trained the base)"
-    ),
-    "lora_modules": "lora.target_modules",
-    "lora_modules_to_save": "lora.modules_to_save",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_target": "lora.target_modules",
-    "lora_target_linear": "lora.target_modules: all-linear",
-    "lora_target_modules": "lora.target_modules",
-    "lora_task_type": "lora.task_type",
-    "loss": "train.loss_type",
-    "lr": "train.learning_rate",
-    "lr_scheduler": "train.lr_scheduler_type",
-    "max_grad": "train.max_grad_norm",
-    "max_len": "train.max_length",
-    "max_samples": "data.train (a source's weight below 1 takes a share)",
-    "max_seq_len": "train.max_length",
-    "max_seq_length": "train.max_length",
-    "max_steps_per_epoch": "train.max_steps",
-    "metric_logger": "train.report_to",
-    "micro_batch_size": "train.per_device_train_batch_size",
-    "model_id": "model.name_or_path",
-    "model_name": "model.name_or_path",
-    "model_name_or_path": "model.name_or_path",
-    "model_revision": "model.revision",
-    "model_type": "nothing to set: the checkpoint's config names its class",
-    "modules": "lora.target_modules",
-    "neat_packing": "train.packing",
-    "no_cuda": "train.use_cpu",
-    "noisy_embedding_alpha": "train.neftune_noise_alpha",
-    "num_epochs": "train.num_train_epochs",
-    "num_warmup_steps": "train.warmup_steps",
-    "optimizer": "train.optim",
-    "optimizer_name": "train.optim",
-    "overwrite_cache": "nothing to set: rows are read anew each time",
-    "packed": "train.packing",
-    "peft_init_lora_weights": "lora.init_lora_weights",
-    "peft_layers_to_transform": "lora.layers_to_transform",
-    "peft_use_dora": "lora.use_dora",
-    "peft_use_rslora": "lora.use_rslora",
-    "per_gpu_eval_batch_size": "train.per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "train.per_device_train_batch_size",
-    "pissa_init": "lora.init_lora_weights: pissa",
-    "pissa_iter": "lora.init_lora_weights: pissa_niter_16",
-    "plot_loss": "nothing to set: loss.png is always drawn",
-    "preprocessing_num_workers": "train.dataset_num_proc",
-    "pure_bf16": "model.dtype: bfloat16",
-    "push_to_hub_model_id": "train.hub_model_id",
-    "quantization_bit": (
-        "nothing to set: the base is loaded in model.dtype, quantized bases are not trained here"
-    ),
-    "quantize_base": (
-        "nothing to set: the base is loaded in model.dtype, quantized bases are not trained here"
-    ),
-    "random_state": "train.seed",
-    "rank": "lora.r",
-    "response_template": "train.completion_only_loss or train.assistant_only_loss",
-    "sample_packing": "train.packing",
-    "save_safetensors": "nothing to set: safetensors is the only format now",
-    "saves_per_epoch": "train.save_steps (below 1: a share of all steps)",
-    "sequence_len": "train.max_length",
-    "special_tokens": "train.eos_token and train.pad_token",
-    "stage": "nothing to set: all training here is supervised",
-    "target": "lora.target_modules",
-    "template": "model.chat_template",
-    "test_datasets": "data.eval",
-    "tokenizer_config": "model.tokenizer",
-    "tokenizer_name": "model.tokenizer",
-    "tokenizer_name_or_path": "model.tokenizer",
-    "torch_dtype": "model.dtype",
-    "train_batch_size": "train.per_device_train_batch_size",
-    "train_file": "data.train",
-    "train_on_inputs": "train.completion_only_loss or train.assistant_only_loss",
-    "train_on_prompt": "train.completion_only_loss: false",
-    "use_flash_attention_2": "model.attn_implementation: flash_attention_2",
-    "use_gradient_checkpointing": "train.gradient_checkpointing",
-    "use_liger": "train.use_liger_kernel",
-    "use_mps_device": "nothing to set: the device is found",
-    "use_peft": "a section: lora: or full:",
-    "use_reentrant": "train.gradient_checkpointing_kwargs: {use_reentrant: false}",
-    "use_wandb": "train.report_to: wandb",
-    "val_set_size": "data.eval (a file of its own)",
-    "val_size": "data.eval (a file of its own)",
-    "wandb_name": "train.run_name",
-    "wandb_project": "train.report_to: wandb (the project's name comes from WANDB_PROJECT)",
-    "warmup_ratio": "train.warmup_steps (a value below 1 is a share of all steps)",
+    "use_peft": _METHOD,
+    "use_reentrant": Write("train.gradient_checkpointing_kwargs", "{use_reentrant: false}"),
+    "use_tensorboard": Write("train.report_to", "tensorboard"),
+    "use_wandb": Write("train.report_to", "wandb"),
+    "val_set_size": _HELD_OUT,
+    "val_size": _HELD_OUT,
+    "wandb_name": Write("train.run_name"),
+    "wandb_project": Environment("WANDB_PROJECT", "the project's name; train.report_to: wandb turns it on"),
+    "warmup_ratio": Write("train.warmup_steps", note="a value below 1 is a share of all steps"),
 }
 
 # A real field that the launcher sets itself -> where its value comes from instead.
-OWNED = {
-    "train.output_dir": "the run folder is outputs/<recipe name>; give --outputs DIR to move them all",
-    "train.resume_from_checkpoint": (
-        "use RESUME=1 (or --resume): the newest whole checkpoint is found and checked"
+OWNED: dict[str, Answer] = {
+    "train.output_dir": Run(
+        "train", "OUTPUTS=DIR", "--outputs DIR", "the run folder is <DIR>/<recipe name>, outputs/ by default"
     ),
-    "train.overwrite_output_dir": "use FORCE=1 (or --force)",
-    "train.model_init_kwargs": "use the model: section (dtype, attn_implementation, revision)",
-    "train.chat_template_path": "use model.chat_template, so that the plan renders with it too",
-    "train.dataset_kwargs": (
-        "rows are prepared and checked before the trainer sees them; there is nothing to pass on"
+    "train.resume_from_checkpoint": _RESUME,
+    "train.model_init_kwargs": Write(
+        "model.dtype", also=("model.attn_implementation", "model.revision", "model.quantize")
     ),
-    "train.local_rank": "accelerate launch sets it",
-    "train.hub_token": (
-        "set HF_TOKEN or run `hf auth login`: the recipe is copied into the run folder, and a secret with it"
-    ),
-    "lora.peft_type": "the section's name says it: lora: (peft: is for the other types)",
-    "peft.task_type": "SFTTrainer trains causal language models",
-    "peft.total_step": "the plan counts the steps and sets it",
-    "peft.inference_mode": "an adapter that is trained is never in inference mode",
-    "peft.base_model_name_or_path": "PEFT writes it from model.name_or_path",
-    "lora.inference_mode": "an adapter that is trained is never in inference mode",
-    "lora.base_model_name_or_path": "PEFT writes it from model.name_or_path",
+    "train.chat_template_path": Write("model.chat_template", note="so that the plan renders with it too"),
+    "train.dataset_kwargs": Nothing("rows are prepared and checked before the trainer sees them"),
+    "train.local_rank": Nothing("accelerate launch sets it"),
+    "train.hub_token": _TOKEN,
+    "lora.peft_type": Write("lora:", also=("peft:",), note="lora: is of type LORA; peft: takes the others"),
+    "peft.task_type": Nothing("SFTTrainer trains causal language models"),
+    "peft.total_step": Nothing("the plan counts the steps and sets it"),
+    "peft.inference_mode": Nothing(_TRAINS),
+    "peft.base_model_name_or_path": Nothing(_WRITTEN),
+    "lora.inference_mode": Nothing(_TRAINS),
+    "lora.base_model_name_or_path": Nothing(_WRITTEN),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def problems_of(text):
 
 
 def test_a_run_json_of_the_form_before_the_schema_is_read_and_written_in_the_new_form():
-    run = record.loads(BEFORE, "run.json")
+    run: Any = record.loads(BEFORE, "run.json")
     assert isinstance(run, record.FinishedRun) and run.schema == 1
     assert run.plan.model.trainable == 4096 and run.plan.model.class_ == "Qwen3ForCausalLM"
     assert run.probes.after[0].first and not run.probes.before[0].first
@@ -49,7 +50,7 @@ def test_one_of_the_form_before_whose_fields_do_not_fit_is_an_error_that_names_t
 
 
 def test_a_record_reads_back_as_it_was_written():
-    run = record.loads(BEFORE, "run.json")
+    run: Any = record.loads(BEFORE, "run.json")
     grown = dataclasses.replace(
         run,
         resumed=[record.Resumed(from_="checkpoint-10", at="2026-01-01T00:00:00+00:00")],
@@ -120,7 +121,7 @@ def test_only_a_whole_outcome_finishes_a_run():
 
 
 def test_a_combination_is_no_run(tmp_path):
-    run = record.loads(BEFORE, "run.json")
+    run: Any = record.loads(BEFORE, "run.json")
     combined = record.Combined(
         adapters={"one": "a"},
         weights=[1.0],

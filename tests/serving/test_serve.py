@@ -28,6 +28,8 @@ from lora_recipes.serving.chat import chat
 from lora_recipes.serving.endpoint import Endpoint
 from lora_recipes.training.train import train
 
+pytestmark = pytest.mark.vllm
+
 UNAVAILABLE = vllm_command.ENVIRONMENT / ".unavailable"
 READY = vllm_command.ENVIRONMENT / ".ready"
 if UNAVAILABLE.exists() or not READY.exists():

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from lora_recipes.core import files
 from lora_recipes.core.checkpoints import fault
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.planning import plan, processes
 from lora_recipes.planning.processes import Sizes
 from lora_recipes.recipe import layout
@@ -171,7 +170,7 @@ def test_fsdp_that_would_become_plain_ddp_is_refused_by_the_launcher_and_in_the_
     recipe, words = recipes.load(str(path)), launch.words("fsdp2", 2)
     monkeypatch.setenv(launch.ASKED, "")  # set by start; taken back after the test
     with pytest.raises(RecipeError, match="would run plain DDP instead"):
-        launch.start(words, [SCRIPT, str(path)], recipe, RunFolder(tmp_path / "pair"))
+        launch.start(words, ["train", str(path)], resolve(recipe, tmp_path))
     monkeypatch.setenv(launch.ASKED, shlex.join([*launch.words("fsdp2", 1), SCRIPT]))
     with pytest.raises(RecipeError, match="asks for FSDP2, 1 processes; what runs is one process"):
         train(resolve(recipe, tmp_path))
