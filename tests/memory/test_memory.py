@@ -95,7 +95,7 @@ def test_the_planned_peak_is_that_of_a_real_run_within_one_percent(words, output
     )
     if recipe.model.dtype == "bfloat16":
         recipe = replace(
-            recipe, sections=recipe.sections | {"model": recipe.model | {"from_recipe": "tiny_base"}}
+            recipe, sections=recipe.sections | {"model": recipe.model.given | {"from_recipe": "tiny_base"}}
         )
     rows = gate.pass_through(resolve(recipe, outputs), False)
     size = 8 if recipe.train.packing else recipe.train.per_device_train_batch_size
@@ -105,7 +105,7 @@ def test_the_planned_peak_is_that_of_a_real_run_within_one_percent(words, output
     planned = memory.rehearsed(memory.of_recipe(resolve(recipe, outputs), rows, cuda=False))
     assert planned.peak_bytes == pytest.approx(tracked(recipe, outputs, rows), rel=0.01)
     assert planned.trainable == sum(
-        p.numel() for p in trainer_of(recipe, outputs, rows).model.parameters() if p.requires_grad
+        p.numel() for p in trainer_of(recipe, outputs, rows)[0].model.parameters() if p.requires_grad
     )
 
 
@@ -224,7 +224,7 @@ def test_trl_still_uses_the_loss_that_is_planned(outputs):
     plan must follow.
     """
     recipe = recipes.load("tiny_facts")
-    trainer = trainer_of(recipe, outputs, gate.pass_through(resolve(recipe, outputs), False))
+    trainer, _ = trainer_of(recipe, outputs, gate.pass_through(resolve(recipe, outputs), False))
     base = trainer.model.get_base_model()
     ids = torch.arange(8).view(1, -1)
     made = base(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
