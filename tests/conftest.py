@@ -49,15 +49,20 @@ def trained(tmp_path_factory):
     return outputs
 
 
+SLOW = [
+    "test_serve",
+    "test_ablate",
+    "test_methods",
+    "test_launch",
+    "test_memory",
+    "test_train",
+    "test_combine",
+]
+
+
 def pytest_collection_modifyitems(items):
     """The slow files first: of two processes none should be left with all of them at the end."""
-    slow = [
-        "test_serve",
-        "test_ablate",
-        "test_methods",
-        "test_launch",
-        "test_memory",
-        "test_train",
-        "test_combine",
-    ]
-    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))

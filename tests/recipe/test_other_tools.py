@@ -27,6 +27,7 @@ from lora_recipes.recipe import check
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.recipe.other_tools import OTHER_NAMES, OWNED, Answer, Environment, Nothing, Run, Write
+from lora_recipes.recipe.recipe import METHODS
 
 ROWS: dict[str, Answer] = {**OTHER_NAMES, **OWNED}
 SECTIONS = check.schema()["properties"]
@@ -73,7 +74,7 @@ def test_what_was_asked_of_4_and_8_bits_is_answered_by_nf4():
 
 @pytest.mark.parametrize("word", ["use_peft", "adapter", "finetuning_type"])
 def test_who_asks_for_an_adapter_is_told_every_method_section(word):
-    assert {OTHER_NAMES[word].key, *OTHER_NAMES[word].also} == {f"{method}:" for method in recipes.METHODS}
+    assert {OTHER_NAMES[word].key, *OTHER_NAMES[word].also} == {f"{method}:" for method in METHODS}
 
 
 @pytest.mark.parametrize("word", of_kind(Run))
@@ -140,7 +141,7 @@ def class_of_the_config(trained, recipe):
 def rows_are_read_anew(trained, recipe):
     path = trained / "rows.jsonl"
     found = []
-    for text in ("Der Hund", "Der Zug"):
+    for text in ("The dog", "The train"):
         path.write_text(json.dumps({"text": text}) + "\n")
         changed = recipes.load("tiny_facts", [f"data.train={path}"])
         found.append(gate.pass_through(resolve(changed, trained), False).train[0].input_ids)
