@@ -113,7 +113,7 @@ def test_a_run_that_failed_keeps_what_was_known_and_needs_no_outcome():
 
 
 def test_only_a_whole_outcome_finishes_a_run():
-    run = record.loads(changed(lambda r: r.update(status="running")), "run.json")
+    run: Any = record.loads(changed(lambda r: r.update(status="running")), "run.json")
     done = record.finished(run, "2026-01-01T00:00:00+00:00", 7, [])
     assert (done.status, done.result_bytes, done.steps) == ("finished", 7, 40)
     with pytest.raises(AssertionError, match="seconds"):

@@ -363,7 +363,7 @@ TAKES_FROM_BASE = ("pissa", "pissa_niter", "olora", "corda")
 @pytest.fixture(scope="module")
 def corrections(trained):
     """The section `lora:` of tiny_facts."""
-    return recipes.load("tiny_facts").lora
+    return recipes.load("tiny_facts").lora.given
 
 
 @pytest.mark.parametrize("name", INITIALISATIONS)
@@ -433,7 +433,7 @@ def test_eva_begins_in_the_directions_of_the_training_data(trained, corrections,
     """
     shares = {}
     for name in ("eva", "orthogonal"):
-        trainer = built(trained, write_recipe("tiny_facts", lora=corrections | INITIALISATIONS[name]))
+        trainer, _ = built(trained, write_recipe("tiny_facts", lora=corrections | INITIALISATIONS[name]))
         seen, module = [], adapted(trainer.model)["model.layers.0.self_attn.q_proj"]
         module.register_forward_hook(
             lambda m, inputs, output, seen=seen: seen.append(inputs[0].reshape(-1, 64))
@@ -694,7 +694,11 @@ def test_the_table_of_methods_has_every_recipe_of_methods_and_every_peft_type():
         file.stem for file in (recipes.RECIPES / "methods").glob("*.yaml")
     }
     assert (
-        {recipes.load(row[0]).peft.get("peft_type") for row in rows_of_the_table()} - {None}
+        {
+            recipe.peft.peft_type
+            for recipe in (recipes.load(row[0]) for row in rows_of_the_table())
+            if recipe.peft
+        }
         == set(schema.PEFT_TYPES)
         == set(OTHERS)
     )
