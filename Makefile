@@ -88,7 +88,7 @@ lint: $(READY)  ## ruff, mypy (strict on core, recipe and serving), and is the s
 	@$(PY) -m mypy $(STRICT)
 	@$(PY) scripts/schema.py --check
 
-schema: $(READY)  ## write recipe.schema.json anew from the installed peft and trl, and docs/run_json.md
+schema: $(READY)  ## write recipe.schema.json and sections.py anew from the installed peft and trl
 	@$(PY) scripts/schema.py
 
 $(DOCS): $(READY)
