@@ -1,6 +1,8 @@
 """What the tests share: recipes written to a temporary folder, and one trained base for the whole session."""
 
+import functools
 import os
+import shutil
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: on models this small a second thread
@@ -12,6 +14,8 @@ import yaml
 
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
+
+CASES = Path(__file__).parent / "cases"
 
 
 @pytest.fixture
@@ -47,6 +51,41 @@ def trained(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("outputs")
     train(resolve(recipes.load("tiny_facts"), outputs))
     return outputs
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """`bases("llama3")` is the folder of that tiny checkpoint of tests/cases/bases.py, made once."""
+    from cases.bases import make
+
+    return functools.partial(make, folder=tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture
+def case(tmp_path, bases):
+    """`case("qwen_base_eos", train__max_steps=2)` writes that recipe of tests/cases, with the rows beside it
+    and its base made, and returns its path. A value of ... removes the key.
+    """
+
+    def write(name: str, **changes) -> Path:
+        sections = yaml.safe_load((CASES / f"{name}.yaml").read_text())
+        for key in "name_or_path", "tokenizer":
+            value = sections["model"].get(key)
+            if value and value.startswith("bases/"):
+                sections["model"][key] = str(bases(Path(value).name))
+        for key, value in changes.items():
+            section, _, field = key.partition("__")
+            if value is ...:
+                sections[section].pop(field, None)
+            else:
+                sections.setdefault(section, {})[field] = value
+        for rows in CASES.glob("*.jsonl"):
+            shutil.copy(rows, tmp_path)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(sections, allow_unicode=True))
+        return path
+
+    return write
 
 
 SLOW = [
