@@ -81,12 +81,13 @@ test-fast: $(READY)  ## the tests without vLLM and without the slow ones: minute
 coverage: $(READY)  ## make test-fast, and which lines of lora_recipes it does not reach
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm and not slow" --cov=lora_recipes --cov-report=term-missing:skip-covered
 
-lint: $(READY)  ## ruff, mypy (strict on core, recipe and serving), and is the schema current
+lint: $(READY)  ## ruff, mypy (strict on core, recipe and serving), and are the schema and the docs' tables current
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(PY) -m mypy $(STRICT)
 	@$(PY) scripts/schema.py --check
+	@$(PY) docs/make.py --check
 
 schema: $(READY)  ## write recipe.schema.json and sections.py anew from the installed peft and trl
 	@$(PY) scripts/schema.py

@@ -1,9 +1,11 @@
 """Write what the docs take from the code: the tables between `<!-- table: x -->` and `<!-- end -->`, and the
-picture of the rooms, rooms.svg. `make docs` runs it; tests/test_docs.py says when a page is stale.
+picture of the rooms, rooms.svg. `make docs` runs it; `make lint` says with --check when a page is stale.
 """
 
+import argparse
 import ast
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -249,15 +251,24 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> None:
+def main() -> int:
     """Write every page that changed, and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is stale")
+    check = parser.parse_args().check
     quiet()
     made = {page: filled(page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md"))}
-    for path, text in (made | {PICTURE: picture(), DOCS / "run_json.md": record.page()}).items():
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
-            print(f"wrote docs/{path.name}")
+    made |= {PICTURE: picture(), DOCS / "run_json.md": record.page()}
+    stale = [p for p, text in made.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+    named = ", ".join(f"docs/{path.name}" for path in stale)
+    if check:
+        print(f"stale: {named}: run docs/make.py" if stale else "the docs are current")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(made[path], encoding="utf-8")
+    print(f"wrote {named}" if stale else "the docs are current")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -52,28 +52,17 @@ def test_the_readme_lists_every_page_and_the_navigation_holds_it():
     assert {target for entry in nav for target in entry.values()} == pages
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_the_tables_that_come_from_the_code_are_current(page):
-    text = page.read_text(encoding="utf-8")
-    assert make["filled"](text) == text, "python docs/make.py writes them anew"
-
-
-def test_the_picture_of_the_rooms_is_that_of_the_imports():
-    current = (DOCS / "rooms.svg").read_text(encoding="utf-8") == make["picture"]()
-    assert current, "python docs/make.py draws it anew"
-
-
 def test_every_section_of_ours_has_its_table():
     text = (DOCS / "recipes.md").read_text(encoding="utf-8")
     sections = set(make["schema"]()["properties"]) - {"lora", "train", "peft", "full"}
     assert sections <= set(re.findall(r"<!-- table: (\w+) -->", text))
 
 
-def test_every_key_of_ours_says_what_it_is():
-    """A key without a description is an empty cell."""
-    rows = re.findall(r"^\| `\w+`.*\|$", (DOCS / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
+@pytest.mark.parametrize("section", make["SECTIONS"])
+def test_every_key_of_ours_says_what_it_is(section):
     inner = {"limits", "prompt", "answer"}
-    assert not [r for r in rows if r.endswith("|  |") and not any(f"`{name}`" in r for name in inner)]
+    keys = make["schema"]()["properties"][section]["properties"]
+    assert not [name for name, value in keys.items() if not value.get("description") and name not in inner]
 
 
 def test_the_page_on_plans_has_the_labels_of_three_unlike_ones(tmp_path):

@@ -525,7 +525,7 @@ def _named(kind: Any) -> str:
 INTRODUCTION = """# run.json
 
 What a run leaves of itself in `outputs/<name>/run.json`: one writer, one form, `"schema": {schema}`. Made by
-`make docs` from lora_recipes/core/record.py; a test holds them against each other. Read it in Python as
+`make docs` from lora_recipes/core/record.py; `make lint` says when they differ. Read it in Python as
 `RunFolder(path).record`.
 
 A training run and a combination of adapters have the fields of *Every run.json* and their own. "always": the

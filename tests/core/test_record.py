@@ -1,4 +1,4 @@
-"""run.json: written and read by one class, strictly; the page in the docs is made from it."""
+"""run.json: written and read by one class, strictly."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ import pytest
 
 from lora_recipes.core import record
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.core.files import ROOT
 from lora_recipes.core.run_folder import RunFolder
 
 BEFORE = Path(__file__).with_name("run_before_schema.json").read_text(encoding="utf-8")
@@ -147,7 +146,3 @@ def test_a_combination_is_no_run(tmp_path):
 
 def test_every_field_says_what_it_is():
     assert not [line for line in record.page().splitlines() if line.endswith("|  |")]
-
-
-def test_the_page_in_the_docs_is_made_from_the_class():
-    assert (ROOT / "docs" / "run_json.md").read_text(encoding="utf-8") == record.page(), "make docs"

@@ -46,10 +46,9 @@ def edit(copy, topic, change):
     return path
 
 
-def test_check_passes_and_the_readme_shows_what_it_prints():
+def test_check_passes_on_the_shipped_conversations():
     run = subprocess.run([sys.executable, FOLDER / "make.py", "--check"], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout in (FOLDER / "README.md").read_text(encoding="ascii")
 
 
 def test_there_are_1000_training_rows_and_100_evaluation_rows_of_different_topics(make, files):
