@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
     """`bases("llama3")` is the folder of that tiny checkpoint of tests/cases/bases.py, made once."""
-    from cases.bases import make
+    from tests.cases.bases import make
 
     return functools.partial(make, folder=tmp_path_factory.mktemp("bases"))
 

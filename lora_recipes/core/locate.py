@@ -116,6 +116,5 @@ def run_folder(recipe: str, outputs: Path) -> RunFolder:
                 shown(folder.path), "is a whole model: there is nothing to merge", "name a recipe with lora:"
             )
         )
-    if not folder.finished:
-        raise RecipeError(Problem(shown(folder.path), "holds no finished run", f"make train RECIPE={recipe}"))
+    folder.outcome()
     return folder

@@ -72,6 +72,14 @@ class RunFolder:
             raise RecipeError(Problem(shown(self.path), "holds a combination, which was not trained", do))
         return found
 
+    def outcome(self) -> Record:
+        """The record of what ended well here, a run or a combination. RecipeError when nothing did."""
+        found = self.record
+        if found is None or found.status != "finished":
+            do = f"make train RECIPE={self.path.name}"
+            raise RecipeError(Problem(shown(self.path), "holds no finished run", do))
+        return found
+
     @property
     def finished(self) -> bool:
         """Did a run end well here?"""

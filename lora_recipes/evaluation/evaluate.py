@@ -107,8 +107,7 @@ def evaluation(
 
 def _recipe(run: RunFolder, name: str, overrides: Sequence[str]) -> Recipe:
     """The recipe that the run was trained with, and what of it is asked otherwise."""
-    if not run.finished:
-        raise RecipeError(Problem(shown(run.path), "holds no finished run", f"make train RECIPE={name}"))
+    run.outcome()
     file = run.path / "recipe.yaml"
     if not file.is_file():
         do = "a combination is asked on the data of a run: make eval RECIPE=that_run ADAPTER=folder"

@@ -23,12 +23,14 @@ from lora_recipes.ablation.ablate import ablate, state
 from lora_recipes.ablation.reuse import Kept, group
 from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.memory.fits import GIB, PARTS, Memory
 from lora_recipes.planning import plan
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import Shared, train
+from tests.typed import there
 
 SCRIPT = str(files.ROOT / "scripts" / "ablate.py")
 
@@ -86,9 +88,10 @@ def test_every_shipped_tiny_ablation_plans(name, trained, tmp_path, capsys):
 
 def test_the_published_grid_of_ranks_and_rates_is_the_one_asked_for():
     loaded = spec.load("qwen35_4b_rank")
-    found = {
-        (arm.recipe.lora.r, arm.recipe.lora.lora_alpha, arm.recipe.train.learning_rate) for arm in loaded.arms
-    }
+    found = set()
+    for arm in loaded.arms:
+        lora = there(arm.recipe.lora)
+        found.add((lora.r, lora.lora_alpha, arm.recipe.train.learning_rate))
     assert found == {(r, 2 * r, rate) for r in (4, 8, 16, 32, 64) for rate in (1e-4, 3e-4, 1e-3)}
     assert len(loaded.runs()) == 45
 
@@ -105,7 +108,7 @@ def test_a_grid_becomes_named_arms_and_a_key_with_one_value_is_in_no_name(write)
     assert (
         run.recipe.name == "ablations/mine/r2_lr1e-3/s7"
         and run.recipe.train.seed == 7
-        and run.recipe.lora.r == 2
+        and there(run.recipe.lora).r == 2
     )
 
 
@@ -116,7 +119,8 @@ def test_named_arms_stand_at_every_point_of_the_grid(write):
     )
     loaded = spec.load(write(text))
     assert [arm.name for arm in loaded.arms] == ["lora_r2", "lora_r4", "rs_r2", "rs_r4"]
-    assert [arm.recipe.lora.given.get("use_rslora") for arm in loaded.arms] == [None, None, True, True]
+    given = [there(arm.recipe.lora).given for arm in loaded.arms]
+    assert [lora.get("use_rslora") for lora in given] == [None, None, True, True]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +286,7 @@ def test_arms_are_planned_with_their_memory_and_those_of_one_shape_share_a_rehea
         found["r2_lr0.1"] is found["r2_lr0.2"]
         and found["r64_lr0.1"].peak_bytes > found["r2_lr0.1"].peak_bytes
     )
-    assert plans["r64_lr0.2"][0].facts.memory.peak_bytes == found["r64_lr0.2"].peak_bytes
+    assert there(plans["r64_lr0.2"][0].facts.memory).peak_bytes == found["r64_lr0.2"].peak_bytes
     alone = plan.make(resolve(loaded.arms[0].recipe, trained))
     assert (
         plan.add_memory(alone, resolve(loaded.arms[0].recipe, trained), accelerator=False).parts
@@ -358,10 +362,9 @@ def test_an_arm_after_others_in_another_process_is_what_training_it_here_makes(d
     run = next(run for run in spec.load(str(done[0] / "three.yaml")).runs() if str(run) == "r4/s2")
     record = train(resolve(run.recipe, tmp_path))
     assert equal(tmp_path / run.recipe.name, done[0] / "outputs" / run.recipe.name)
-    assert (
-        record.memory.planned_peak_bytes
-        == RunFolder(done[0] / "outputs" / run.recipe.name).record.memory.planned_peak_bytes
-    )
+    other = RunFolder(done[0] / "outputs" / run.recipe.name).outcome()
+    assert isinstance(other, FinishedRun)
+    assert record.memory.planned_peak_bytes == other.memory.planned_peak_bytes
 
 
 def test_the_base_is_loaded_and_the_rows_are_tokenised_once(write, outputs):
@@ -370,10 +373,10 @@ def test_the_base_is_loaded_and_the_rows_are_tokenised_once(write, outputs):
         write("recipe: tiny_facts\ngrid: {lora.r: [2, 4], train.max_steps: [2]}\nseeds: [1]\n")
     )
     assert not kept(loaded.runs()[0], {}, outputs).failed
-    base, rows = kept.base, kept.gate.train
+    base, rows = there(kept.base), there(kept.gate).train
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     assert not kept(loaded.runs()[1], {}, outputs).failed
-    assert kept.base is base and kept.gate.train is rows
+    assert kept.base is base and there(kept.gate).train is rows
     assert base.state_dict().keys() == before.keys() and all(
         torch.equal(before[n], t) for n, t in base.state_dict().items()
     )

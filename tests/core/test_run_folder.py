@@ -79,6 +79,17 @@ def test_a_broken_run_json_is_said(tmp_path):
         _ = run_folder.RunFolder(tmp_path).finished
 
 
+@pytest.mark.parametrize("status", [None, "failed", "running"])
+def test_what_came_of_a_run_is_asked_only_of_one_that_ended_well(tmp_path, status):
+    folder = run_folder.RunFolder(tmp_path / "mine")
+    if status:
+        folder.write_record(replace(RUN, status=status))
+    with pytest.raises(RecipeError, match=r"mine: holds no finished run\n    -> make train RECIPE=mine"):
+        folder.outcome()
+    folder.write_record(RUN)
+    assert folder.outcome() == RUN
+
+
 def test_differences_name_both_values_and_leave_out_what_is_only_shown(tmp_path):
     folder = run_folder.RunFolder(tmp_path)
     (tmp_path / "recipe.yaml").write_text(recipes.load("tiny_facts").to_yaml())

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.typed import there
+
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "companion"
 
 
 @pytest.fixture(scope="module")
 def make():
     """data/companion/make.py as a module."""
-    spec = importlib.util.spec_from_file_location("companion_make", FOLDER / "make.py")
+    spec = there(importlib.util.spec_from_file_location("companion_make", FOLDER / "make.py"))
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    there(spec.loader).exec_module(module)
     return module
 
 

@@ -130,6 +130,7 @@ def trained_by_trl(model, tmp_path):
             train_dataset=Dataset.from_list(rows),
             processing_class=copy.deepcopy(tokenizer),
         )
+        assert isinstance(trainer.train_dataset, Dataset)
         return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
 
     return prepare

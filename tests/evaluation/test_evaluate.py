@@ -22,6 +22,7 @@ from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.resume import differences
 from lora_recipes.training.train import train
+from tests.typed import there
 
 REPHRASED = "data.eval=data/facts/rephrased.jsonl"
 CORRECTED = (
@@ -76,7 +77,7 @@ def test_held_out_loss_is_the_trainer_s_and_the_base_is_the_model_before(style):
     assert held_out.tokens == record["plan"]["data"]["eval"]["supervised"] and held_out.rows == 20
     assert held_out.trained.perplexity == pytest.approx(math.exp(held_out.trained.loss))
     assert held_out.base.loss == pytest.approx(math.log(2048), abs=0.2), "random weights know nothing"
-    assert found.notes == [] and RunFolder(style / "tiny_qwen35_style").record.evaluation == found, (
+    assert found.notes == [] and RunFolder(style / "tiny_qwen35_style").outcome().evaluation == found, (
         "the rows are those of the run"
     )
 
@@ -151,7 +152,7 @@ def test_generations_are_greedy(outputs):
         start = ids.shape[1]
         while ids[0, -1] != tokenizer.eos_token_id and ids.shape[1] < start + evaluations.LONGEST:
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-        assert entry.trained == tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+        assert entry.trained == str(tokenizer.decode(ids[0, start:], skip_special_tokens=True)).strip()
 
 
 def test_a_whole_model_is_held_against_the_one_it_came_from(trained, tmp_path):
@@ -165,7 +166,7 @@ def test_another_adapter_is_asked_on_the_data_of_a_run_and_its_own_run_json_gets
     shutil.copytree(outputs / "tiny_facts", outputs / "copy")
     before = (outputs / "tiny_facts" / "run.json").read_text()
     found = evaluation("tiny_facts", outputs, adapter=outputs / "copy" / "adapter")
-    assert RunFolder(outputs / "copy").record.evaluation == found
+    assert RunFolder(outputs / "copy").outcome().evaluation == found
     assert (outputs / "tiny_facts" / "run.json").read_text() == before
     (outputs / "copy" / "run.json").unlink()
     assert "no run.json" in evaluation("tiny_facts", outputs, adapter=outputs / "copy" / "adapter").notes[0]
@@ -185,7 +186,7 @@ def test_a_run_that_did_not_finish_is_not_evaluated(outputs):
     with pytest.raises(RecipeError, match=r"holds no finished run\n    -> make train RECIPE=nothing"):
         evaluation("nothing", outputs)
     folder = RunFolder(outputs / "tiny_facts")
-    folder.write_record(replace(folder.record, status="failed"))
+    folder.write_record(replace(there(folder.run), status="failed"))
     with pytest.raises(RecipeError, match="holds no finished run"):
         evaluation("tiny_facts", outputs)
 

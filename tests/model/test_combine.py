@@ -24,6 +24,7 @@ from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command, export
 from lora_recipes.training.train import train
+from tests.typed import there
 
 SENTENCES = ("The cat sleeps on the", "The dog sleeps in the basket.", "Every morning Grandma now drinks")
 
@@ -182,9 +183,9 @@ def test_the_combination_merges_serves_by_the_rules_and_is_evaluated(outputs):
 
 def test_its_own_answers_are_left_for_the_live_proof(outputs):
     combine(["one", "two"], Combination([0.5, 0.5], "cat"), "proof", outputs)
-    known = provenance.read(outputs / "proof" / "adapter")
-    parents = [provenance.read(outputs / name / "adapter") for name in ("one", "two")]
-    assert known is not None and known.fingerprint == parents[0].fingerprint and known.recipe == "proof"
+    known = there(provenance.read(outputs / "proof" / "adapter"))
+    parents = [there(provenance.read(outputs / name / "adapter")) for name in ("one", "two")]
+    assert known.fingerprint == parents[0].fingerprint and known.recipe == "proof"
     assert [p.input_ids for p in known.probes] == [p.input_ids for parent in parents for p in parent.probes]
     base = AutoModelForCausalLM.from_pretrained(outputs / "tiny_base" / "model")
     model = PeftModel.from_pretrained(base, outputs / "proof" / "adapter").eval()

@@ -27,6 +27,7 @@ from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe import schema
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
+from tests.typed import there
 
 PROMPT = "The cat sleeps on the"
 
@@ -47,7 +48,7 @@ OTHERS = {
     "P_TUNING": 8 * 64 + 3 * (64 * 64 + 64),
     "VERA": 8 * (16 + 64),
 }
-ADALORA = recipes.load("tiny_adalora").peft.given
+ADALORA = there(recipes.load("tiny_adalora").peft).given
 
 
 def logits(model, tokenizer):
@@ -114,12 +115,8 @@ def test_freezing_trains_what_it_names_and_nothing_else(run, trained, section, t
     differ = {name for name in before if not torch.equal(before[name], after[name])}
     assert differ == {name for name in before if name.startswith(tuple(changed))}
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    assert (
-        tokenizer.decode(
-            logits(AutoModelForCausalLM.from_pretrained(folder / "model"), tokenizer)[-1].argmax()
-        ).strip()
-        == "sofa"
-    )
+    last = logits(AutoModelForCausalLM.from_pretrained(folder / "model"), tokenizer)[-1]
+    assert str(tokenizer.decode(last.argmax())).strip() == "sofa"
 
 
 @pytest.mark.parametrize(
@@ -224,10 +221,9 @@ def test_another_peft_method_trains_as_planned_reloads_and_merges_or_says_why_no
     run, trained, untouched, tmp_path, kind
 ):
     recipe = recipes.load(f"tiny_{kind.lower()}")
-    record, folder = run(
-        "peft", recipe.peft.given, train__learning_rate=recipe.train.learning_rate, probes=...
-    )
-    assert record.plan.model.trainable == OTHERS[kind] and recipe.peft.peft_type == kind
+    peft = there(recipe.peft)
+    record, folder = run("peft", peft.given, train__learning_rate=recipe.train.learning_rate, probes=...)
+    assert record.plan.model.trainable == OTHERS[kind] and peft.peft_type == kind
     size = (
         record.plan.adapter.bytes
     )  # the file has a header besides; AdaLoRA's is smaller: its budget was cut
@@ -242,7 +238,7 @@ def test_another_peft_method_trains_as_planned_reloads_and_merges_or_says_why_no
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     base = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model")
     attached = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    known = provenance.read(folder / "adapter").probes[0]
+    known = there(provenance.read(folder / "adapter")).probes[0]
     assert answers.logprobs(attached, known.input_ids) == pytest.approx(known.adapter, abs=1e-4)
     assert known.adapter != pytest.approx(known.base, abs=1e-1)
     kept = evaluation("peft_run", trained).sets["kept"]
@@ -363,7 +359,7 @@ TAKES_FROM_BASE = ("pissa", "pissa_niter", "olora", "corda")
 @pytest.fixture(scope="module")
 def corrections(trained):
     """The section `lora:` of tiny_facts."""
-    return recipes.load("tiny_facts").lora.given
+    return there(recipes.load("tiny_facts").lora).given
 
 
 @pytest.mark.parametrize("name", INITIALISATIONS)
@@ -375,10 +371,10 @@ def test_a_lora_variant_gives_on_the_untouched_base_what_was_trained(
     assert saved["r"] == (8 if name in TAKES_FROM_BASE else 4)
     assert record.plan.model.trainable == 4096 + (512 if name == "dora" else 0)
     base = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model").eval()
-    for known in provenance.read(folder / "adapter").probes:
+    for known in there(provenance.read(folder / "adapter")).probes:
         assert answers.logprobs(base, known.input_ids) == pytest.approx(known.base, abs=1e-4)
     attached = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    for known in provenance.read(folder / "adapter").probes:
+    for known in there(provenance.read(folder / "adapter")).probes:
         assert answers.logprobs(attached, known.input_ids) == pytest.approx(known.adapter, abs=1e-3)
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert record.plan.adapter.bytes == sum(t.numel() * 4 for t in tensors.values())
@@ -399,7 +395,7 @@ def test_in_bfloat16_the_conversion_costs_a_rounding(run, trained, corrections):
     _, folder = run("lora", corrections | INITIALISATIONS["pissa"], name="bfloat16", model__dtype="bfloat16")
     base = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model", dtype=torch.bfloat16)
     attached, apart, far = PeftModel.from_pretrained(base, folder / "adapter").eval(), [], []
-    for known in provenance.read(folder / "adapter").probes:
+    for known in there(provenance.read(folder / "adapter")).probes:
         again = answers.logprobs(attached, known.input_ids)
         apart += [abs(a - b) for a, b in zip(again, known.adapter, strict=True)]
         far += [abs(a - b) for a, b in zip(known.base, known.adapter, strict=True)]
@@ -469,7 +465,7 @@ def test_a_pissa_run_goes_on_where_it_was_cut_off(trained, corrections, write_re
     )
     train(resolve(recipes.load(str(path)), trained))
     whole = load_file(trained / "resumed" / "adapter" / "adapter_model.safetensors")
-    record = RunFolder(trained / "resumed").record
+    record = RunFolder(trained / "resumed").outcome()
     RunFolder(trained / "resumed").write_record(replace(record, status="failed"))
     shutil.rmtree(trained / "resumed" / "checkpoints" / "checkpoint-40")
     shutil.rmtree(trained / "resumed" / "adapter")
@@ -504,7 +500,7 @@ def test_a_warm_start_is_the_best_part_of_the_update(trained, write_recipe):
             assert start.errors[name] == pytest.approx(tail, abs=1e-6)
             assert (0.01 < tail < 0.9) if rank == 4 else tail == 0
     record = train(resolve(recipes.load(str(path)), trained))
-    assert record.not_servable == [] and record.warm_start.worst == max(start.errors.values())
+    assert record.not_servable == [] and there(record.warm_start).worst == max(start.errors.values())
 
 
 @pytest.mark.parametrize(
@@ -609,7 +605,7 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert len(tokenizer) == 119 and model.config.vocab_size == (192 if "from_recipe" in growing else 119)
-    for known in provenance.read(folder / "adapter").probes:
+    for known in there(provenance.read(folder / "adapter")).probes:
         assert answers.logprobs(model.eval(), known.input_ids) == pytest.approx(known.adapter, abs=1e-3)
     asked = evaluation("grown", folder.parent, [f"data.eval={parrots['train']}"]).sets["eval"]
     assert asked.base.loss > 2 and asked.trained.loss < 0.5, (

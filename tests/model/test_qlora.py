@@ -22,6 +22,7 @@ from lora_recipes.planning import plan
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
+from tests.typed import there
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_the_adapter_trains_in_float32_unless_asked_otherwise(trained, tmp_path,
     rows = gate.pass_through(resolve(recipe, trained), False)
     arguments, base = build.sft_config(recipe, RunFolder(tmp_path)), build.model(resolve(recipe, trained))
     made, _ = build.trainer(resolve(recipe, trained), arguments, base, rows.tokenizer, rows.train, [], [])
-    assert {p.dtype for p in made.model.parameters() if p.requires_grad} == {dtype}
+    assert {p.dtype for p in there(made.model).parameters() if p.requires_grad} == {dtype}
 
 
 def test_full_fine_tuning_of_4_bit_weights_is_refused(tmp_path):
@@ -96,7 +97,7 @@ def test_an_adapter_trained_in_4_bits_is_merged_onto_the_dequantised_base(quanti
     assert "the usual way: KL" in merging.report(record, tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config, "never into 4-bit weights"
-    assert provenance.read(tmp_path / "merged").quantize == "nf4"
+    assert there(provenance.read(tmp_path / "merged")).quantize == "nf4"
 
 
 def test_training_in_4_bits_leaves_its_answers_and_learns(quantised):
@@ -104,7 +105,7 @@ def test_training_in_4_bits_leaves_its_answers_and_learns(quantised):
     losses = [json.loads(line).get("loss") for line in (quantised / "metrics.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss is not None]
     assert losses[-1] < losses[0] and record["not_servable"] == []
-    assert provenance.read(quantised / "adapter").quantize == "nf4"
+    assert there(provenance.read(quantised / "adapter")).quantize == "nf4"
 
 
 def test_a_4_bit_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(trained, tmp_path):

@@ -19,6 +19,7 @@ from lora_recipes.model import targets
 from lora_recipes.recipe import contract
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.recipe import Recipe
+from tests.typed import there
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -52,11 +53,13 @@ def written(folder: Path, lora: dict[str, Any]) -> Recipe:
     return recipes.load(str(path))
 
 
+def config(r: Recipe) -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", **there(r.lora).given)
+
+
 def problems(folder: Path, of: PreTrainedModel | str = "tiny_qwen35", **lora: Any) -> list[Problem]:
     r = written(folder, lora)
-    return targets.problems(
-        model(of) if isinstance(of, str) else of, LoraConfig(task_type="CAUSAL_LM", **r.lora.given), r
-    )
+    return targets.problems(model(of) if isinstance(of, str) else of, config(r), r)
 
 
 def only(found: list[Problem]) -> Problem:
@@ -165,9 +168,10 @@ def test_a_shipped_recipe_has_no_problem_and_no_typo_of_one_character_in_it_is_a
     r = recipes.load(name)
     if r.method != "lora":
         return
-    lora = {key: value for key, value in r.lora.given.items() if key != "init_lora_weights"}
-    assert targets.problems(based_on(r), LoraConfig(task_type="CAUSAL_LM", **lora), r) == []
-    entries = r.lora.target_modules
+    lora = there(r.lora)
+    given = {key: value for key, value in lora.given.items() if key != "init_lora_weights"}
+    assert targets.problems(based_on(r), LoraConfig(task_type="CAUSAL_LM", **given), r) == []
+    entries = lora.target_modules
     for i, entry in enumerate(entries if isinstance(entries, list) else []):
         assert wrongly_accepted(based_on(r), entry, entries[i - 1]) == []
 
@@ -593,11 +597,11 @@ def test_matching_leaves_the_config_as_it_was(tmp_path: Path) -> None:
         tmp_path,
         {"target_modules": "all-linear", "exclude_modules": ["up_proj"], "rank_pattern": {"q_proj": 4}},
     )
-    config = LoraConfig(task_type="CAUSAL_LM", **r.lora.given)
-    before = config.to_dict()
-    targets.problems(model("tiny_qwen35"), config, r)
-    targets.matched(model("tiny_qwen35"), config)
-    assert config.to_dict() == before
+    made = config(r)
+    before = made.to_dict()
+    targets.problems(model("tiny_qwen35"), made, r)
+    targets.matched(model("tiny_qwen35"), made)
+    assert made.to_dict() == before
 
 
 # Coverage

@@ -15,6 +15,7 @@ from lora_recipes.planning import plan
 from lora_recipes.recipe import contract, layout
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
+from tests.typed import there
 
 
 def made(name: str, tmp_path, *overrides: str, devices: int = 1) -> plan.Plan:
@@ -29,12 +30,11 @@ def test_every_shipped_recipe_loads_and_plans(name, tmp_path):
 
 def test_the_seed_recipe_shows_its_known_figures(tmp_path):
     planned = made("qwen35_4b_style", tmp_path)
-    model, steps = planned.facts.model, planned.facts.steps
+    model, steps, adapter = planned.facts.model, there(planned.facts.steps), there(planned.facts.adapter)
     assert (model.base, model.trainable, model.total) == (4_205_751_296, 10_616_832, 4_216_368_128)
     assert f"{model.share_percent:.4f}" == "0.2518"
     assert (steps.examples, steps.total) == (4, 750)
-    assert planned.facts.adapter.bytes == 10_616_832 * 4
-    assert planned.facts.adapter.max_lora_rank == 8
+    assert adapter.bytes == 10_616_832 * 4 and adapter.max_lora_rank == 8
     text = planned.text()
     assert "2 x 2 x 1 device = 4 examples a step, ceil(1000 / 4) x 3 = 750 steps" in text
     assert "linear_attention 24 layers: mlp only - no token mixer adapted (in_proj_qkv, in_proj_z" in text
@@ -49,7 +49,7 @@ def test_all_shipped_chat_recipes_train_what_a_server_renders(tmp_path):
 
 
 def test_the_all_layers_recipe_adapts_a_token_mixer_in_every_layer(tmp_path):
-    coverage = {c.kind: c for c in made("qwen35_4b_style_all_layers", tmp_path).facts.coverage}
+    coverage = {c.kind: c for c in there(made("qwen35_4b_style_all_layers", tmp_path).facts.coverage)}
     assert "linear_attn.in_proj_qkv" in coverage["linear_attention"].adapted
     assert coverage["linear_attention"].layers == 24 and coverage["full_attention"].layers == 8
 
@@ -65,24 +65,24 @@ def test_a_plan_needs_neither_network_nor_weights_and_prints_json(tmp_path):
 
 def test_tokens_are_counted_only_with_the_real_tokenizer(tmp_path):
     assert made("qwen35_4b_style", tmp_path).facts.data.train.tokens is None
-    assert made("tiny_qwen35_style", tmp_path).facts.data.train.tokens > 10_000
+    assert there(made("tiny_qwen35_style", tmp_path).facts.data.train.tokens) > 10_000
 
 
 def test_devices_change_the_arithmetic(tmp_path):
-    planned = made("qwen35_4b_style", tmp_path, devices=2)
-    assert planned.facts.steps.examples == 8 and planned.facts.steps.total == 375
+    steps = there(made("qwen35_4b_style", tmp_path, devices=2).facts.steps)
+    assert steps.examples == 8 and steps.total == 375
 
 
 def test_rank_pattern_counts_for_the_rank_that_serving_needs(tmp_path):
-    planned = made("qwen35_4b_style", tmp_path, "lora.rank_pattern={q_proj: 24}")
-    assert planned.facts.adapter.rank == 24 and planned.facts.adapter.max_lora_rank == 32
+    adapter = there(made("qwen35_4b_style", tmp_path, "lora.rank_pattern={q_proj: 24}").facts.adapter)
+    assert adapter.rank == 24 and adapter.max_lora_rank == 32
 
 
 def test_packing_a_hybrid_model_is_refused_now_and_not_in_the_first_step(tmp_path):
     with pytest.raises(RecipeError, match="cannot keep packed rows apart"):
         made("tiny_qwen35_style", tmp_path, "train.packing=true")
     planned = made("tiny_qwen35_style", tmp_path, "train.packing=true", "train.packing_strategy=wrapped")
-    assert planned.facts.steps.total < 40
+    assert there(planned.facts.steps).total < 40
 
 
 def test_one_row_a_turn_makes_an_unfaithful_chat_faithful(write_recipe, tmp_path):
@@ -247,8 +247,8 @@ def test_the_memory_of_a_method_stands_beside_that_of_plain_lora(name, least, mo
     recipe = recipes.load(name)
     planned = plan.make(resolve(recipe, tmp_path))
     plan.beside_lora(planned, resolve(recipe, tmp_path), plan.add_memory(planned, resolve(recipe, tmp_path)))
-    facts = planned.facts.memory
-    assert least <= 100 * (facts.peak_bytes / facts.lora_peak_bytes - 1) <= most
+    facts = there(planned.facts.memory)
+    assert least <= 100 * (facts.peak_bytes / there(facts.lora_peak_bytes) - 1) <= most
     assert "with LoRA   peak" in planned.text()
 
 
@@ -256,4 +256,4 @@ def test_plain_lora_is_not_compared_with_itself(tmp_path):
     recipe = recipes.load("tiny_lora")
     planned = plan.make(resolve(recipe, tmp_path))
     plan.beside_lora(planned, resolve(recipe, tmp_path), plan.add_memory(planned, resolve(recipe, tmp_path)))
-    assert "with LoRA" not in planned.text() and planned.facts.memory.lora_peak_bytes is None
+    assert "with LoRA" not in planned.text() and there(planned.facts.memory).lora_peak_bytes is None

@@ -30,6 +30,7 @@ from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.planning.steps import Steps, chart
 from lora_recipes.recipe import contract, recipe
 from lora_recipes.recipe import load as recipes
+from tests.typed import there
 
 
 class Started(Exception):
@@ -132,7 +133,7 @@ def test_a_real_sft_training_takes_as_many_steps(tmp_path: Path) -> None:
     )
     real.train()
     assert real.state.global_step == steps.total == 6
-    assert real.lr_scheduler.state_dict()["last_epoch"] == 6
+    assert there(real.lr_scheduler).state_dict()["last_epoch"] == 6
 
 
 def batches_of(steps: Steps, process: int) -> BatchSamplerShard:

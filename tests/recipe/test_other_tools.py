@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl import SFTConfig
 
@@ -28,6 +28,7 @@ from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.recipe.other_tools import OTHER_NAMES, OWNED, Answer, Environment, Nothing, Run, Write
 from lora_recipes.recipe.recipe import METHODS
+from tests.typed import there
 
 ROWS: dict[str, Answer] = {**OTHER_NAMES, **OWNED}
 SECTIONS = check.schema()["properties"]
@@ -41,6 +42,7 @@ def of_kind(kind):
 @pytest.mark.parametrize("word", of_kind(Write))
 def test_a_key_that_an_answer_names_exists_and_takes_the_value_it_names(word):
     answer = ROWS[word]
+    assert isinstance(answer, Write)
     for name in (answer.key, *answer.also):
         assert name in KEYS or (name.endswith(":") and name[:-1] in SECTIONS), f"{word}: {name}"
     if answer.value:
@@ -74,12 +76,15 @@ def test_what_was_asked_of_4_and_8_bits_is_answered_by_nf4():
 
 @pytest.mark.parametrize("word", ["use_peft", "adapter", "finetuning_type"])
 def test_who_asks_for_an_adapter_is_told_every_method_section(word):
-    assert {OTHER_NAMES[word].key, *OTHER_NAMES[word].also} == {f"{method}:" for method in METHODS}
+    answer = OTHER_NAMES[word]
+    assert isinstance(answer, Write)
+    assert {answer.key, *answer.also} == {f"{method}:" for method in METHODS}
 
 
 @pytest.mark.parametrize("word", of_kind(Run))
 def test_a_command_that_an_answer_names_has_the_option(word):
     answer = ROWS[word]
+    assert isinstance(answer, Run)
     script = f"scripts/{answer.verb}.py"
     help_ = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, check=True)
     assert answer.option.split(" ")[0] in help_.stdout.decode()
@@ -89,9 +94,11 @@ def test_a_command_that_an_answer_names_has_the_option(word):
 
 @pytest.mark.parametrize("word", of_kind(Environment))
 def test_a_variable_that_an_answer_names_is_read_by_the_library(word):
-    package = {"HF": huggingface_hub, "WANDB": transformers}[ROWS[word].variable.split("_")[0]]
-    sources = Path(package.__file__).parent.rglob("*.py")
-    assert any(re.search(rf"(?:environ|env)\W.*{ROWS[word].variable}", p.read_text()) for p in sources)
+    answer = ROWS[word]
+    assert isinstance(answer, Environment)
+    package = {"HF": huggingface_hub, "WANDB": transformers}[answer.variable.split("_")[0]]
+    sources = Path(there(package.__file__)).parent.rglob("*.py")
+    assert any(re.search(rf"(?:environ|env)\W.*{answer.variable}", p.read_text()) for p in sources)
 
 
 def test_no_answer_is_hidden_by_a_real_key_and_owned_fields_are_real():
@@ -164,7 +171,7 @@ def stored_as_uint8(trained, recipe):
 
 
 def never_inference(trained, recipe):
-    return build.peft_config(recipe).inference_mode is False
+    return there(build.peft_config(recipe)).inference_mode is False
 
 
 def peft_names_the_base(trained, recipe):
@@ -173,11 +180,12 @@ def peft_names_the_base(trained, recipe):
 
 
 def causal_language_model(trained, recipe):
-    return build.peft_config(recipe).task_type == "CAUSAL_LM"
+    return there(build.peft_config(recipe)).task_type == "CAUSAL_LM"
 
 
 def total_step_is_given(trained, recipe):
-    return build.peft_config(recipes.load("tiny_adalora"), total_step=77).total_step == 77
+    made = build.peft_config(recipes.load("tiny_adalora"), total_step=77)
+    return isinstance(made, AdaLoraConfig) and made.total_step == 77
 
 
 def the_trainer_gets_tokens(trained, recipe):

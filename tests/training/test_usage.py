@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_recipes.core import files
+from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import gate
 from lora_recipes.memory.fits import GIB, Memory
@@ -15,14 +16,16 @@ from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training import usage
 from lora_recipes.training.usage import Usage
+from tests.typed import there
 
 PLANNED = Memory({"base": 8 * GIB, "activations": 2 * GIB}, "the loss", 0, 0)
 
 
 def test_a_run_records_what_was_planned_and_what_was_used(trained):
-    record = RunFolder(trained / "tiny_facts").record
-    memory = record.memory
-    assert memory.planned_peak_bytes == record.plan.memory.peak_bytes > 0
+    run = RunFolder(trained / "tiny_facts").outcome()
+    assert isinstance(run, FinishedRun)
+    memory = run.memory
+    assert memory.planned_peak_bytes == there(run.plan.memory).peak_bytes > 0
     assert memory.max_rss_bytes >= memory.rss_before_bytes > 0
 
 
@@ -45,7 +48,7 @@ def test_out_of_memory_names_the_step_the_plan_and_settings_that_fit(error, trai
         with pytest.raises(RuntimeError) as raised:
             torch.empty(2**50, dtype=torch.uint8)
         error = raised.value
-    problem = usage.out_of_memory(error, resolve(recipe, trained), rows, PLANNED, 6)
+    problem = there(usage.out_of_memory(error, resolve(recipe, trained), rows, PLANNED, 6))
     assert problem.found.startswith("out of memory at step 7: 10.00 GiB planned, ")
     assert problem.do.startswith(("with the same examples a step would fit: SET='", "by the plan it fits"))
     other = RuntimeError("shape mismatch")
