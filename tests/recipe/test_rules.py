@@ -1,206 +1,372 @@
-"""The table of what does not go together: every row can be broken, says what to do, and names real keys."""
+"""The table of what does not go together. Each row here is a recipe that breaks a rule. Written down beside
+it: the key that the message must name, with its line; and the remedy, which must help.
+"""
 
 import re
+from dataclasses import dataclass, field
 
 import pytest
+import yaml
 
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.yamlfile import shown
 from lora_recipes.planning import plan
 from lora_recipes.recipe import check, rules
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.recipe.layout import Layout
 
-FOUR = "learning_rates.last=3e-3 learning_rates.middle=1e-3 learning_rates.early=1e-3"
-PAIR = "learning_rates.loraplus_lr_ratio=16"
-SHARDED = Layout("ZeRO-3", 2)
 
-# For each rule: a shipped recipe, the overrides that break it, and the facts of the model or of the machine
-# that it needs besides, where the tiny models have none. Early rules are broken in test_recipe.py.
-BROKEN: dict[tuple[str, str], tuple[str, str, dict]] = {
-    ("lora.task_type", "anything but CAUSAL_LM"): ("tiny_facts", "lora.task_type=SEQ_CLS", {}),
-    ("lora.bias", "a model without biases"): ("tiny_facts", "lora.bias=all", {"has_bias": False}),
-    ("lora.init_lora_weights", "lora_ga"): ("tiny_facts", "lora.init_lora_weights=lora_ga", {}),
-    ("lora.init_lora_weights", "model.quantize"): (
-        "tiny_facts",
-        "lora.init_lora_weights=pissa model.quantize=nf4",
-        {},
+@dataclass(frozen=True)
+class Case:
+    """The shipped recipe `name` with `change` is refused at `key`; with `remedy` too it is not. A change is
+    `section.key=value` words, `-section.key` taking one out. `facts` of the model or the machine that the
+    tiny ones have not; `mended`: these after the remedy; `said`: what the message must tell to do, where no
+    key that the remedy sets says it.
+    """
+
+    key: str
+    name: str
+    change: str
+    remedy: str = ""
+    facts: dict = field(default_factory=dict)
+    mended: dict = field(default_factory=dict)
+    said: str = ""
+
+
+def under(kind):
+    """Two processes of a kind of layout."""
+    return {"layout": Layout(kind, 2)}
+
+
+DEPTHS = "learning_rates.last=3e-3 learning_rates.middle=1e-3 learning_rates.early=1e-3"
+ALL_DEPTHS = f"{DEPTHS} learning_rates.embeddings=1e-3"
+RATIO = "learning_rates.loraplus_lr_ratio=16"
+NO_RATES = "-learning_rates.last -learning_rates.middle -learning_rates.early -learning_rates.embeddings"
+CONV = {"linear_attention": True, "causal_conv1d": False}
+ONE = {"layout": Layout()}
+VALUES = {
+    "lora.use_qalora": "true",
+    "lora.alora_invocation_tokens": "[1]",
+    "lora.layer_replication": "[[0, 2]]",
+    "lora.use_bdlora": "{target_modules_bd_a: [q_proj], nblocks: 2}",
+    "lora.arrow_config": "{top_k: 2}",
+    "lora.ensure_weight_tying": "true",
+    "lora.megatron_config": "{a: 1}",
+    "lora.use_dora": "true",
+    "lora.lora_bias": "true",
+    "lora.rank_pattern": "{q_proj: 2}",
+    "lora.alpha_pattern": "{q_proj: 2}",
+    "lora.modules_to_save": "[norm]",
+    "lora.trainable_token_indices": "[1]",
+    "lora.target_parameters": "[q_proj.weight]",
+    "train.fsdp": "full_shard",
+    "train.fsdp_config": "{version: 2}",
+    "train.deepspeed": "x.json",
+    "train.accelerator_config": "{split_batches: true}",
+    "train.parallelism_config": "{tp_size: 2}",
+}
+
+
+def without(keys, name="tiny_facts", also="", **facts):
+    """A case for each of `keys`, given with `also`: the remedy is to remove it."""
+    return [
+        Case(k, name, f"{also} {k}={VALUES[k]}", f"-{k}", said="[Rr]emove", **facts) for k in keys.split()
+    ]
+
+
+CASES = [
+    # lora:
+    *without("lora.use_qalora lora.alora_invocation_tokens lora.layer_replication lora.use_bdlora"),
+    *without("lora.arrow_config lora.ensure_weight_tying lora.megatron_config"),
+    Case("lora.task_type", "tiny_facts", "lora.task_type=SEQ_CLS", "lora.task_type=CAUSAL_LM"),
+    Case("lora.bias", "tiny_facts", "lora.bias=all", "lora.bias=none", {"has_bias": False}),
+    *(
+        Case(
+            "lora.init_lora_weights",
+            "tiny_facts",
+            "lora.init_lora_weights=lora_ga",
+            f"lora.init_lora_weights={other}",
+        )
+        for other in ("pissa", "gaussian", "orthogonal")
     ),
-    ("model.new_tokens", "init_lora_weights: pissa, olora or corda"): (
+    # A and B taken out of the base
+    *(
+        Case(
+            "lora.init_lora_weights",
+            "tiny_facts",
+            f"lora.init_lora_weights={kind} model.quantize=nf4",
+            remedy,
+            said=said,
+        )
+        for kind in ("pissa", "olora", "corda", "pissa_niter_4")
+        for remedy, said in (
+            ("-model.quantize", "remove model.quantize"),
+            ("lora.init_lora_weights=loftq", "loftq"),
+        )
+    ),
+    Case(
+        "model.new_tokens",
         "tiny_facts",
         "lora.init_lora_weights=olora model.new_tokens=[x]",
-        {},
+        "-model.new_tokens",
+        said="remove",
     ),
-    ("model.adapter_dtype", "init_lora_weights: pissa, olora or corda"): (
+    Case(
+        "model.adapter_dtype",
         "tiny_facts",
         "lora.init_lora_weights=pissa model.adapter_dtype=bfloat16",
-        {},
+        "-model.adapter_dtype",
+        said="float32",
     ),
-    ("lora.init_lora_weights", "eva with eva_config.rho above 1"): (
-        "tiny_facts",
-        "lora.init_lora_weights=eva",
-        {},
+    *without(
+        "lora.use_dora lora.lora_bias lora.rank_pattern lora.alpha_pattern lora.modules_to_save",
+        also="lora.init_lora_weights=pissa",
     ),
-    ("lora.init_lora_weights", "loftq without model.quantize"): (
-        "tiny_facts",
-        "lora.init_lora_weights=loftq",
-        {},
-    ),
-    ("lora.loftq_config", "init_lora_weights: loftq"): (
+    *without("lora.trainable_token_indices lora.target_parameters", also="lora.init_lora_weights=olora"),
+    Case("lora.init_lora_weights", "tiny_facts", "lora.init_lora_weights=eva", "lora.eva_config={rho: 1.0}"),
+    Case("lora.init_lora_weights", "tiny_facts", "lora.init_lora_weights=loftq", "model.quantize=nf4"),
+    Case(
+        "lora.loftq_config",
         "tiny_facts",
         "lora.init_lora_weights=loftq model.quantize=nf4 lora.loftq_config={loftq_bits: 4}",
-        {},
+        "-lora.loftq_config",
+        said="remove",
     ),
-    ("model.quantize", "peft:"): ("tiny_ia3", "model.quantize=nf4", {}),
-    ("train.packing", "PROMPT_TUNING, P_TUNING, PREFIX_TUNING"): (
-        "tiny_prompt_tuning",
-        "train.packing=true",
-        {},
-    ),
-    ("train.gradient_checkpointing", "PREFIX_TUNING"): (
+    # peft:
+    Case("model.quantize", "tiny_ia3", "model.quantize=nf4", "-model.quantize", said="remove"),
+    Case("train.packing", "tiny_prompt_tuning", "train.packing=true", "train.packing=false"),
+    Case("train.packing", "tiny_prefix_tuning", "train.packing=true", "train.packing=false"),
+    Case(
+        "train.gradient_checkpointing",
         "tiny_prefix_tuning",
         "train.gradient_checkpointing=true",
-        {},
+        "train.gradient_checkpointing=false",
     ),
-    ("peft.peft_type", "PREFIX_TUNING on linear attention"): (
-        "tiny_prefix_tuning",
-        "",
-        {"linear_attention": True},
+    Case(
+        "peft.peft_type", "tiny_prefix_tuning", "", "peft.peft_type=PROMPT_TUNING", {"linear_attention": True}
     ),
-    ("train.save_strategy", "ADALORA"): ("tiny_adalora", "train.save_strategy=steps", {}),
-    ("model.quantize", "full: and freeze:"): ("tiny_full", "model.quantize=nf4", {}),
-    ("train.packing", "linear attention without causal-conv1d"): (
-        "tiny_facts",
-        "train.packing=true",
-        {"linear_attention": True, "causal_conv1d": False},
+    *(
+        Case("train.save_strategy", "tiny_adalora", f"train.save_strategy={when}", "train.save_strategy='no'")
+        for when in ("steps", "epoch")
     ),
-    ("train.padding_free", "linear attention without causal-conv1d"): (
+    # the base itself; packing; new tokens
+    Case("model.quantize", "tiny_full", "model.quantize=nf4", "-model.quantize", said="remove"),
+    Case("model.quantize", "tiny_freeze", "model.quantize=nf4", "-model.quantize", said="remove"),
+    Case("train.packing", "tiny_facts", "train.packing=true", "train.packing=false", CONV),
+    Case("train.packing", "tiny_facts", "train.packing=true", "train.packing_strategy=wrapped", CONV),
+    Case(
+        "train.padding_free",
         "tiny_facts",
         "train.padding_free=true",
-        {"linear_attention": True, "causal_conv1d": False},
+        "",
+        CONV,
+        CONV | {"causal_conv1d": True},
+        said="install causal-conv1d",
     ),
-    ("train.max_length", "packing with max_length: null"): (
+    Case(
+        "train.max_length",
         "tiny_facts",
         "train.packing=true train.max_length=null",
-        {},
+        "train.max_length=32",
+        said="a number",
     ),
-    ("model.new_tokens", "one token twice"): ("tiny_facts", "model.new_tokens=[x,x]", {}),
-    ("model.new_tokens", "peft:"): ("tiny_ia3", "model.new_tokens=[x]", {}),
-    ("model.new_tokens", "freeze: without embeddings"): (
+    Case("model.new_tokens", "tiny_facts", "model.new_tokens=[x,x]", "model.new_tokens=[x]", said="keep one"),
+    Case(
+        "model.new_tokens",
+        "tiny_ia3",
+        "model.new_tokens=[x]",
+        "-model.new_tokens",
+        said="lora:, full:, or freeze:",
+    ),
+    Case(
+        "model.new_tokens",
         "tiny_freeze",
         "model.new_tokens=[x] freeze.embeddings=false",
-        {},
+        "freeze.embeddings=true",
     ),
-    ("model.new_tokens", "model.quantize"): ("tiny_facts", "model.new_tokens=[x] model.quantize=nf4", {}),
-    ("learning_rates", "both kinds, or none"): ("tiny_facts", f"{PAIR} learning_rates.last=3e-3", {}),
-    ("learning_rates.loraplus_lr_ratio", "peft:, freeze: and full:"): ("tiny_full", PAIR, {}),
-    ("learning_rates", "rates by depth under lora: and peft:"): ("tiny_facts", FOUR, {}),
-    ("learning_rates", "some depths without the others"): ("tiny_full", FOUR, {}),
-    ("train.learning_rate", "another learning_rates.last"): (
-        "tiny_full",
-        f"{FOUR} learning_rates.embeddings=1e-3 train.learning_rate=1e-5",
-        {},
-    ),
-    ("train.optim", "learning_rates: with an optimizer that sorts the parameters"): (
+    Case(
+        "model.new_tokens",
         "tiny_facts",
-        PAIR,
-        {"plain_optimizer": False},
+        "model.new_tokens=[x] model.quantize=nf4",
+        "-model.quantize",
+        said="remove",
     ),
-    ("warm_start", "peft:, freeze: and full:"): ("tiny_full", "warm_start.from_recipe=tiny_base", {}),
-    ("warm_start.from_recipe", "model.quantize"): ("tiny_warm_start", "model.quantize=nf4", {}),
-    ("warm_start.from_recipe", "a recipe that trains an adapter"): (
+    *without("lora.trainable_token_indices lora.modules_to_save", also="model.new_tokens=[x]"),
+    # learning_rates:
+    Case(
+        "learning_rates",
+        "tiny_facts",
+        f"{RATIO} learning_rates.last=3e-3",
+        "-learning_rates.last",
+        said="one of the two",
+    ),
+    Case("learning_rates.loraplus_lr_ratio", "tiny_full", RATIO, "-learning_rates", said="remove"),
+    Case("learning_rates", "tiny_facts", ALL_DEPTHS, f"{NO_RATES} {RATIO}"),
+    Case(
+        "learning_rates", "tiny_full", f"{DEPTHS} train.learning_rate=3e-3", "learning_rates.embeddings=1e-3"
+    ),
+    Case(
+        "train.learning_rate",
+        "tiny_full",
+        f"{ALL_DEPTHS} train.learning_rate=1e-5",
+        "train.learning_rate=3e-3",
+        said="the same",
+    ),
+    Case(
+        "train.optim",
+        "tiny_facts",
+        f"{RATIO} train.optim=adafactor",
+        "train.optim=adamw_torch",
+        {"plain_optimizer": False},
+        {"plain_optimizer": True},
+    ),
+    # warm_start:
+    Case("warm_start", "tiny_full", "warm_start.from_recipe=tiny_base", "-warm_start", said="remove"),
+    *without("lora.use_dora lora.target_parameters", "tiny_warm_start"),
+    Case(
+        "lora.init_lora_weights",
         "tiny_warm_start",
+        "lora.init_lora_weights=orthogonal",
+        "-lora.init_lora_weights",
+        said="remove",
+    ),
+    Case("warm_start.from_recipe", "tiny_warm_start", "model.quantize=nf4", "-model.quantize", said="remove"),
+    Case(
+        "warm_start.from_recipe",
+        "tiny_warm_start",
+        "",
         "",
         {"warm": "tiny_facts"},
+        {"warm": "tiny_full"},
+        said="full: or freeze:",
     ),
-    ("warm_start.from_recipe", "a recipe on another base"): (
+    Case(
+        "warm_start.from_recipe",
         "tiny_warm_start",
         "",
-        {"warm": "tiny_full", "same_base": False},
-    ),
-    ("ACCELERATE", "other layouts"): ("tiny_facts", "", {"layout": Layout("FSDP1", 2)}),
-    ("warm_start", "several processes"): ("tiny_warm_start", "", {"layout": Layout("DDP", 2)}),
-    ("model.new_tokens", "several processes"): (
-        "tiny_facts",
-        "model.new_tokens=[x]",
-        {"layout": Layout("DDP", 2)},
-    ),
-    ("lora.init_lora_weights", "loftq in several processes"): ("tiny_loftq", "", {"layout": SHARDED}),
-    ("model.quantize", "FSDP2"): ("tiny_facts", "model.quantize=nf4", {"layout": Layout("FSDP2", 2)}),
-    ("model.quantize", "ZeRO-3"): ("tiny_facts", "model.quantize=nf4", {"layout": SHARDED}),
-    ("model.quantize", "ZeRO-2"): ("tiny_facts", "model.quantize=nf4", {"layout": Layout("ZeRO-2", 2)}),
-    ("{method}", "peft: and freeze: under FSDP2, ZeRO-2 and ZeRO-3; full: under FSDP2 and ZeRO-3"): (
-        "tiny_full",
         "",
-        {"layout": SHARDED},
+        {"warm": "tiny_full", "same_base": False},
+        {"warm": "tiny_full"},
+        said="same model: in both",
     ),
-    ("lora.init_lora_weights", "a word, under FSDP2, ZeRO-2 and ZeRO-3"): (
+    # several processes
+    *without(
+        "train.fsdp train.fsdp_config train.deepspeed train.accelerator_config train.parallelism_config"
+    ),
+    Case("ACCELERATE", "tiny_facts", "", "", under("FSDP1"), under("FSDP2"), said="FSDP2"),
+    *(
+        Case(key, name, change, "", under("DDP"), ONE, said="one process")
+        for key, name, change in (
+            ("warm_start", "tiny_warm_start", ""),
+            ("model.new_tokens", "tiny_facts", "model.new_tokens=[x]"),
+            ("lora.init_lora_weights", "tiny_loftq", ""),
+        )
+    ),
+    *(
+        Case(
+            "model.quantize",
+            "tiny_facts",
+            "model.quantize=nf4",
+            "",
+            under(kind),
+            under("DDP"),
+            said="ACCELERATE=ddp",
+        )
+        for kind in ("FSDP2", "ZeRO-2", "ZeRO-3")
+    ),
+    *(
+        Case(key, name, "", "", under(kind), under("DDP"), said="ACCELERATE=ddp")
+        for key, name in (("full", "tiny_full"), ("freeze", "tiny_freeze"), ("peft", "tiny_ia3"))
+        for kind in ("FSDP2", "ZeRO-3")
+    ),
+    *(
+        Case(k, "tiny_facts", f"{k}={VALUES[k]}", "", under(kind), under("DDP"), said="ACCELERATE=ddp")
+        for k in ("lora.use_dora", "lora.modules_to_save", "lora.trainable_token_indices")
+        for kind in ("FSDP2", "ZeRO-2")
+    ),
+    Case(
+        "lora.init_lora_weights",
         "tiny_facts",
         "lora.init_lora_weights=orthogonal",
-        {"layout": SHARDED},
+        "",
+        under("ZeRO-3"),
+        under("DDP"),
+        said="ACCELERATE=ddp",
     ),
-    ("model.adapter_dtype", "another model.dtype, under ZeRO-2 and ZeRO-3"): (
+    Case(
+        "model.adapter_dtype",
         "tiny_facts",
         "model.dtype=bfloat16",
-        {"layout": SHARDED},
+        "model.adapter_dtype=bfloat16",
+        under("ZeRO-2"),
     ),
-    ("learning_rates", "FSDP2, ZeRO-2 and ZeRO-3"): ("tiny_facts", PAIR, {"layout": SHARDED}),
-}
-# Families of rows that differ in the field alone: what to write for it.
-VALUES = {
-    "alora_invocation_tokens": "[1]",
-    "layer_replication": "[[0, 2]]",
-    "use_bdlora": "{target_modules_bd_a: [q_proj], nblocks: 2}",
-    "arrow_config": "{top_k: 2}",
-    "megatron_config": "{a: 1}",
-    "rank_pattern": "{q_proj: 2}",
-    "alpha_pattern": "{q_proj: 2}",
-    "modules_to_save": "[norm]",
-    "trainable_token_indices": "[1]",
-    "target_parameters": "[q_proj.weight]",
-    "fsdp": "full_shard",
-    "fsdp_config": "{version: 2}",
-    "deepspeed": "x.json",
-    "accelerator_config": "{split_batches: true}",
-    "parallelism_config": "{tp_size: 2}",
-}
-WITH = {
-    "init_lora_weights: pissa, olora or corda": ("tiny_facts", "lora.init_lora_weights=pissa", {}),
-    "model.new_tokens": ("tiny_facts", "model.new_tokens=[x]", {}),
-    "warm_start:": ("tiny_warm_start", "", {}),
-    "FSDP2, ZeRO-2 and ZeRO-3": ("tiny_facts", "", {"layout": SHARDED}),
-}
+    Case("learning_rates", "tiny_facts", RATIO, "", under("FSDP2"), under("DDP"), said="ACCELERATE=ddp"),
+]
+SET = re.compile(r"(-?)([\w.]+)(?:=(\{[^}]*\}|\[\[.*?\]\]|\[[^\]]*\]|\S+))?")
 
 
-def breaks(rule):
-    """A recipe that breaks `rule`, and the facts beside it."""
-    if (rule.key, rule.against) in BROKEN:
-        name, overrides, facts = BROKEN[rule.key, rule.against]
-    else:
-        name, overrides, facts = WITH.get(rule.against, ("tiny_facts", "", {}))
-        field = rule.key.rpartition(".")[2]
-        value = "orthogonal" if field == "init_lora_weights" else VALUES.get(field, "true")
-        overrides += f" {rule.key}={value}"
-    words = re.findall(r"\S+=(?:\{[^}]*\}|\[\[.*?\]\]|\[[^\]]*\]|\S+)", overrides)
-    facts = {k: recipes.load(v) if k == "warm" else v for k, v in facts.items()}
-    return recipes.load(name, words), rules.Facts(**facts)
+def written(case, path, *changes):
+    """The shipped recipe with `changes`, as a file of its own: loaded, and its text."""
+    sections = yaml.safe_load(recipes.load(case.name).to_yaml())
+    for out, key, value in SET.findall(" ".join(changes)):
+        section, _, name = key.partition(".")
+        if not out:
+            sections.setdefault(section, {})[name] = yaml.safe_load(value)
+            if section == "learning_rates" or name == "learning_rate":
+                sections[section][name] = float(value)  # YAML's own grammar takes 3e-3 for a text
+        elif name:
+            sections[section].pop(name, None)
+        else:
+            del sections[section]
+    path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+    return recipes.load(str(path))
 
 
-LATE = [rule for rule in rules.RULES if not rule.early]
+def place(path, key):
+    """Where `key` stands in the file, by eye: its line, or its section's where it is not written."""
+    lines, (section, _, name) = path.read_text(encoding="utf-8").splitlines(), key.partition(".")
+    first = lines.index(next(line for line in lines if line.startswith(f"{section}:")))
+    inside = next(
+        (i for i in range(first + 1, len(lines)) if not lines[i].startswith((" ", "-"))), len(lines)
+    )
+    found = [i for i in range(first, inside) if name and lines[i].startswith(f"  {name}:")]
+    return f"{shown(path)}:{(found or [first])[0] + 1} {key}"
 
 
-@pytest.mark.parametrize("rule", LATE, ids=[f"{r.key} / {r.against}" for r in LATE])
-def test_every_rule_is_broken_by_a_recipe_and_says_where_what_and_what_to_do(rule):
-    recipe, facts = breaks(rule)
-    found = [p for p in rules.problems(recipe, facts) if p.do == rule.do or "{" in rule.do]
-    key = rule.key.format(method=recipe.method)
+def facts_of(values):
+    return rules.Facts(**{k: recipes.load(v) if k == "warm" else v for k, v in values.items()})
+
+
+def named(case):
+    return f"{case.key} / {case.name} {case.change} {case.facts.get('layout', '')}".strip()
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_what_does_not_go_together_is_told_at_its_line_and_the_remedy_helps(case, tmp_path):
+    recipe = written(case, tmp_path / "x.yaml", case.change)
+    (problem,) = rules.problems(recipe, facts_of(case.facts))
+    where = case.key if case.key.isupper() else place(tmp_path / "x.yaml", case.key)
+    assert problem.where == where and problem.found
+    values = [value.strip("'{}") for out, _, value in SET.findall(case.remedy) if not out]
+    keys = [key for out, key, _ in SET.findall(case.remedy) if not out]
     told = [
-        p
-        for p in found
-        if key in p.where and re.match(re.sub(r"\\{.*?\\}", ".*", re.escape(rule.found)), p.found)
+        key.partition(".")[2] in problem.do or value in problem.do
+        for key, value in zip(keys, values, strict=True)
     ]
-    assert told, f"{[str(p) for p in rules.problems(recipe, facts)]}"
-    assert all(p.do and "{" not in re.sub(r"\{rho: 1.0\}", "", f"{p.found}{p.do}") for p in told)
+    assert re.search(case.said, problem.do) if case.said else told and all(told)
+    assert not re.search(r"\{(?!rho: 1.0\})", f"{problem.found}{problem.do}"), "a name that was not filled in"
+    mended = written(case, tmp_path / "x.yaml", case.change, case.remedy)
+    assert rules.problems(mended, facts_of(case.mended or case.facts)) == []
+
+
+def test_every_rule_is_broken_by_one_of_the_cases(tmp_path):
+    """Those that loading applies are broken in test_recipe.py."""
+    broken = set()
+    for i, case in enumerate(CASES):
+        recipe = written(case, tmp_path / f"{i}.yaml", case.change)
+        broken |= {id(r) for r in rules.RULES if not r.early and r.broken(recipe, facts_of(case.facts))}
+    assert [(r.key, r.against) for r in rules.RULES if not r.early and id(r) not in broken] == []
 
 
 @pytest.mark.parametrize("name", recipes.names())
