@@ -126,7 +126,9 @@ def plan(given: Namespace) -> None:
     if given.accelerate:
         from lora_recipes.training import launch
 
-        chosen = launch.wanted([*launch.words(given.accelerate, given.devices), "--module", "lora_recipes"])
+        words = [*launch.words(given.accelerate, given.devices), "--module", "lora_recipes"]
+        chosen = launch.wanted(words)
+        launch.contradicts(resolved.recipe, words, environment=False)
     made = plan.make(resolved, chosen)
     if given.compare:
         print("\n".join(fits.comparison(choices.compare(resolved, made.gate))))

@@ -1,17 +1,19 @@
 """Start a run in several processes by accelerate's own launcher; and in each of them: does what was asked for
-run?
+run, and as the recipe says?
 
 accelerate 1.15 falls back in silence: `--cpu --num_processes 2` starts one process, FSDP without GPUs becomes
 plain DDP.
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
 import shlex
 import signal
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from accelerate.commands.launch import _validate_launch_command, launch_command,
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from lora_recipes.core.errors import Problem, RecipeError, nearest
+from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
 from lora_recipes.core.files import ROOT, find, looked, now
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.recipe import layout
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.layout import Layout
 from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.training import outside
 
 FILES = ROOT / "configs" / "accelerate"
 ASKED = "LORA_RECIPES_LAUNCH"  # the words of `accelerate launch`, for the processes that `start` starts
@@ -39,6 +42,17 @@ LOST = (
     "NCCL communicator was aborted",
     "Broken pipe",
 )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an `accelerate launch` was asked for: the layout, its words as given, and as a person typed
+    them.
+    """
+
+    layout: Layout
+    words: list[str]
+    said: str
 
 
 def words(name: str, processes: int | None, more: str = "") -> list[str]:
@@ -73,11 +87,15 @@ def parsed(given: list[str]) -> Namespace:
     logging.getLogger("accelerate.commands.launch").setLevel(
         logging.ERROR
     )  # names every default that it takes
+    usage = io.StringIO()
     try:
-        options, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
-    except (ValueError, OSError) as error:
+        with contextlib.redirect_stderr(usage):  # 200 lines of options, and at the end what is wrong
+            chosen = launch_command_parser().parse_args(given)
+        options, _, _ = _validate_launch_command(chosen)
+    except (ValueError, OSError, SystemExit) as error:
+        said = usage.getvalue().strip().rpartition("error: ")[2] or error
         raise RecipeError(
-            Problem(f"accelerate launch {shlex.join(given)}", f"accelerate refuses it: {error}")
+            Problem(f"accelerate launch {shlex.join(given)}", f"accelerate refuses it: {said}")
         ) from None
     if named := options.deepspeed_config_file:
         beside = Path(options.config_file or ".").parent
@@ -105,9 +123,9 @@ def wanted(given: list[str]) -> Layout:
     return Layout(f"FSDP{options.fsdp_version}", processes) if options.use_fsdp else layout.of(processes)
 
 
-def asked() -> tuple[Layout, str] | None:
-    """What the `accelerate launch` that started this process was asked for, and its words; None when
-    something else started it.
+def asked() -> Asked | None:
+    """What the `accelerate launch` that started this process was asked for; None when something else started
+    it.
     """
     given = shlex.split(os.environ[ASKED]) if ASKED in os.environ else None
     for parent in psutil.Process().parents() if given is None else ():
@@ -116,12 +134,18 @@ def asked() -> tuple[Layout, str] | None:
                 break
         except (psutil.AccessDenied, psutil.NoSuchProcess):
             continue
-    if given is None:
-        return None
-    options = given[
+    return None if given is None else Asked(wanted(given), given, _said(given))
+
+
+def _said(given: list[str]) -> str:
+    return f"accelerate launch {shlex.join(_options(given))}"
+
+
+def _options(given: list[str]) -> list[str]:
+    """The words of accelerate itself, without the script and what is the script's."""
+    return given[
         : next((i for i, word in enumerate(given) if word.endswith(".py") or word == "--module"), None)
     ]
-    return wanted(given), f"accelerate launch {shlex.join(options)}"
 
 
 def _after_launch(command: list[str]) -> list[str] | None:
@@ -146,31 +170,47 @@ def runs(accelerator: Any) -> Layout:
     )
 
 
-def planned(found: tuple[Layout, str] | None) -> Layout:
+def planned(found: Asked | None) -> Layout:
     """The layout to plan for: as asked (`found`: what `asked` says), and as many processes as there are.
     RecipeError where those differ already.
     """
     processes = PartialState().num_processes
     if found is None:
         return layout.of(processes)
-    real = Layout(found[0].kind if processes > 1 or found[0].processes == 1 else layout.ONE, processes)
-    _differ(found, real)
-    if found[0].kind == layout.FSDP2 and PartialState().device.type == "cpu":
-        _differ(found, layout.of(processes))  # what accelerate would make of it
+    asked = found.layout
+    real = Layout(asked.kind if processes > 1 or asked.processes == 1 else layout.ONE, processes)
+    raise_if(_differ(found, real))
+    if asked.kind == layout.FSDP2 and PartialState().device.type == "cpu":
+        raise_if(_differ(found, layout.of(processes)))  # what accelerate would make of it
     return real
 
 
-def check(found: tuple[Layout, str] | None, accelerator: Any) -> None:
-    """RecipeError when what runs is not what `accelerate launch` was asked for (`found`: what `asked`
-    says)."""
-    if found:
-        _differ(found, runs(accelerator))
+def contradicts(recipe: Recipe, given: list[str] | None, environment: bool = True) -> None:
+    """RecipeError when the words of `accelerate launch` (`given`), its file or, where `environment` is true,
+    the variables of this process say otherwise than the recipe what numbers come out. Before anything is
+    loaded.
+    """
+    options = parsed(given) if given is not None else None
+    raise_if(outside.contradictions(recipe, options, _options(given or []), environment))
 
 
-def _differ(found: tuple[Layout, str], real: Layout) -> None:
-    if found[0] != real:
-        do = "make train ACCELERATE=ddp PROCESSES=2 starts two processes on a CPU; FSDP2 needs GPUs"
-        raise RecipeError(Problem(found[1], f"asks for {found[0]}; what runs is {real}", do))
+def check(found: Asked | None, trainer: Any, recipe: Recipe, plan: Layout) -> None:
+    """RecipeError when what runs is not what `accelerate launch` was asked for (`found`: what `asked` says)
+    and what was planned: the layout (`plan`), precision, and every number.
+    """
+    real = runs(trainer.accelerator)
+    problems = _differ(found, real) if found else []
+    if real != plan and not problems:
+        do = "look at the ACCELERATE_ variables of the environment"
+        problems = [Problem(recipe.at("train"), f"{plan} was planned; what runs is {real}", do)]
+    raise_if(problems + outside.differences(trainer, recipe, _options(found.words) if found else None))
+
+
+def _differ(found: Asked, real: Layout) -> list[Problem]:
+    if found.layout == real:
+        return []
+    do = "make train ACCELERATE=ddp PROCESSES=2 starts two processes on a CPU; FSDP2 needs GPUs"
+    return [Problem(found.said, f"asks for {found.layout}; what runs is {real}", do)]
 
 
 def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
@@ -182,6 +222,7 @@ def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
     words = [*given, "--module", "lora_recipes", *arguments]
     os.environ[ASKED] = shlex.join(words)
     options = parsed(words)
+    contradicts(resolved.recipe, words, environment=False)
     if options.use_fsdp and not torch.cuda.is_available():
         found = "accelerate would run plain DDP instead: FSDP2 needs GPUs"
         raise RecipeError(

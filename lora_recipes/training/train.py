@@ -56,13 +56,14 @@ def train(
     assumed.
     """
     recipe, folder = resolved.recipe, resolved.folder
+    asked = launch.asked()
+    launch.contradicts(recipe, asked.words if asked else None)
     make_folder(resolved.outputs)
     # Joins the other processes, on the CPU too.
     PartialState(cpu=recipe.train.given.get("use_cpu", not torch.cuda.is_available()))
     may_start(folder, resume, force)
     prepare_base(resolved)
     raise_if(warm_ready(resolved))
-    asked = launch.asked()
     plan = plans.make(resolved, launch.planned(asked), network=True, rows=shared.rows)
     expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
     say(plan.short(f"{shown(folder.path / PLAN)}, or make plan RECIPE={recipe.name}"))
@@ -78,7 +79,7 @@ def train(
     assert plan.facts.steps, "the tokenizer is there, so the steps were counted"
     steps = plan.facts.steps.total
     trainer, start = build.trainer(resolved, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps)
-    launch.check(asked, trainer.accelerator)
+    launch.check(asked, trainer, recipe, plan.layout)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
     session = Session(resolved, plan, expected, trainer, start, facts, real)
