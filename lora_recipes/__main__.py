@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         rest, extra = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     given = verbs[verb].parse_intermixed_args(rest)  # overrides may stand anywhere among the options
     given.extra = extra
-    return cli.run(lambda: given.action(given), given.traceback)
+    return cli.run(lambda: given.action(given), given.traceback, getattr(given, "outputs", None))
 
 
 def _tree() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:

@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: on models this small a second thread
@@ -86,6 +87,25 @@ def case(tmp_path, bases):
         return path
 
     return write
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk("300k")` is a folder on a disk of its own, of that size; it goes with the test."""
+    made = []
+
+    def make(options: str) -> Path:
+        disk = tmp_path / f"disk{len(made)}"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={options}", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("a small disk needs the right to mount a tmpfs")
+        made.append(disk)
+        return disk
+
+    yield make
+    for disk in made:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # files on it may still be mapped
 
 
 SLOW = [

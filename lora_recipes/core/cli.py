@@ -8,7 +8,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
+from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
 
 # seconds; the first of several processes says an error that all of them have, and the launcher ends the
@@ -16,11 +18,11 @@ from lora_recipes.core.errors import RecipeError
 PATIENCE = 15
 
 
-def run(action: Callable[[], int | None], traceback: bool) -> int:
-    """Call `action` and return its exit code (None: 0).
+def run(action: Callable[[], int | None], traceback: bool, outputs: Path | None = None) -> int:
+    """Call `action` and return its exit code (None: 0). `outputs`: where it writes.
 
-    A RecipeError (or an OSError) is printed and answered with 2, Ctrl-C with 130; all other errors are bugs
-    and keep their traceback.
+    A RecipeError, what the disk refuses and any OSError is printed and answered with 2, Ctrl-C with 130; all
+    other errors are bugs and keep their traceback.
     """
     quiet()
     try:
@@ -28,24 +30,33 @@ def run(action: Callable[[], int | None], traceback: bool) -> int:
     except RecipeError as error:
         if traceback:
             raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(PATIENCE)
-        print(
-            f"error: {len(error.problems)} problem{'s' * (len(error.problems) != 1)}\n{error}",
-            file=sys.stderr,
-        )
-        return 2
+        return _said(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `make plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # the machine's own: no permission, no space, a file where a folder is wanted
+    except Exception as error:
         if traceback:
             raise
+        if problem := files.refused(error, outputs or Path.cwd()):
+            return _said(RecipeError(problem))
+        if not isinstance(error, OSError):
+            raise
+        # The machine's own: no such file, a file where a folder is wanted, no connection.
         print(f"error: {error}\n    -> --traceback shows where", file=sys.stderr)
         return 2
     return 0
+
+
+def _said(error: RecipeError) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(PATIENCE)
+    print(
+        f"error: {len(error.problems)} problem{'s' * (len(error.problems) != 1)}\n{error}",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def quiet() -> None:

@@ -1,6 +1,8 @@
 """The run folder `outputs/<name>/` and its files. Imports no torch."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,10 @@ class RunFolder:
         """What the run leaves: `adapter/`, or `model/` where the model itself was trained."""
         return self.path / ("model" if method in WHOLE else "adapter")
 
+    def unfinished(self, method: str) -> Path:
+        """The result while it is written."""
+        return self.path / f".{self.result(method).name}.tmp"
+
     @property
     def record(self) -> Record | None:
         """run.json; None when there is none. RecipeError when it is not as this version, or the one before,
@@ -91,6 +97,29 @@ class RunFolder:
         """Where the finished run that FORCE=1 replaces is kept until the new one has finished too."""
         return self.path / ".replaced"
 
+    @property
+    def reserved(self) -> Path:
+        """Space that is kept for the result while training runs, as an empty file of its size."""
+        return self.path / ".reserved"
+
+    def reserve(self, size: int) -> None:
+        """Take `size` bytes of the disk now, so that a full disk stops the run before its first step or at a
+        checkpoint, but never at its end. OSError when there is less; nothing where a disk promises nothing.
+        """
+        self.release()
+        try:
+            with self.reserved.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        except OSError as error:
+            self.release()
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                error.filename = str(self.path)
+                raise
+
+    def release(self) -> None:
+        """Give back what `reserve` took."""
+        self.reserved.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Make room for a new run: a finished run moves to `.replaced/`, an unfinished one goes; other
         people's files stay.
@@ -99,6 +128,7 @@ class RunFolder:
             keep = self.finished
         except RecipeError:
             keep = False
+        self.release()
         if keep:
             shutil.rmtree(self.replaced, ignore_errors=True)
             self.replaced.mkdir(parents=True)

@@ -28,7 +28,7 @@ from lora_recipes.memory import choices, memory
 from lora_recipes.memory.fits import Memory, gib
 from lora_recipes.model import base as base_model
 from lora_recipes.model import build, embeddings, freeze, probes, rates, targets
-from lora_recipes.planning import adapter_facts
+from lora_recipes.planning import adapter_facts, space
 from lora_recipes.planning import processes as layouts
 from lora_recipes.planning.processes import Sizes
 from lora_recipes.planning.steps import Steps, chart
@@ -171,7 +171,7 @@ def add_memory(
     It takes seconds for a model of billions of parameters, so it is asked for apart; `found` where that was
     done before.
     """
-    found = found or memory.plan(resolved, plan.gate, cuda=accelerator)
+    found = whole = found or memory.plan(resolved, plan.gate, cuda=accelerator)
     if plan.layout != SINGLE:
         assert plan.sizes
         sizes = replace(plan.sizes, trainable=found.trainable)
@@ -182,6 +182,7 @@ def add_memory(
             assumptions=(*found.assumptions, f"each of {plan.layout}, by arithmetic", *said),
         )
     plan.facts.memory = found.facts()
+    plan.warnings += space.warning(plan.facts, plan.gate.tokenizer, whole, resolved)
     for label, text in found.lines():
         if accelerator or label != "cards":
             plan.say(label, text)

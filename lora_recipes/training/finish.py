@@ -78,10 +78,10 @@ def finish(session: Session) -> FinishedRun:
     asked = replace(session.run.probes, after=probes.probes(trainer.model, session.tokenizer, recipe))
     session.run = replace(session.run, probes=asked)
     provenance = None if recipe.whole else _provenance(session)
-    final = folder.result(recipe.method)
-    temporary = final.with_name(f".{final.name}.tmp")
+    final, temporary = folder.result(recipe.method), folder.unfinished(recipe.method)
     if PartialState().is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
+        folder.release()
     PartialState().wait_for_everyone()
     trainer.save_model(str(temporary))
     if PartialState().is_main_process:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from lora_recipes.core.checkpoints import steps_of
+from lora_recipes.core.checkpoints import newest_whole, steps_of
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import FILES, RunFolder
 from lora_recipes.core.yamlfile import shown
@@ -55,6 +55,21 @@ def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
                 "move them away, or FORCE=1 replaces them",
             )
         )
+
+
+def left(folder: RunFolder, ranks: int = 1) -> str:
+    """What is there after a run of `ranks` processes that could not write, and how to go on."""
+    try:
+        if folder.finished:
+            return "the finished run there is as it was"
+    except RecipeError:
+        pass
+    whole, _ = newest_whole(folder.checkpoints, ranks)
+    if whole:
+        return f"{whole.name} is whole: RESUME=1"
+    kept = f"; the run that it was to replace is kept in {shown(folder.replaced)}/"
+    again = "no checkpoint is whole yet: FORCE=1" if steps_of(folder.checkpoints) else "then begin again"
+    return again + (kept if folder.replaced.exists() else "")
 
 
 def differences(folder: RunFolder, recipe: Recipe, facts: Mapping[str, str | None]) -> list[str]:

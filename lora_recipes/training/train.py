@@ -1,6 +1,7 @@
 """Train a recipe: plan, check, one SFTTrainer, verify, and leave a run folder. `make train RECIPE=x`."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedModel, ProgressCallback
 
-from lora_recipes.core import environment
+from lora_recipes.core import environment, files
 from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
@@ -24,12 +25,13 @@ from lora_recipes.memory.fits import Memory
 from lora_recipes.model import answers, build, probes
 from lora_recipes.model import base as base_model
 from lora_recipes.planning import plan as plans
+from lora_recipes.planning import space
 from lora_recipes.planning.plan import Plan
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.training import launch, usage, verify, watch
 from lora_recipes.training.finish import Session, finish, report, say
-from lora_recipes.training.resume import differences, may_start
+from lora_recipes.training.resume import differences, left, may_start
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,20 @@ def train(
     `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is
     assumed.
     """
-    recipe, folder = resolved.recipe, resolved.folder
     asked = launch.asked()
-    launch.contradicts(recipe, asked.words if asked else None)
+    launch.contradicts(resolved.recipe, asked.words if asked else None)
     make_folder(resolved.outputs)
     # Joins the other processes, on the CPU too.
-    PartialState(cpu=recipe.train.given.get("use_cpu", not torch.cuda.is_available()))
+    PartialState(cpu=resolved.recipe.train.given.get("use_cpu", not torch.cuda.is_available()))
+    ranks = PartialState().num_processes
+    with files.writing(resolved.folder.path, "before the first step", lambda: left(resolved.folder, ranks)):
+        return _train(resolved, resume, force, shared, asked)
+
+
+def _train(
+    resolved: Resolved, resume: bool, force: bool, shared: Shared, asked: launch.Asked | None
+) -> FinishedRun:
+    recipe, folder = resolved.recipe, resolved.folder
     may_start(folder, resume, force)
     prepare_base(resolved)
     raise_if(warm_ready(resolved))
@@ -88,8 +98,13 @@ def train(
     say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
     try:
         session.run = _run(session, checkpoint)
-        done = finish(session)
+        ranks = PartialState().num_processes
+        with files.writing(folder.path, "while saving the result", lambda: left(folder, ranks)):
+            done = finish(session)
     except BaseException as error:
+        if PartialState().is_main_process:
+            folder.release()
+            shutil.rmtree(folder.unfinished(recipe.method), ignore_errors=True)
         with contextlib.suppress(OSError):  # a full disk must not hide what filled it
             said = str(error) or type(error).__name__
             _save(folder, replace(session.run, status="failed", error=said, ended=now()))
@@ -220,9 +235,10 @@ def _begin(session: Session) -> Run:
     )
     if PartialState().is_main_process:
         folder.clear()
+        folder.write_record(run)  # first: files of a run without it are somebody's own
         write(folder.path / "recipe.yaml", dump(recipe.anywhere()))
         write(folder.path / PLAN, session.plan.text() + "\n")
-        folder.write_record(run)
+        folder.reserve(space.result(session.plan.facts, session.tokenizer))
     PartialState().wait_for_everyone()
     return run
 
@@ -233,6 +249,8 @@ def _continue(session: Session, checkpoint: Path) -> Run:
     again = [*(run.resumed or []), Resumed(from_=checkpoint.name, at=now())]
     run = replace(run, status="running", error=None, resumed=again)
     _save(session.folder, run)
+    if PartialState().is_main_process:
+        session.folder.reserve(space.result(session.plan.facts, session.tokenizer))
     return run
 
 

@@ -2,11 +2,9 @@
 when a number is no number.
 """
 
-import errno
 import hashlib
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,13 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-from lora_recipes.core.checkpoints import newest_whole, seal
+from lora_recipes.core import files
+from lora_recipes.core.checkpoints import seal
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import RunFolder, logged
-from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.render import Example
 from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.training.resume import left
 
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
 
@@ -111,24 +110,14 @@ class Finite(TrainerCallback):
 def explained(error: Exception, recipe: Recipe, folder: RunFolder, step: int) -> Problem | None:
     """What an exception out of the trainer means to a user, or None when it is a bug.
 
-    A full disk comes as OSError 28, as a bare Exception of safetensors or, from torch.save, as a RuntimeError
-    that does not say so. A missing package, or an argument that does not go with the others, comes before the
-    first step.
+    A disk that takes no more may stop any step. A missing package, or an argument that does not go with the
+    others, comes before the first.
     """
     if isinstance(error, ImportError | ValueError) and not isinstance(error, RecipeError) and step == 0:
         do = "install what it names, or choose another value"
         return Problem(recipe.at("train"), f"the trainer cannot begin: {str(error).splitlines()[0]}", do)
-    existing = next(p for p in (folder.checkpoints, *folder.checkpoints.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if not (
-        full or "No space left" in str(error) or ("inline_container" in str(error) and free < 64 * 2**20)
-    ):
-        return None
-    whole, _ = newest_whole(folder.checkpoints, PartialState().num_processes)
-    kept = f"{whole.name} is whole: RESUME=1" if whole else "no checkpoint is whole yet: FORCE=1"
-    found = f"the disk is full ({free / 2**20:.1f} MiB free) while saving at step {step}"
-    return Problem(shown(folder.checkpoints), found, f"free some space; {kept}")
+    doing, ranks = f"while saving at step {step}", PartialState().num_processes
+    return files.refused(error, folder.path, doing, lambda: left(folder, ranks))
 
 
 def sha256(value: Any) -> str:
