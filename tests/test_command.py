@@ -1,6 +1,8 @@
 """`lora-recipes`: the verbs, what the package ships, and where a path in a recipe is looked for."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,8 @@ import pytest
 import yaml
 
 import lora_recipes
-from lora_recipes.__main__ import VERBS, main
-from lora_recipes.core import files, shipped
+from lora_recipes.__main__ import VERBS, _tree, main
+from lora_recipes.core import cli, files, shipped
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import read, render
@@ -66,6 +68,93 @@ def test_the_scripts_are_calls_of_the_verbs():
         verb = "eval" if script.stem == "evaluate" else script.stem
         if script.stem not in ("memory", "schema"):
             assert verb in VERBS and f'main(["{verb}", *sys.argv[1:]])' in script.read_text()
+
+
+CALLED = {
+    "/r/.venv/bin/lora-recipes": False,
+    "/r/lora_recipes/__main__.py": False,
+    "scripts/train.py": True,
+    "/r/.venv/lib/pytest/__main__.py": True,
+}
+
+
+@pytest.mark.parametrize("path", CALLED)
+def test_a_message_spells_a_command_as_the_program_was_called(monkeypatch, path):
+    monkeypatch.setattr(sys, "argv", [path])
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    given = [
+        cli.command("train", RECIPE="x", FORCE=True),
+        cli.command("ablate", ABLATION="my question", ONLY="r4/s1", DRY=True),
+        cli.command(SET=["lora.r=4", "lora.rank_pattern={q_proj: 2}"]),
+        cli.command(SVD_RANK=""),
+    ]
+    assert given == (
+        [
+            "make train RECIPE=x FORCE=1",
+            "make ablate ABLATION='my question' ONLY=r4/s1 DRY=1",
+            "SET='lora.r=4 lora.rank_pattern={q_proj: 2}'",
+            "SVD_RANK",
+        ]
+        if CALLED[path]
+        else [
+            "lora-recipes train x --force",
+            "lora-recipes ablate 'my question' --only r4/s1 --dry-run",
+            "lora.r=4 'lora.rank_pattern={q_proj: 2}'",
+            "--svd-rank",
+        ]
+    )
+
+
+def test_what_make_starts_through_a_launcher_is_still_called_by_make(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/r/lora_recipes/__main__.py"])
+    monkeypatch.setenv("MAKELEVEL", "1")
+    assert cli.command("eval", RECIPE="x") == "make eval RECIPE=x"
+
+
+def spelled():
+    """Each call of cli.command in the package: where, the verb, the variables."""
+    for file in sorted((files.ROOT / "lora_recipes").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "cli.command":
+                verb = (
+                    ast.literal_eval(node.args[0])
+                    if node.args and isinstance(node.args[0], ast.Constant)
+                    else ""
+                )
+                yield f"{file.name}:{node.lineno}", verb, [k.arg for k in node.keywords if k.arg]
+
+
+def test_every_command_that_a_message_spells_exists_both_ways():
+    makefile = (files.ROOT / "Makefile").read_text(encoding="utf-8")
+    options = {name: set(parser._option_string_actions) for name, parser in _tree()[1].items()}
+    calls = list(spelled())
+    assert len(calls) > 40
+    for where, verb, variables in calls:
+        assert verb in (*options, "", "setup-serve") and (not verb or f"\n{verb}:" in makefile), where
+        for name in variables:
+            assert re.search(rf"\$\({name}\)|\b{name}\b", makefile), f"{where}: {name}"
+            option = cli.option(name, "")
+            known = options[verb] if verb in options else set().union(*options.values())
+            assert option in known or not option.startswith("--"), f"{where}: {option}"
+
+
+def test_no_message_spells_a_command_itself():
+    """Docstrings, and the pages and the schema that are made from texts, may."""
+    names = (
+        "RECIPE SET FORCE RESUME BASE ACCELERATE PROCESSES OUTPUTS DTYPE ADAPTERS? ONLY OVER SEEDS JOBS"
+        " ABLATION METHOD DENSITY SVD_RANK NAME MODEL PORT HOST CHECK ADD REMOVE DYNAMIC ON DRY FIT"
+        " COMPARE DEVICES"
+    )
+    written = re.compile(rf"\bmake ({'|'.join(VERBS)}|setup-serve)\b|\b({names.replace(' ', '|')})=")
+    found = []
+    for file in sorted((files.ROOT / "lora_recipes").rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        said = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if id(node) not in said and written.search(text):
+                found.append(f"{file.name}: {text}")
+    assert [text for text in found if not text.startswith(("schema.py", "sections.py"))] == []
 
 
 def test_wrong_names_are_answered_with_the_nearest(capsys, tmp_path):
@@ -221,3 +310,8 @@ def test_an_installed_package_lists_copies_and_plans_from_an_empty_folder(tmp_pa
     assert '"r": 2' in done.stdout and [p.name for p in empty.iterdir()] == ["my.yaml"]
     done = run("plan", "gone.yaml")
     assert done.returncode == 2 and f"looked in {empty}, {site}/lora_recipes/shipped" in done.stderr
+    done = run("merge", "tiny_facts")
+    assert done.returncode == 2 and "-> lora-recipes train tiny_facts\n" in done.stderr
+    done = run("serve", "tiny_facts")
+    assert done.returncode == 2 and "python3 -m venv .venv-serve && " in done.stderr
+    assert "make " not in done.stderr

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from lora_recipes.ablation import arms, cluster, report, workers
 from lora_recipes.ablation.reuse import Kept, group
 from lora_recipes.ablation.spec import FILE, Ablation, Run
+from lora_recipes.core import cli
 from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.files import write
@@ -47,7 +48,7 @@ def ablate(
             Problem(
                 "ablate",
                 "it starts its own processes",
-                "run it without accelerate launch: JOBS=2 for two at once",
+                f"run it without accelerate launch: {cli.command(JOBS='2')} for two at once",
             )
         )
     outputs, runs, cuda = outputs.absolute(), _chosen(ablation, only), dry or torch.cuda.is_available()
@@ -103,7 +104,7 @@ def _chosen(ablation: Ablation, only: Sequence[str]) -> list[Run]:
     unknown = [name for name in only if name not in known]
     raise_if(
         [
-            Problem(f"ONLY={name}", "no such arm or run", f"did you mean {nearest(name, known)}?")
+            Problem(cli.command(ONLY=name), "no such arm or run", f"did you mean {nearest(name, known)}?")
             for name in unknown
         ]
     )
@@ -140,7 +141,7 @@ def _todo(
     for run in runs:
         resolved = found[run.arm].by(run.recipe)
         folder = resolved.folder
-        how, why = ("anew", "FORCE=1") if force else state(resolved, plans[run.arm][0])
+        how, why = ("anew", cli.command(FORCE=True)) if force else state(resolved, plans[run.arm][0])
         finished += how == "finished"
         if why:
             print(f"{how:<12}{run}: {why}")

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from lora_recipes.ablation.spec import Ablation, Run
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import INSTALLED, ROOT, write
 from lora_recipes.core.yamlfile import shown
@@ -32,13 +33,19 @@ def generate(
     """
     file, folder = Path(command[0]), ablation.folder(outputs)
     if engine == "skypilot" and INSTALLED:
-        do = "git clone the repository and run it there, or ON=slurm"
-        raise RecipeError(Problem("ON=skypilot", "each machine gets the checkout, and this is none", do))
+        do = f"git clone the repository and run it there, or {cli.command(ON='slurm')}"
+        raise RecipeError(
+            Problem(cli.command(ON="skypilot"), "each machine gets the checkout, and this is none", do)
+        )
     if engine == "skypilot" and file.suffix in (".yaml", ".yml"):
         if not file.resolve().is_relative_to(ROOT):
             do = f"put it into {shown(ROOT / 'configs' / 'ablations')}/"
             raise RecipeError(
-                Problem("ON=skypilot", f"{shown(file)} is not in the folder that goes to each machine", do)
+                Problem(
+                    cli.command(ON="skypilot"),
+                    f"{shown(file)} is not in the folder that goes to each machine",
+                    do,
+                )
             )
         command = [str(file.resolve().relative_to(ROOT)), *command[1:]]
     head = f"# {ablation.name}: {ablation.question}\n# {len(runs)} jobs, an arm with a seed each; {need}.\n"
@@ -97,12 +104,12 @@ def _skypilot(
         if arm.recipe.model.name_or_path is None
     }
     do = (
-        "train it first, put it where every machine reads it, and name it by model.name_or_path; or ON=slurm,"
-        " with one file system"
+        "train it first, put it where every machine reads it, and name it by model.name_or_path; or"
+        f" {cli.command(ON='slurm')}, with one file system"
     )
     raise_if(
         [
-            Problem("ON=skypilot", f"each machine would make its own base ({name})", do)
+            Problem(cli.command(ON="skypilot"), f"each machine would make its own base ({name})", do)
             for name in sorted(made)
         ]
     )

@@ -14,6 +14,7 @@ from typing import Any
 from lora_recipes.ablation import figures
 from lora_recipes.ablation.interval import Mean, mean
 from lora_recipes.ablation.spec import FILE
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import write as write_text
 from lora_recipes.core.record import FinishedRun
@@ -67,10 +68,10 @@ def write(folder: Path) -> str:
         arms = [_arm(folder, resolved, name) for name in resolved["arms"]]
     except FileNotFoundError:
         raise RecipeError(
-            Problem(shown(folder), "no ablation was run here", "make ablate ABLATION=name")
+            Problem(shown(folder), "no ablation was run here", cli.command("ablate", ABLATION="name"))
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        do = "make ablate writes it anew and keeps the finished runs"
+        do = f"{cli.command('ablate')} writes it anew and keeps the finished runs"
         raise RecipeError(
             Problem(
                 shown(folder / FILE), f"is not as an ablation leaves it: {type(error).__name__}: {error}", do
@@ -108,7 +109,9 @@ def _arm(folder: Path, resolved: dict[str, Any], name: str) -> Arm:
         if run is None:
             made.missing.append(f"s{seed} was not run")
         elif changed:
-            made.missing.append(f"s{seed} is of an older recipe ({changed[0]}): `make ablate` trains it anew")
+            made.missing.append(
+                f"s{seed} is of an older recipe ({changed[0]}): `{cli.command('ablate')}` trains it anew"
+            )
         elif not isinstance(run, FinishedRun):
             made.missing.append(f"s{seed} {run.status}: {(run.error or 'not at its end').splitlines()[0]}")
         else:

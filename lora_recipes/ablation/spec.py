@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.ablation import grid
-from lora_recipes.core import yamlfile
+from lora_recipes.core import cli, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.files import ROOT
 from lora_recipes.core.yamlfile import Key, dotted, shown
@@ -116,7 +116,7 @@ def load(name: str) -> Ablation:
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         do = f"did you mean {nearest(path.stem, names())}? The ablations are {listed(names())}"
-        raise RecipeError(Problem(f"ABLATION={name}", "no such file", do))
+        raise RecipeError(Problem(cli.command(ABLATION=name), "no such file", do))
     content, lines, problems = yamlfile.read(path)
 
     def at(*key: str | int) -> str:
@@ -144,13 +144,13 @@ def quick(recipe: str, over: Sequence[str], seeds: Sequence[int] = ()) -> Ablati
     for text in over:
         key, equals, values = text.partition("=")
         try:
-            found, _, problems = yamlfile.parse(f"[{values}]", f"OVER {text!r}")
+            found, _, problems = yamlfile.parse(f"[{values}]", f"{cli.command(OVER='')} {text!r}")
         except RecipeError as error:
             found, problems = [], error.problems
         if not equals or key in content["grid"]:
             problems = [
                 Problem(
-                    f"OVER {text!r}",
+                    f"{cli.command(OVER='')} {text!r}",
                     "given twice" if equals else "not section.key=value,value",
                     "e.g. lora.r=2,4,8",
                 )
@@ -161,9 +161,9 @@ def quick(recipe: str, over: Sequence[str], seeds: Sequence[int] = ()) -> Ablati
     def at(*key: str | int) -> str:
         text = written.get(str(key[1])) if len(key) > 1 else None
         return (
-            f"OVER {text!r}"
+            f"{cli.command(OVER='')} {text!r}"
             if text
-            else f"{ {'recipe': 'RECIPE', 'seeds': 'SEEDS'}.get(str(key[0]), 'OVER') }"
+            else cli.command(**{{"recipe": "RECIPE", "seeds": "SEEDS"}.get(str(key[0]), "OVER"): ""})
         )
 
     own = recipes.load(recipe).train.seed

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_recipes.core import safetensors
+from lora_recipes.core import cli, safetensors
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, listed
 from lora_recipes.core.provenance import Provenance
@@ -31,8 +31,8 @@ def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list
         base = safetensors.shapes(folder)
         if known and known.fingerprint not in (None, safetensors.fingerprint(folder)):
             do = (
-                "it is the weights that count, not the name: give the right folder by BASE=, or train on"
-                " this one"
+                "it is the weights that count, not the name: give the right folder by"
+                f" {cli.command(BASE='path')}, or train on this one"
             )
             return [
                 Problem(

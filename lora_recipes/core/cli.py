@@ -1,9 +1,10 @@
 """What every script does around its one call: errors without a traceback, exit codes, and libraries that keep
-to themselves.
+to themselves; and how messages spell a command.
 """
 
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.files import INSTALLED
 
 # seconds; the first of several processes says an error that all of them have, and the launcher ends the
 # others
@@ -75,3 +77,50 @@ def quiet() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+# Variables of the Makefile that are plain words after `lora-recipes VERB`; the others are options, two of
+# another name.
+_WORDS = ("RECIPE", "ABLATION", "ADAPTERS", "MODEL", "OVER", "SET")
+_OPTIONS = {"DRY": "--dry-run", "Q": "--ask"}
+
+
+def by_make() -> bool:
+    """Was this program called by make or by scripts/*.py, and not as `lora-recipes`? A package has no
+    Makefile.
+
+    Processes that a launcher starts are `python -m lora_recipes`; make leaves MAKELEVEL in their environment.
+    """
+    called = Path(sys.argv[0])
+    if INSTALLED or called.stem == "lora-recipes":
+        return False
+    return called.parts[-2:] != ("lora_recipes", "__main__.py") or "MAKELEVEL" in os.environ
+
+
+def command(verb: str = "", **given: str | list[str] | bool) -> str:
+    """A command for a message, as this program was called: `make train RECIPE=x FORCE=1`, or `lora-recipes
+    train x --force`. Without a verb: what to add to one.
+
+    `given`: variables of the Makefile. True is a switch, a list words in one variable, "" the bare name.
+    """
+    made = by_make()
+    words = ["make" if made else "lora-recipes", verb] if verb else []
+    spelled = variable if made else option
+    return " ".join([*words, *(spelled(name, value) for name, value in given.items())])
+
+
+def variable(name: str, value: str | list[str] | bool) -> str:
+    """As make takes it."""
+    if isinstance(value, list):
+        return f"{name}='{' '.join(value)}'"
+    return f"{name}=1" if value is True else f"{name}={shlex.quote(value)}" if value else name
+
+
+def option(name: str, value: str | list[str] | bool) -> str:
+    """The same for `lora-recipes` and scripts/*.py."""
+    known = _OPTIONS.get(name, f"--{name.lower().replace('_', '-')}")
+    words = value if isinstance(value, list) else [value] if isinstance(value, str) and value else []
+    said = " ".join(map(shlex.quote, words))
+    if name in _WORDS:
+        return said or name.lower()
+    return f"{known} {said}".rstrip()

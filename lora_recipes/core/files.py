@@ -58,7 +58,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 _REFUSALS = {
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("the quota of disk space is used up", "free some of what is yours there"),
-    errno.EROFS: ("it cannot be written to: the file system is read-only", "name another folder (OUTPUTS=)"),
+    errno.EROFS: ("it cannot be written to: the file system is read-only", "name another folder"),
     errno.EFBIG: ("a file would be larger than is allowed here", "raise the limit (ulimit -f unlimited)"),
     errno.EACCES: ("permission denied", "change its owner or its permissions, or name another folder"),
     errno.EPERM: ("not permitted", "change its owner or its permissions, or name another folder"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from lora_recipes.core import cli
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import RunFolder, run_name
@@ -58,7 +59,7 @@ def named(words: list[str], outputs: Path) -> dict[str, Path]:
                 Problem(word, f"a second adapter named {name!r}", "give each its own name: name=folder")
             )
         if not folder.is_dir():
-            do = "make train RECIPE=..., or give the adapter's folder"
+            do = f"{cli.command('train', RECIPE='...')}, or give the adapter's folder"
             raise RecipeError(Problem(word, f"{shown(folder)} is not there", do))
         found[name] = folder.absolute()
     return found
@@ -84,14 +85,14 @@ def base_of(read: dict[str, Adapter], given: Path | None) -> Path:
             Problem(
                 "adapters",
                 f"they have different bases: {listed}",
-                "one server has one base; BASE=folder overrides",
+                f"one server has one base; {cli.command(BASE='folder')} overrides",
             )
         )
     name, revision = next(iter(wanted.values()))
     folder = given or local(name, revision)
     if folder is None or not (folder / "config.json").is_file():
         at = shown(next(iter(read.values())).path)
-        do = "give its folder: BASE=path" + (
+        do = f"give its folder: {cli.command(BASE='path')}" + (
             f", or fetch it: hf download {name}" if name.count("/") == 1 else ""
         )
         raise RecipeError(Problem(at, f"its base {given or name} is not on this machine", do))

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
 
 SCHEMA = 1
-ANEW = "FORCE=1 trains anew"
+ANEW = f"{cli.command(FORCE=True)} trains anew"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import record
+from lora_recipes.core import cli, record
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.files import write
 from lora_recipes.core.record import Record, Run
@@ -74,7 +74,7 @@ class RunFolder:
         """The record of the training run here; None when there is none. RecipeError for a combination."""
         found = self.record
         if found is not None and not isinstance(found, Run):
-            do = "name a recipe that was trained, or another OUTPUTS=dir"
+            do = f"name a recipe that was trained, or another {cli.command(OUTPUTS='dir')}"
             raise RecipeError(Problem(shown(self.path), "holds a combination, which was not trained", do))
         return found
 
@@ -82,7 +82,7 @@ class RunFolder:
         """The record of what ended well here, a run or a combination. RecipeError when nothing did."""
         found = self.record
         if found is None or found.status != "finished":
-            do = f"make train RECIPE={self.path.name}"
+            do = cli.command("train", RECIPE=self.path.name)
             raise RecipeError(Problem(shown(self.path), "holds no finished run", do))
         return found
 
@@ -157,7 +157,11 @@ def make_folder(outputs: Path) -> None:
         outputs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(
-            Problem(shown(outputs), f"cannot be made: {error.strerror}", "give another OUTPUTS=dir")
+            Problem(
+                shown(outputs),
+                f"cannot be made: {error.strerror}",
+                f"give another {cli.command(OUTPUTS='dir')}",
+            )
         ) from None
 
 

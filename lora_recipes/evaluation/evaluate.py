@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import base_fit, files, locate, provenance
+from lora_recipes.core import base_fit, cli, files, locate, provenance
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now
 from lora_recipes.core.record import Evaluation, Generation, Loss, SetLosses, Sides
@@ -110,7 +110,8 @@ def _recipe(run: RunFolder, name: str, overrides: Sequence[str]) -> Recipe:
     run.outcome()
     file = run.path / "recipe.yaml"
     if not file.is_file():
-        do = "a combination is asked on the data of a run: make eval RECIPE=that_run ADAPTER=folder"
+        instead = cli.command("eval", RECIPE="that_run", ADAPTER="folder")
+        do = f"a combination is asked on the data of a run: {instead}"
         raise RecipeError(Problem(shown(file), "is not there: there is no data to ask on", do))
     for text in overrides:
         if not text.startswith(("data.eval=", "data.kept=", "probes.")):
@@ -126,8 +127,8 @@ def _rows(asked: Recipe) -> dict[str, read.Split]:
     sets = {which: read.read(asked, which) for which in SETS if getattr(asked.data, which)}
     if not (sets or asked.probes.given):
         do = (
-            "name held-out rows, e.g. SET=data.eval=data/x/eval.jsonl, or rows that should be kept:"
-            " SET=data.kept=..."
+            f"name held-out rows, e.g. {cli.command(SET='data.eval=data/x/eval.jsonl')}, or rows that should"
+            f" be kept: {cli.command(SET='data.kept=...')}"
         )
         raise RecipeError(
             Problem(
@@ -154,7 +155,7 @@ def _pair(resolved: Resolved, result: Path, base: Path | None) -> Pair:
             Problem(
                 shown(result),
                 "is gone: run.json says that it was trained",
-                f"make train RECIPE={asked.name} FORCE=1",
+                cli.command("train", RECIPE=asked.name, FORCE=True),
             )
         )
     facts: dict[str, Any] = {"result": shown(result)}
@@ -162,7 +163,7 @@ def _pair(resolved: Resolved, result: Path, base: Path | None) -> Pair:
         source = base or locate.local(weights, resolved.base.revision)
         if source is None or not (source / "config.json").is_file():
             found = f"its base {source or weights} is not on this machine"
-            raise RecipeError(Problem(shown(result), found, "give its folder: BASE=path"))
+            raise RecipeError(Problem(shown(result), found, f"give its folder: {cli.command(BASE='path')}"))
         tokenizer = attach.tokenizer(result, source)
         untrained = _grown(attach.base(source, None), tokenizer, asked)
         return Pair(tokenizer, attach.base(result, None), untrained, facts | {"base": str(source)})

@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import environment, locate, provenance
+from lora_recipes.core import cli, environment, locate, provenance
 from lora_recipes.core import safetensors as weights
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
@@ -57,7 +57,7 @@ class Combination:
         if len(self.weights) != count:
             found.append(
                 Problem(
-                    "WEIGHTS",
+                    cli.command(WEIGHTS=""),
                     f"{len(self.weights)} weights for {count} adapters",
                     "one each, in the same order",
                 )
@@ -65,7 +65,7 @@ class Combination:
         if bad := [w for w in self.weights if not math.isfinite(w) or w == 0]:
             found.append(
                 Problem(
-                    "WEIGHTS",
+                    cli.command(WEIGHTS=""),
                     f"{bad[0]:g} is no weight",
                     "a number other than 0; leave the adapter out instead",
                 )
@@ -74,7 +74,7 @@ class Combination:
             return [
                 *found,
                 Problem(
-                    "METHOD",
+                    cli.command(METHOD=""),
                     f"PEFT has no {kind!r}",
                     f"did you mean {nearest(kind, METHODS)}? One of {', '.join(METHODS)}",
                 ),
@@ -82,25 +82,25 @@ class Combination:
         if count == 1 and kind != "linear":
             found.append(
                 Problem(
-                    "METHOD",
+                    cli.command(METHOD=""),
                     f"PEFT takes linear for a single adapter, whatever is asked, not {kind}",
-                    "METHOD=linear",
+                    cli.command(METHOD="linear"),
                 )
             )
         drops = kind.removesuffix("_svd") in ("ties", "dare_linear", "dare_ties", "magnitude_prune")
         if drops and not (self.density and 0 < self.density <= 1):
             found.append(
                 Problem(
-                    "DENSITY",
+                    cli.command(DENSITY=""),
                     f"{kind} needs the share of values to keep",
-                    "above 0, at most 1, e.g. DENSITY=0.5",
+                    f"above 0, at most 1, e.g. {cli.command(DENSITY='0.5')}",
                 )
             )
         if not drops and self.density is not None:
-            found.append(Problem("DENSITY", f"{kind} keeps every value", "leave DENSITY out"))
+            found.append(Problem(cli.command(DENSITY=""), f"{kind} keeps every value", "leave it out"))
         if self.svd_rank is not None and (self.svd_rank < 1 or not kind.endswith("svd")):
-            do = "a rank of at least 1" if kind.endswith("svd") else "leave SVD_RANK out"
-            found.append(Problem("SVD_RANK", f"{self.svd_rank} with {kind}", do))
+            do = "a rank of at least 1" if kind.endswith("svd") else "leave it out"
+            found.append(Problem(cli.command(SVD_RANK=""), f"{self.svd_rank} with {kind}", do))
         return found
 
 
@@ -156,17 +156,20 @@ def _place(run: RunFolder, chosen: dict[str, Path], force: bool) -> list[Problem
     """May the result stand in `run`? A trained run is never replaced, nor an adapter that is being
     combined.
     """
+    named = cli.command(NAME=run.path.name)
     if not re.fullmatch(r"[\w.-]*\w", run.path.name):
-        return [Problem(f"NAME={run.path.name}", "is no name", "letters, digits, . _ -")]
+        return [Problem(named, "is no name", "letters, digits, . _ -")]
     if run.path.name in recipes.names():
-        return [Problem(f"NAME={run.path.name}", "is a recipe's name: its run belongs there", "another NAME")]
+        return [Problem(named, "is a recipe's name: its run belongs there", "give another name")]
     if any(run.path.resolve() in folder.resolve().parents for folder in chosen.values()):
-        return [Problem(shown(run.path), "holds one of the adapters that are to be combined", "another NAME")]
+        return [
+            Problem(shown(run.path), "holds one of the adapters that are to be combined", "give another name")
+        ]
     if run.path.exists() and any(run.path.iterdir()):
         if not isinstance(run.record, CombinedRecord):
-            return [Problem(shown(run.path), "holds something else than a combination", "another NAME")]
+            return [Problem(shown(run.path), "holds something else than a combination", "give another name")]
         if not force:
-            return [Problem(shown(run.path), "is already there", "FORCE=1 replaces it")]
+            return [Problem(shown(run.path), "is already there", f"{cli.command(FORCE=True)} replaces it")]
     return []
 
 
@@ -234,7 +237,9 @@ def _combine(
     if not own > EXACT:
         raise RecipeError(
             Problem(
-                "WEIGHTS", "the combination does nothing: the adapters cancel each other", "other weights"
+                cli.command(WEIGHTS=""),
+                "the combination does nothing: the adapters cancel each other",
+                "other weights",
             )
         )
     if (asked.combination_type == "cat" or len(parts) == 1) and off > EXACT:

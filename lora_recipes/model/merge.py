@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import base_fit, locate, provenance, safetensors
+from lora_recipes.core import base_fit, cli, locate, provenance, safetensors
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
 from lora_recipes.core.provenance import Provenance
@@ -80,7 +80,9 @@ def merge(
                 )
             )
         if not force:
-            raise RecipeError(Problem(shown(output), "is already there", "FORCE=1 replaces it"))
+            raise RecipeError(
+                Problem(shown(output), "is already there", f"{cli.command(FORCE=True)} replaces it")
+            )
     adapter = adapters.read(folder, anything=True)
     if (kind := adapter.config["peft_type"]) in PROMPTS:
         do = "its virtual tokens stand before each text: use it by PEFT"
@@ -88,7 +90,7 @@ def merge(
     name = adapter.config.get("base_model_name_or_path") or "(none named)"
     source = base.absolute() if base else locate.local(name, adapter.config.get("revision"))
     if source is None or not (source / "config.json").is_file():
-        do = "give its folder: BASE=path (a hub model: hf download it first)"
+        do = f"give its folder: {cli.command(BASE='path')} (a hub model: hf download it first)"
         raise RecipeError(Problem(shown(folder), f"its base {source or name} is not a folder here", do))
     known = provenance.read(folder)
     raise_if(base_fit.fit(adapter, source, known))
@@ -125,7 +127,7 @@ def _enough_memory(source: Path, dtype: str, times: float = 1.25) -> None:
         do = (
             "merge on a larger machine"
             if dtype != "float32"
-            else "DTYPE=bfloat16 needs half, or use a larger machine"
+            else f"{cli.command(DTYPE='bfloat16')} needs half, or use a larger machine"
         )
         raise RecipeError(Problem(shown(source), found, do))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from lora_recipes.core import cli
 from lora_recipes.core.files import free_bytes
 from lora_recipes.core.record import PlanFacts
 from lora_recipes.core.yamlfile import shown
@@ -70,8 +71,8 @@ def warning(facts: PlanFacts, tokenizer: Any, memory: Memory, resolved: Resolved
     return [
         f"the disk has {_mib(free)} free in {shown(resolved.outputs)}/, the run writes about"
         f" {_mib(space.total)}: the {what} {_mib(space.result)}, and {space.kept} checkpoints of"
-        f" {_mib(space.checkpoint)} at once: free some space, name another OUTPUTS=, or set"
-        " train.save_total_limit"
+        f" {_mib(space.checkpoint)} at once: free some space, name another"
+        f" {cli.command(OUTPUTS='dir')}, or set train.save_total_limit"
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import files, yamlfile
+from lora_recipes.core import cli, files, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.recipe import check, rules
 from lora_recipes.recipe.recipe import Recipe
@@ -37,7 +37,7 @@ def find(name: str, beside: Path | None = None) -> Path:
         do = f"the recipe's name comes first, then {name}. {known}"
     raise RecipeError(
         Problem(
-            f"RECIPE={name}",
+            cli.command(RECIPE=name),
             _nowhere(name, beside or Path()) if is_path else "no recipe of that name in configs/recipes/",
             do,
         )
@@ -112,7 +112,7 @@ def _malformed(text: str) -> str:
         return f"an override sets a whole key: {section}.{names[0]}={{{'.'.join(names[1:])}: {value}}}"
     if equals and section and names and names[0]:
         return ""
-    return "e.g. lora.r=16 (several: SET='lora.r=16 lora.lora_alpha=32')"
+    return f"e.g. lora.r=16 (several: {cli.command(SET=['lora.r=16', 'lora.lora_alpha=32'])})"
 
 
 def _value(where: str, written: str) -> tuple[Any, list[Problem]]:

@@ -6,6 +6,8 @@ against the schema, the scripts, the libraries or a finished run; `str(answer)` 
 
 from dataclasses import dataclass
 
+from lora_recipes.core import cli
+
 
 @dataclass(frozen=True)
 class Write:
@@ -28,17 +30,24 @@ class Write:
 
 @dataclass(frozen=True)
 class Run:
-    """Not a key but an option of scripts/`verb`.py, which make sets by `variable`."""
+    """Not a key but an option of a verb, as cli.command spells it: a variable of the Makefile, and its value
+    (True: a switch).
+    """
 
     verb: str
-    variable: str
-    option: str
+    variable: str = ""
+    value: str | bool = True
     note: str = ""
+
+    @property
+    def option(self) -> str:
+        """As scripts/`verb`.py takes it."""
+        return cli.option(self.variable, self.value) if self.variable else ""
 
     def __str__(self) -> str:
         """The answer in words."""
-        command = f"make {self.verb} {self.variable}".rstrip()
-        option = f" (scripts/{self.verb}.py {self.option})" if self.option else ""
+        command = cli.command(self.verb, **({self.variable: self.value} if self.variable else {}))
+        option = f" (scripts/{self.verb}.py {self.option})" if self.option and cli.by_make() else ""
         return f"use {command}{option}{self.note and f': {self.note}'}"
 
 
@@ -71,7 +80,8 @@ _METHOD = Write(
     "lora:", also=("peft:", "freeze:", "full:"), note="one of these sections says what is trained"
 )
 _MERGED = Write(
-    "model.name_or_path", note="an adapter is never the base: `make merge` first, then name the merged folder"
+    "model.name_or_path",
+    note=f"an adapter is never the base: `{cli.command('merge')}` first, then name the merged folder",
 )
 _MODULES = Write("lora.target_modules")
 _MODEL = Write("model.name_or_path")
@@ -105,7 +115,7 @@ _TOKEN = Environment(
     "HF_TOKEN",
     "or run `hf auth login`; the recipe is copied into the run folder, and a secret would be with it",
 )
-_RESUME = Run("train", "RESUME=1", "--resume", "the newest whole checkpoint is found and checked")
+_RESUME = Run("train", "RESUME", note="the newest whole checkpoint is found and checked")
 _NO_CACHE = Nothing("rows are read and made into tokens anew each time")
 _SFT = Nothing("supervised fine-tuning is the only kind of training here")
 _WRITTEN = "PEFT writes it from model.name_or_path"
@@ -167,7 +177,7 @@ OTHER_NAMES: dict[str, Answer] = {
     "eval_sample_packing": Write("train.eval_packing"),
     "evals_per_epoch": Write("train.eval_steps", note="below 1: a share of all steps"),
     "evaluation_strategy": Write("train.eval_strategy"),
-    "export_dir": Run("merge", "", "", "it writes outputs/<recipe name>/merged"),
+    "export_dir": Run("merge", note="it writes outputs/<recipe name>/merged"),
     "finetuning_type": _METHOD,
     "flash_attention": _FLASH,
     "flash_attn": _FLASH,
@@ -225,7 +235,7 @@ OTHER_NAMES: dict[str, Answer] = {
     "optimizer": _OPTIM,
     "optimizer_name": _OPTIM,
     "overwrite_cache": _NO_CACHE,
-    "overwrite_output_dir": Run("train", "FORCE=1", "--force", "a finished run is replaced"),
+    "overwrite_output_dir": Run("train", "FORCE", note="a finished run is replaced"),
     "packed": _PACKING,
     "peft_init_lora_weights": Write("lora.init_lora_weights"),
     "peft_layers_to_transform": Write("lora.layers_to_transform"),
@@ -296,7 +306,7 @@ OTHER_NAMES: dict[str, Answer] = {
 # A real field that the launcher sets itself -> where its value comes from instead.
 OWNED: dict[str, Answer] = {
     "train.output_dir": Run(
-        "train", "OUTPUTS=DIR", "--outputs DIR", "the run folder is <DIR>/<recipe name>, outputs/ by default"
+        "train", "OUTPUTS", "DIR", "the run folder is <DIR>/<recipe name>, outputs/ by default"
     ),
     "train.resume_from_checkpoint": _RESUME,
     "train.model_init_kwargs": Write(

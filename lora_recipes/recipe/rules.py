@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem
 from lora_recipes.recipe import check
 from lora_recipes.recipe.initialisation import MUTATE, kind
@@ -87,7 +88,7 @@ def _problems(rules: list[Rule], recipe: Recipe, facts: Facts) -> Iterator[Probl
             }
             words |= broken if isinstance(broken, dict) else {}
             key = rule.key.format(**words)
-            where = key if key.isupper() else recipe.at(*filter(None, key.split(".")))
+            where = cli.command(**{key: ""}) if key.isupper() else recipe.at(*filter(None, key.split(".")))
             yield Problem(where, rule.found.format(**words), rule.do.format(**words))
 
 
@@ -615,7 +616,8 @@ def _under(kinds: tuple[str, ...], broken: Callable[[Recipe], bool]) -> Broken:
 
 _DIVIDED = (FSDP2, ZERO2, ZERO3)
 _NOT_SHOWN = "was not shown to work in several processes ({layout})"
-_SMALL = "ACCELERATE=ddp (4-bit weights are small), or remove quantize"
+_DDP = cli.command(ACCELERATE="ddp")
+_SMALL = f"{_DDP} (4-bit weights are small), or remove quantize"
 
 
 def _quantised(recipe: Recipe) -> bool:
@@ -641,7 +643,7 @@ _LAYOUT = [
             f"train.{name}",
             "any recipe",
             "where to train is no part of a recipe",
-            "remove it: make train ACCELERATE=name, a file of configs/accelerate/",
+            f"remove it: {cli.command('train', ACCELERATE='name')}, a file of configs/accelerate/",
             lambda r, f, name=name: bool(getattr(r.train, name)),  # type: ignore[misc]
         )
         for name in ("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config")
@@ -694,14 +696,14 @@ _LAYOUT = [
         "model.quantize",
         ZERO2,
         "NF4 under {layout} was not shown to work here",
-        "ACCELERATE=ddp",
+        _DDP,
         _under((ZERO2,), _quantised),
     ),
     Rule(
         "{method}",
         "peft: and freeze: under FSDP2, ZeRO-2 and ZeRO-3; full: under FSDP2 and ZeRO-3",
         "{method}: under {layout} was not shown to work here",
-        "ACCELERATE=ddp",
+        _DDP,
         lambda r, f: (
             f.layout.kind in _DIVIDED
             and (r.method not in ("lora", "full") or (r.method == "full" and f.layout.sharded))
@@ -712,7 +714,7 @@ _LAYOUT = [
             f"lora.{name}",
             "FSDP2, ZeRO-2 and ZeRO-3",
             f"{name} under {{layout}} was not shown to work here",
-            "ACCELERATE=ddp",
+            _DDP,
             _under(_DIVIDED, _lora_field(name)),
         )
         for name in ("use_dora", "modules_to_save", "trainable_token_indices")
@@ -721,7 +723,7 @@ _LAYOUT = [
         _INIT,
         "a word, under FSDP2, ZeRO-2 and ZeRO-3",
         "an initialisation by {init} under {layout} was not shown to work here",
-        "ACCELERATE=ddp",
+        _DDP,
         _initialised,
     ),
     Rule(
@@ -729,14 +731,14 @@ _LAYOUT = [
         "another model.dtype, under ZeRO-2 and ZeRO-3",
         "DeepSpeed trains the adapter in the base's {dtype} (its optimiser keeps float32 copies), not in"
         " float32",
-        "set model.adapter_dtype={dtype}, or ACCELERATE=ddp",
+        f"set model.adapter_dtype={{dtype}}, or {_DDP}",
         _deepspeed_dtype,
     ),
     Rule(
         "learning_rates",
         "FSDP2, ZeRO-2 and ZeRO-3",
         "learning_rates: under {layout} was not shown to work here",
-        "ACCELERATE=ddp",
+        _DDP,
         _under(_DIVIDED, lambda r: r.learning_rates is not None),
     ),
 ]

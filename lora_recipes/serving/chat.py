@@ -5,7 +5,7 @@ torch.
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import provenance
+from lora_recipes.core import cli, provenance
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.serving.endpoint import Endpoint
 
@@ -20,7 +20,9 @@ def chat(url: str, model: str, questions: list[str]) -> str:
     models = endpoint.models()
     base = next(iter(models))
     if model not in models:
-        raise RecipeError(Problem(url, f"serves no {model}", f"MODEL=one of {', '.join(models)}"))
+        raise RecipeError(
+            Problem(url, f"serves no {model}", f"{cli.command(MODEL='one')} of {', '.join(models)}")
+        )
     known = provenance.read(Path(models[model]))
     chats = bool(known and known.probes and isinstance(known.probes[0].prompt, list))
     asked: list[tuple[Any, dict[str, Any]]] = [

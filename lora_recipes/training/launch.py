@@ -24,6 +24,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command,
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
 from lora_recipes.core.files import ROOT, find, looked, now
 from lora_recipes.core.run_folder import RunFolder
@@ -66,7 +67,7 @@ def words(name: str, processes: int | None, more: str = "") -> list[str]:
     known = sorted(p.stem for p in FILES.glob("*.yaml"))
     if not file.is_file():
         do = f"did you mean {nearest(name, known)}? There are {', '.join(known)}"
-        raise RecipeError(Problem("ACCELERATE", f"there is no {name}", do))
+        raise RecipeError(Problem(cli.command(ACCELERATE=""), f"there is no {name}", do))
     found = ["--config_file", str(file), *shlex.split(more)]
     if (
         processes is None
@@ -75,9 +76,11 @@ def words(name: str, processes: int | None, more: str = "") -> list[str]:
     ):
         processes = torch.cuda.device_count()
         if not processes:
-            do = "PROCESSES=2 starts two on the CPU (ddp and zero2)"
+            do = f"{cli.command(PROCESSES='2')} starts two on the CPU (ddp and zero2)"
             raise RecipeError(
-                Problem("PROCESSES", f"{name} takes one process a GPU, and there is no GPU here", do)
+                Problem(
+                    cli.command(PROCESSES=""), f"{name} takes one process a GPU, and there is no GPU here", do
+                )
             )
     return [*found, "--num_processes", str(processes)] if processes else found
 
@@ -209,7 +212,8 @@ def check(found: Asked | None, trainer: Any, recipe: Recipe, plan: Layout) -> No
 def _differ(found: Asked, real: Layout) -> list[Problem]:
     if found.layout == real:
         return []
-    do = "make train ACCELERATE=ddp PROCESSES=2 starts two processes on a CPU; FSDP2 needs GPUs"
+    two = cli.command("train", ACCELERATE="ddp", PROCESSES="2")
+    do = f"{two} starts two processes on a CPU; FSDP2 needs GPUs"
     return [Problem(found.said, f"asks for {found.layout}; what runs is {real}", do)]
 
 
@@ -226,7 +230,11 @@ def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
     if options.use_fsdp and not torch.cuda.is_available():
         found = "accelerate would run plain DDP instead: FSDP2 needs GPUs"
         raise RecipeError(
-            Problem(f"accelerate launch {shlex.join(given)}", found, "ACCELERATE=ddp runs on the CPU")
+            Problem(
+                f"accelerate launch {shlex.join(given)}",
+                found,
+                f"{cli.command(ACCELERATE='ddp')} runs on the CPU",
+            )
         )
     options.main_process_port = 0 if options.num_machines == 1 else options.main_process_port  # any free one
     try:
@@ -248,7 +256,8 @@ def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
             Problem(
                 resolved.recipe.name,
                 text,
-                "RESUME=1 continues from the newest whole checkpoint, FORCE=1 begins anew",
+                f"{cli.command(RESUME=True)} continues from the newest whole checkpoint,"
+                f" {cli.command(FORCE=True)} begins anew",
             )
         ) from None
     except SignalException as error:
@@ -256,7 +265,7 @@ def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
         raise KeyboardInterrupt from None
     except ImportError as error:
         raise RecipeError(
-            Problem("ACCELERATE", str(error).split(" =>")[0], "pip install -e '.[deepspeed]'")
+            Problem(cli.command(ACCELERATE=""), str(error).split(" =>")[0], "pip install -e '.[deepspeed]'")
         ) from None
     return 0
 

@@ -17,12 +17,13 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
-from lora_recipes.core import yamlfile
+from lora_recipes.core import cli, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.recipe.recipe import Recipe
 
 REMOVE = "take it away: the recipe decides ({key})"
-LAYOUT = "take it away: ACCELERATE=ddp, fsdp2, zero2 or zero3 starts several processes (docs/scaling.md)"
+LAYOUT = f"take it away: {cli.command(ACCELERATE='ddp')}, fsdp2, zero2 or zero3 starts several"
+LAYOUT += " processes (docs/scaling.md)"
 
 
 @dataclass(frozen=True)

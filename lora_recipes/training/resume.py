@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import yaml
 
+from lora_recipes.core import cli
 from lora_recipes.core.checkpoints import newest_whole, steps_of
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import FILES, RunFolder
@@ -27,23 +28,26 @@ def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
     """Refuse to overwrite a run, or to continue one, unless that was asked for."""
     where, saved = shown(folder.path), [p.name for p in steps_of(folder.checkpoints)]
     if resume and force:
-        raise RecipeError(
-            Problem(where, "RESUME and FORCE exclude each other", "continue the run, or begin it anew")
-        )
+        both = f"{cli.command(RESUME=True)} and {cli.command(FORCE=True)}"
+        raise RecipeError(Problem(where, f"{both} exclude each other", "continue the run, or begin it anew"))
     if resume and not saved:
-        raise RecipeError(Problem(where, "there is no checkpoint to resume from", "run without RESUME=1"))
+        raise RecipeError(
+            Problem(where, "there is no checkpoint to resume from", f"run without {cli.command(RESUME=True)}")
+        )
     if force:
         return
     if folder.finished:
         do = (
-            "FORCE=1 trains anew and replaces it; OUTPUTS=dir keeps it and trains elsewhere; or copy the"
-            " recipe to a new name"
+            f"{cli.command(FORCE=True)} trains anew and replaces it; {cli.command(OUTPUTS='dir')} keeps it"
+            " and trains elsewhere; or copy the recipe to a new name"
         )
         raise RecipeError(Problem(where, "holds a finished run", do))
     if saved and not resume:
         raise RecipeError(
             Problem(
-                where, f"holds an unfinished run ({saved[0]})", "RESUME=1 continues it, FORCE=1 begins anew"
+                where,
+                f"holds an unfinished run ({saved[0]})",
+                f"{cli.command(RESUME=True)} continues it, {cli.command(FORCE=True)} begins anew",
             )
         )
     found = [name for name in FILES if (folder.path / name).exists()]
@@ -52,7 +56,7 @@ def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
             Problem(
                 where,
                 f"holds {', '.join(found)}, but no run.json",
-                "move them away, or FORCE=1 replaces them",
+                f"move them away, or {cli.command(FORCE=True)} replaces them",
             )
         )
 
@@ -66,9 +70,10 @@ def left(folder: RunFolder, ranks: int = 1) -> str:
         pass
     whole, _ = newest_whole(folder.checkpoints, ranks)
     if whole:
-        return f"{whole.name} is whole: RESUME=1"
+        return f"{whole.name} is whole: {cli.command(RESUME=True)}"
     kept = f"; the run that it was to replace is kept in {shown(folder.replaced)}/"
-    again = "no checkpoint is whole yet: FORCE=1" if steps_of(folder.checkpoints) else "then begin again"
+    anew = f"no checkpoint is whole yet: {cli.command(FORCE=True)}"
+    again = anew if steps_of(folder.checkpoints) else "then begin again"
     return again + (kept if folder.replaced.exists() else "")
 
 
@@ -81,7 +86,7 @@ def differences(folder: RunFolder, recipe: Recipe, facts: Mapping[str, str | Non
         began = {section: its or {} for section, its in before.items()}
         before = Recipe(recipe.name, folder.path / "recipe.yaml", began).anywhere()
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-        do = "without it nobody knows what the run began with: FORCE=1 begins anew"
+        do = f"without it nobody knows what the run began with: {cli.command(FORCE=True)} begins anew"
         raise RecipeError(
             Problem(shown(folder.path / "recipe.yaml"), f"cannot be read: {error}", do)
         ) from None

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedModel, ProgressCallback
 
-from lora_recipes.core import environment, files
+from lora_recipes.core import cli, environment, files
 from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
@@ -76,7 +76,7 @@ def _train(
     raise_if(warm_ready(resolved))
     plan = plans.make(resolved, launch.planned(asked), network=True, rows=shared.rows)
     expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
-    say(plan.short(f"{shown(folder.path / PLAN)}, or make plan RECIPE={recipe.name}"))
+    say(plan.short(f"{shown(folder.path / PLAN)}, or {cli.command('plan', RECIPE=recipe.name)}"))
     real = resolved.base.real_config()
     if wrong := base_model.contract_differences(resolved.base, real):
         do = "the plan describes another model: correct the contract, or name_or_path"
@@ -109,7 +109,7 @@ def _train(
             said = str(error) or type(error).__name__
             _save(folder, replace(session.run, status="failed", error=said, ended=now()))
         if isinstance(error, KeyboardInterrupt):
-            say("\nwhere a checkpoint was saved, RESUME=1 continues from it")
+            say(f"\nwhere a checkpoint was saved, {cli.command(RESUME=True)} continues from it")
         if folder.replaced.exists():
             say(f"the run that was to be replaced is kept in {shown(folder.replaced)}/")
         raise
@@ -137,7 +137,7 @@ def prepare_base(resolved: Resolved) -> None:
     if folder.finished:
         changed = differences(folder, base, {"train_data_sha256": read.read(base, "train").sha256})
         if changed:
-            do = f"make train RECIPE={base.name} FORCE=1, or set it back"
+            do = f"{cli.command('train', RECIPE=base.name, FORCE=True)}, or set it back"
             raise RecipeError(
                 [
                     Problem(shown(folder.path), f"the base is from another {base.name}: {line}", do)
@@ -146,7 +146,7 @@ def prepare_base(resolved: Resolved) -> None:
             )
         return
     if PartialState().num_processes > 1:
-        do = f"train it first, in one process: make train RECIPE={base.name}"
+        do = f"train it first, in one process: {cli.command('train', RECIPE=base.name)}"
         raise RecipeError(
             Problem(recipe.at("model", "from_recipe"), f"the base {base.name} is not trained yet", do)
         )
@@ -162,10 +162,12 @@ def warm_ready(resolved: Resolved) -> list[Problem]:
     name, folder = resolved.warm.recipe.name, resolved.warm.folder
     where = resolved.recipe.at("warm_start", "from_recipe")
     if not isinstance(done := folder.run, FinishedRun):
-        return [Problem(where, f"{shown(folder.path)} holds no finished run", f"make train RECIPE={name}")]
+        return [
+            Problem(where, f"{shown(folder.path)} holds no finished run", cli.command("train", RECIPE=name))
+        ]
     if done.resume_facts.base_weights != answers.fingerprint(resolved.base):
         found = f"{name} was trained on other weights than the base has now"
-        return [Problem(where, found, f"make train RECIPE={name} FORCE=1")]
+        return [Problem(where, found, cli.command("train", RECIPE=name, FORCE=True))]
     return []
 
 
@@ -183,7 +185,8 @@ def resume_facts(plan: Plan, resolved: Resolved, real: PreTrainedConfig) -> Resu
 
 def _checkpoint(folder: RunFolder, recipe: Recipe, facts: ResumeFacts) -> Path:
     if changed := differences(folder, recipe, vars(facts)):
-        do = "the trainer would ignore it and go on with the old value: set it back, or FORCE=1 to begin anew"
+        do = "the trainer would ignore it and go on with the old value: set it back, or"
+        do += f" {cli.command(FORCE=True)} to begin anew"
         raise RecipeError([Problem(shown(folder.path), line, do) for line in changed])
     checkpoint, skipped = newest_whole(folder.checkpoints, PartialState().num_processes)
     for line in skipped:
@@ -193,7 +196,7 @@ def _checkpoint(folder: RunFolder, recipe: Recipe, facts: ResumeFacts) -> Path:
             Problem(
                 shown(folder.checkpoints),
                 "no checkpoint is whole: " + "; ".join(skipped),
-                "FORCE=1 begins anew",
+                f"{cli.command(FORCE=True)} begins anew",
             )
         )
     return checkpoint

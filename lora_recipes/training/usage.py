@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem
 from lora_recipes.core.record import MemoryUse
 from lora_recipes.data.gate import Gate
@@ -96,7 +97,9 @@ def out_of_memory(
         " device"
     )
     settings = [
-        f"SET='{' '.join(o.overrides)}' ({gib(o.memory.peak_bytes)} GiB)" for o in fitting if o.overrides
+        f"{cli.command(SET=list(o.overrides))} ({gib(o.memory.peak_bytes)} GiB)"
+        for o in fitting
+        if o.overrides
     ]
     if settings:
         do = "with the same examples a step would fit: " + "; ".join(settings)
