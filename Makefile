@@ -16,7 +16,7 @@ ABLATE_OPTIONS = $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(JOB
 LAYOUT = $(if $(ACCELERATE),--accelerate $(call quoted,$(ACCELERATE)))
 SERVE  := .venv-serve/.ready
 DOCS   := $(VENV)/.docs
-STRICT := --strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
+STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-serve plan memory train ablate merge eval combine serve chat bench-serve compare test test-fast coverage lint schema docs clean
