@@ -30,6 +30,7 @@ ROWS = (files.ROOT / "data/facts/corrections.jsonl").read_text(encoding="utf-8")
 
 def said(capsys, *words):
     """The exit code and what was said, of a verb called in this process."""
+    code: str | int | None
     try:
         code = main(words)
     except SystemExit as end:
@@ -253,6 +254,7 @@ def test_a_run_finds_its_data_and_its_base_again_from_any_folder(own, trained, t
     train(resolve(recipes.load("own.yaml"), Path("outputs")))
     monkeypatch.chdir(files.ROOT)
     again = recipes.load(str(outputs / "own" / "recipe.yaml"))
+    assert isinstance(again.data.train, str)
     assert again.file(again.data.train).samefile(own.parent / "rows.jsonl")
     found = evaluation(str(own), outputs)
     assert found.sets["kept"].rows > 0

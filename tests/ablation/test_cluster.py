@@ -16,6 +16,7 @@ from lora_recipes.ablation import cluster, report, spec
 from lora_recipes.ablation.ablate import spread
 from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
+from tests.typed import there
 
 SCRIPT = str(files.ROOT / "scripts" / "ablate.py")
 OVER = ["lora.r=2,4", "train.max_steps=2", "train.logging_steps=1"]
@@ -51,7 +52,7 @@ def test_a_job_of_a_slurm_array_trains_its_run_and_the_report_collects_what_is_t
     assert done.returncode == 0, done.stderr
     assert [str(p.relative_to(folder)) for p in folder.glob("*/*/adapter")] == ["r4/s42/adapter"]
     assert bash(file, SLURM_ARRAY_TASK_ID="2").returncode != 0, "there is no such run"
-    collect = re.search(r"report +python (.*)$", said, re.M)[1]
+    collect = there(re.search(r"report +python (.*)$", said, re.M))[1]
     done = subprocess.run(
         f"{sys.executable} {collect}", shell=True, cwd=files.ROOT, capture_output=True, text=True, check=False
     )
@@ -112,7 +113,7 @@ def test_a_skypilot_job_runs_what_it_says_and_each_run_is_launched_once(anywhere
     )
     assert bash(tmp_path / "launch.sh", PATH=path, LOG=str(log), GPUS="L4:1", BUCKET="b").returncode == 0
     lines = log.read_text().splitlines()
-    assert [re.search(r"--env RUN=(\S+) --env BUCKET=b", line)[1] for line in lines] == [
+    assert [there(re.search(r"--env RUN=(\S+) --env BUCKET=b", line))[1] for line in lines] == [
         "r2/s1",
         "r4/s1",
         "r2/s2",

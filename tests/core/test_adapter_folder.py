@@ -28,7 +28,7 @@ def test_a_larger_rank_in_the_pattern_counts_and_a_smaller_one_does_not() -> Non
 def test_the_rank_is_that_of_the_largest_tensor_of_a_saved_adapter(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
     config = LoraConfig(r=4, target_modules=["a", "b"], rank_pattern={"b": 12})
-    get_peft_model(model, config).save_pretrained(tmp_path)
+    get_peft_model(model, config).save_pretrained(str(tmp_path))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = get_peft_model_state_dict(
         get_peft_model(nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}), config)

@@ -13,6 +13,7 @@ from lora_recipes.core import checkpoints, files, record, run_folder
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.recipe import load as recipes
 from lora_recipes.training import resume
+from tests.typed import there
 
 RUN = record.loads(Path(__file__).with_name("run_before_schema.json").read_text(), "run.json")
 
@@ -48,9 +49,9 @@ def test_a_whole_checkpoint_has_no_fault(checkpoint):
 def test_each_missing_or_cut_file_is_named(checkpoint, name):
     file = checkpoint / name
     os.truncate(file, file.stat().st_size - 5)
-    assert any(word in checkpoints.fault(checkpoint) for word in (name, "weights", "not the content"))
+    assert any(word in there(checkpoints.fault(checkpoint)) for word in (name, "weights", "not the content"))
     file.unlink()
-    assert any(word in checkpoints.fault(checkpoint) for word in (name, "no weights"))
+    assert any(word in there(checkpoints.fault(checkpoint)) for word in (name, "no weights"))
 
 
 def test_a_flipped_byte_in_the_optimizer_is_noticed(checkpoint):
@@ -59,7 +60,7 @@ def test_a_flipped_byte_in_the_optimizer_is_noticed(checkpoint):
     at = content.find(b"\x00\x00\x80\x3f" * 4)  # four floats of 1.0
     content[at] ^= 1
     file.write_bytes(content)
-    assert "corrupt" in checkpoints.fault(checkpoint)
+    assert "corrupt" in there(checkpoints.fault(checkpoint))
 
 
 def test_every_rank_must_have_left_its_random_state(checkpoint):

@@ -16,10 +16,11 @@ from lora_recipes.recipe import load as recipes
 USER = {"role": "user", "content": "Hello there"}
 REPLY = {"role": "assistant", "content": "Hi, how are you?"}
 SYSTEM = {"role": "system", "content": "Speak kindly."}
+LOOK = {"name": "look", "arguments": {}}
 CALL = {
     "role": "assistant",
     "content": None,
-    "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}],
+    "tool_calls": [{"type": "function", "function": LOOK}],
 }
 ANSWER = {"role": "tool", "content": "two degrees"}
 GOOD = {"messages": [USER, REPLY]}
@@ -230,7 +231,7 @@ def test_every_fault_of_a_row_is_named(make):
         [USER, CALL, ANSWER, ANSWER, REPLY],
         [USER, {k: v for k, v in CALL.items() if k != "content"}, ANSWER, REPLY],
         [USER, CALL | {"content": ""}, ANSWER | {"content": ""}, REPLY],
-        [USER, CALL | {"tool_calls": [CALL["tool_calls"][0]["function"]]}],
+        [USER, CALL | {"tool_calls": [LOOK]}],
         [USER, REPLY | {"tool_calls": None}],
     ],
 )

@@ -4,6 +4,7 @@ renders.
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -101,14 +102,16 @@ def make(tmp_path):
 @pytest.fixture(scope="session")
 def model(made):
     """A Qwen3 of two layers, for SFTTrainer to hold."""
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-    }
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(made), num_hidden_layers=2, **sizes))
+    config = Qwen3Config(
+        vocab_size=len(made),
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    return Qwen3ForCausalLM(config)
 
 
 @pytest.fixture
@@ -149,7 +152,8 @@ def kept(chosen, tokenizer):
     return [(ids, labels) for ids, labels in cut if any(label != render.IGNORED for label in labels)]
 
 
-CASES = {
+# the rows, the chat template, and keys of `train:`
+CASES: dict[str, tuple[list[dict[str, Any]], str, dict[str, Any]]] = {
     **{
         f"messages in full, {name}": (MESSAGES, name, {})
         for name in ("qwen3_5_think", "qwen3", "qwen2_5", "llama3")

@@ -163,29 +163,32 @@ def published(row: dict[str, str]) -> Memory:
         "num_key_value_heads",
         "vocab_size",
     )
-    options = {key: number[key] for key in names} | {
-        "tie_word_embeddings": row["tie_word_embeddings"] == "True"
-    }
-    config = kind(
-        **options,
-        max_position_embeddings=4096,
-        **({"head_dim": number["head_dim"]} if kind is LlamaConfig else {}),
-    )
+    sizes = {key: number[key] for key in (*names, *(["head_dim"] if kind is LlamaConfig else []))}
+    tied = row["tie_word_embeddings"] == "True"
+    config = kind.from_dict(sizes | {"max_position_embeddings": 4096, "tie_word_embeddings": tied})
     quantize = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
     )
-    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    arguments = TrainingArguments(**checkpointing, use_cpu=True, bf16=False)
+    arguments = TrainingArguments(
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        use_cpu=True,
+        bf16=False,
+    )
     lora = LoraConfig(r=number["r"], target_modules=row["target_modules"].split(), task_type="CAUSAL_LM")
     batch = Batch(number["batch"], number["seq"], number["batch"] * (number["seq"] - 1))
-    done = {
-        "peft_config": lora,
-        "adapter": torch.float32,
-        "quantize": quantize,
-        "prepared": True,
-        "trl": False,
-    }
-    return memory.rehearsed(Setup(config, torch.float16, arguments, batch, **done))
+    setup = Setup(
+        config,
+        torch.float16,
+        arguments,
+        batch,
+        peft_config=lora,
+        adapter=torch.float32,
+        quantize=quantize,
+        prepared=True,
+        trl=False,
+    )
+    return memory.rehearsed(setup)
 
 
 def test_published_runs_on_a_t4_are_within_three_percent_and_one_and_a_half_on_average():

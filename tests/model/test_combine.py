@@ -2,6 +2,7 @@
 nothing unlike is mixed.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -44,15 +45,15 @@ def outputs(trained, tmp_path_factory) -> Path:
 def random_adapter(outputs: Path, folder: Path, seed: int = 0, **options) -> Path:
     """An adapter with random A and B, as PEFT saves it; it brings no provenance."""
     torch.manual_seed(seed)
-    config = {
-        "r": 4,
-        "lora_alpha": 8,
-        "init_lora_weights": False,
-        "task_type": "CAUSAL_LM",
-        "target_modules": ["q_proj", "v_proj"],
-    }
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj"],
+    )
     model = AutoModelForCausalLM.from_pretrained(outputs / "tiny_base" / "model")
-    get_peft_model(model, LoraConfig(**config | options)).save_pretrained(folder)
+    get_peft_model(model, dataclasses.replace(config, **options)).save_pretrained(str(folder))
     return folder
 
 

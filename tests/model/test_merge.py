@@ -1,5 +1,6 @@
 """Merged models answer as base + adapter does, or are not left behind."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -30,8 +31,9 @@ def hybrid(tmp_path_factory) -> Path:
 def adapter(base: Path, folder: Path, **options) -> Path:
     """An adapter with random A and B on the text class, as the trainer would save it."""
     torch.manual_seed(0)
-    config = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | options
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config)).save_pretrained(folder)
+    plain = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, dataclasses.replace(plain, **options)).save_pretrained(str(folder))
     return folder
 
 

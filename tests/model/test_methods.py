@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from lora_recipes.core import files, provenance
 from lora_recipes.core.errors import RecipeError
@@ -430,7 +430,8 @@ def test_eva_begins_in_the_directions_of_the_training_data(trained, corrections,
     shares = {}
     for name in ("eva", "orthogonal"):
         trainer, _ = built(trained, write_recipe("tiny_facts", lora=corrections | INITIALISATIONS[name]))
-        seen, module = [], adapted(trainer.model)["model.layers.0.self_attn.q_proj"]
+        seen: list[torch.Tensor] = []
+        module = adapted(trainer.model)["model.layers.0.self_attn.q_proj"]
         module.register_forward_hook(
             lambda m, inputs, output, seen=seen: seen.append(inputs[0].reshape(-1, 64))
         )
@@ -613,15 +614,21 @@ def test_new_tokens_are_trained_where_they_are_read_and_said_and_merge(
     )
 
 
+def embedding(model: PreTrainedModel) -> torch.Tensor:
+    found = model.get_input_embeddings()
+    assert isinstance(found, torch.nn.Embedding)
+    return found.weight
+
+
 def test_new_rows_begin_near_the_mean_of_the_old_and_differ(trained):
     model = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model")
-    old = model.get_input_embeddings().weight[:116].detach().clone()
+    old = embedding(model)[:116].detach().clone()
     vocabulary.begin(model, [116, 117], seed=1)
-    weight = model.get_input_embeddings().weight.detach()
+    weight = embedding(model).detach()
     assert torch.equal(weight[:116], old) and not torch.equal(weight[116], weight[117])
     assert ((weight[116:118] - old.mean(0)).abs() < 5 * vocabulary.NOISE * old.std(0)).all()
     vocabulary.begin(model, [116, 117], seed=1)
-    assert torch.equal(weight, model.get_input_embeddings().weight)
+    assert torch.equal(weight, embedding(model))
 
 
 @pytest.mark.parametrize("method", [{"full": {}}, {"freeze": {"last_blocks": 0, "embeddings": True}}])

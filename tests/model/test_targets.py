@@ -57,7 +57,7 @@ def config(r: Recipe) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", **there(r.lora).given)
 
 
-def problems(folder: Path, of: PreTrainedModel | str = "tiny_qwen35", **lora: Any) -> list[Problem]:
+def problems(folder: Path, of: PreTrainedModel | str = "tiny_qwen35", /, **lora: Any) -> list[Problem]:
     r = written(folder, lora)
     return targets.problems(model(of) if isinstance(of, str) else of, config(r), r)
 
@@ -132,7 +132,7 @@ def variants(name: str) -> set[str]:
 
 def based_on(r: Recipe) -> PreTrainedModel:
     """The model that the recipe trains, or that the recipe of its base does."""
-    return model(r.model.contract) if r.model.contract else based_on(recipes.load(r.model.from_recipe))
+    return model(r.model.contract) if r.model.contract else based_on(recipes.load(there(r.model.from_recipe)))
 
 
 @cache
@@ -146,9 +146,8 @@ def wrongly_accepted(of: PreTrainedModel, entry: str, good: str) -> list[str]:
     result, right = [], 0
     for typo in typos:
         lora = {"r": 8, "lora_alpha": 16, "target_modules": [good, typo]}
-        found = targets.problems(
-            of, LoraConfig(task_type="CAUSAL_LM", **lora), Recipe("mine", Path("mine.yaml"), {"lora": lora})
-        )
+        r = Recipe("mine", Path("mine.yaml"), {"lora": lora})
+        found = targets.problems(of, config(r), r)
         suggestion = found[0].do.removeprefix("did you mean ").removesuffix("?") if found else ""
         if (
             len(found) != 1
@@ -171,8 +170,8 @@ def test_a_shipped_recipe_has_no_problem_and_no_typo_of_one_character_in_it_is_a
     lora = there(r.lora)
     given = {key: value for key, value in lora.given.items() if key != "init_lora_weights"}
     assert targets.problems(based_on(r), LoraConfig(task_type="CAUSAL_LM", **given), r) == []
-    entries = lora.target_modules
-    for i, entry in enumerate(entries if isinstance(entries, list) else []):
+    entries = lora.target_modules if isinstance(lora.target_modules, list) else []
+    for i, entry in enumerate(entries):
         assert wrongly_accepted(based_on(r), entry, entries[i - 1]) == []
 
 
@@ -572,13 +571,13 @@ def test_matched_is_exactly_what_peft_adapts(name: str, lora: dict[str, Any]) ->
 
 
 def test_a_model_of_other_names_and_classes_is_matched_too(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=2, vocab_size=128)
+    gpt2_config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=2, vocab_size=128)
     with torch.device("meta"):
-        gpt2 = AutoModelForCausalLM.from_config(config)  # its layers are `h`, its projections Conv1D
+        gpt2 = AutoModelForCausalLM.from_config(gpt2_config)  # its layers are `h`, its projections Conv1D
     lora = {"target_modules": ["c_attn", "mlp.c_proj"], "layers_to_transform": [1], "fan_in_fan_out": True}
     assert problems(tmp_path, gpt2, **lora) == []
     assert only(problems(tmp_path, gpt2, **lora | {"layers_to_transform": [2]})).do == "the layers are 0 to 1"
-    found = targets.matched(gpt2, LoraConfig(task_type="CAUSAL_LM", **lora))
+    found = targets.matched(gpt2, config(written(tmp_path, lora)))
     assert found == ["transformer.h.1.attn.c_attn", "transformer.h.1.mlp.c_proj"]
     assert list(map(str, targets.coverage(gpt2, found))) == [
         "full_attention 2 layers: c_attn (1 of 2), c_proj (1 of 2) (not: c_proj)"

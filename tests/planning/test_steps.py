@@ -15,7 +15,7 @@ import torch
 import yaml
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from datasets import Dataset
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -172,7 +172,7 @@ def test_the_steps_of_several_devices_are_those_trainer_counts_from_accelerates_
 ) -> None:
     for rows, per_device, accumulation, epochs in product((50, 63, 64, 65), (1, 4), (1, 3), (1, 2.5)):
         steps = Steps(rows, per_device, accumulation, devices, epochs, drop_last=drop_last)
-        loader = DataLoader(range(rows), batch_size=per_device, drop_last=drop_last)
+        loader = DataLoader(TensorDataset(torch.arange(rows)), batch_size=per_device, drop_last=drop_last)
         dealt = len(prepare_data_loader(loader, num_processes=devices, process_index=devices - 1))
         assert dealt == steps.batches
         # Trainer's own line (set_initial_training_values), written out: it cannot be run for processes that

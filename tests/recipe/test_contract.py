@@ -21,6 +21,7 @@ from lora_recipes.core import yamlfile
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.recipe import contract
 from lora_recipes.recipe.contract import Contract
+from tests.typed import there
 
 # name: hidden, intermediate, layers, heads, KV heads, head dim, vocab, tied, biases on q/k/v, norms on q/k,
 # total. Figures: the models' published config.json. Totals: the hub's safetensors index of each (Qwen3-4B,
@@ -160,7 +161,7 @@ def test_every_fourth_layer_of_the_hybrids_has_attention_and_the_others_do_not()
 
 def test_the_query_projection_of_the_9b_is_twice_as_wide_as_another_framework_says() -> None:
     # SOURCES.md S2 has [4096, 4096] = 16 heads x 256; transformers adds the output gate, as wide again.
-    assert contract.load("qwen35_9b").shapes["self_attn.q_proj"] == [2 * 16 * 256, 4096]
+    assert there(contract.load("qwen35_9b").shapes)["self_attn.q_proj"] == [2 * 16 * 256, 4096]
 
 
 @pytest.mark.parametrize("name", NAMES)

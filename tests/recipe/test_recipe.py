@@ -552,7 +552,7 @@ def test_an_empty_section_is_told_what_it_lacks(refused, section):
 ANSWERS = re.compile(
     " is not .|out of range|too short|too long|is missing|unknown key|another tool's name|in the wrong place"
 )
-WRONG = [
+WRONG: list[object] = [
     None,
     True,
     0,

@@ -35,9 +35,11 @@ def defaults(section):
     result = {}
     for field in dataclasses.fields(CLASSES[section]):
         if field.init and f"{section}.{field.name}" not in OWNED:
-            missing = field.default is dataclasses.MISSING
-            assert not missing or field.default_factory is not dataclasses.MISSING
-            result[field.name] = plain(field.default_factory() if missing else field.default)
+            value = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                value = field.default_factory()
+            assert value is not dataclasses.MISSING
+            result[field.name] = plain(value)
     return result
 
 

@@ -301,7 +301,7 @@ def test_training_leaves_what_peft_answered(trained):
 )
 def test_the_figures_decide(figures, said):
     fault = Proof("a", **figures).fault
-    assert fault is None if said is None else said in fault
+    assert fault is None if said is None else said in there(fault)
     assert ("live" if said is None else said) in table([Proof("a", **figures)])
 
 

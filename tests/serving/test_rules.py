@@ -2,6 +2,7 @@
 its own reason.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -38,13 +39,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 def saved(base: Path, folder: Path, **config) -> Path:
     """An adapter with random A and B, written by PEFT itself."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    options = {
-        "r": 8,
-        "lora_alpha": 16,
-        "target_modules": ["q_proj", "v_proj"],
-        "init_lora_weights": False,
-    } | config
-    get_peft_model(model, LoraConfig(**options)).save_pretrained(folder)
+    plain = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, dataclasses.replace(plain, **config)).save_pretrained(str(folder))
     return folder
 
 

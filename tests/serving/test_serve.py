@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 from lora_recipes.core import files, provenance
 from lora_recipes.core.errors import RecipeError
@@ -27,6 +27,7 @@ from lora_recipes.serving import live, serve
 from lora_recipes.serving.chat import chat
 from lora_recipes.serving.endpoint import Endpoint
 from lora_recipes.training.train import train
+from tests.typed import there
 
 pytestmark = pytest.mark.vllm
 
@@ -157,8 +158,8 @@ def test_two_adapters_on_one_server_are_proven_live(dense):
 def test_the_proof_is_tight_in_float32(dense, work):
     known = provenance.read(work / "tiny_facts" / "adapter")
     proof = live.prove(Endpoint(dense.url), "base", {"tiny_facts": known})[0]
-    assert proof.fault is None and proof.apart < 1e-3 < 0.1 < proof.moved
-    assert abs(proof.moved - proof.effect) < 1e-3 and proof.noise < 1e-3
+    assert proof.fault is None and there(proof.apart) < 1e-3 < 0.1 < there(proof.moved)
+    assert abs(there(proof.moved) - there(proof.effect)) < 1e-3 and there(proof.noise) < 1e-3
 
 
 def test_the_server_writes_what_peft_writes_for_base_and_adapter(dense, work):
@@ -186,11 +187,9 @@ def test_an_adapter_of_another_scaling_is_caught(dense, work, tmp_path):
     endpoint.load("doubled", str(broken))
     proof = live.prove(endpoint, "base", {"doubled": provenance.read(broken)})[0]
     endpoint.unload("doubled")
-    assert (
-        "not what was trained" in proof.fault
-        and f"{proof.apart:.4f}" in proof.fault
-        and f"{proof.limit:.4f}" in proof.fault
-    )
+    fault = there(proof.fault)
+    assert "not what was trained" in fault
+    assert f"{proof.apart:.4f}" in fault and f"{proof.limit:.4f}" in fault
     assert serve.add(dense.url, [f"doubled={broken}"], work) == serve.NOT_LIVE
     assert "doubled" not in endpoint.models(), "what fails its proof is taken off again"
 
@@ -288,9 +287,9 @@ def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it
         endpoint = Endpoint(server.url)
         endpoint.load("as_saved", str(saved))
         proof = live.prove(endpoint, "base", {"as_saved": provenance.read(saved)})[0]
-        assert proof.moved == 0 and "not live" in proof.fault and proof.rendered
+        assert proof.moved == 0 and "not live" in there(proof.fault) and proof.rendered
         unknown = live.prove(endpoint, "base", {"as_saved": None, "tiny_qwen35_style": None})
-        assert "not live" in unknown[0].fault and unknown[1].fault is None, (
+        assert "not live" in there(unknown[0].fault) and unknown[1].fault is None, (
             "seen without PEFT's answers as well"
         )
         assert serve.check(server.url, [], tmp_path) == serve.NOT_LIVE
@@ -300,11 +299,9 @@ def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it
         ids = endpoint.tokens("base", [{"role": "user", "content": "Hello"}], {})
         tokenizer = AutoTokenizer.from_pretrained(saved)
         messages = [{"role": "user", "content": "Hello"}]
-        assert (
-            ids
-            == tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, enable_thinking=False, return_dict=True
-            )["input_ids"]
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, return_dict=True
         )
+        assert isinstance(rendered, BatchEncoding) and ids == rendered["input_ids"]
     finally:
         assert server.end() == []
