@@ -32,7 +32,7 @@ _SCALARS = (
 )
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # a base that is chosen
     """SafeLoader with the scalars of YAML 1.2 instead of 1.1."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}

@@ -293,11 +293,12 @@ def trainer(
         raise RecipeError(Problem(recipe.at("train"), found, "--traceback shows where")) from error
     if recipe.whole:
         return made, Start()
+    assert made.model is not None, "it was just made with one"
     embeddings.readable_head(made.model)
     errors = initialise.begin(made.model, resolved, train)
     # TRL 1.16 makes the adapter of a 4-bit base bfloat16 (sft_trainer.py), where small updates round away:
     # docs/memory.md has the figures.
-    for parameter in made.model.parameters():  # type: ignore[union-attr]
+    for parameter in made.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, recipe.model.adapter_dtype))
     return made, Start(initialise.first(made.model, recipe), errors)

@@ -12,7 +12,7 @@ import shutil
 import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -314,6 +314,13 @@ def _add(model: PeftModel, parts: list[str], asked: Combination) -> None:
     model.eval()
 
 
+@runtime_checkable
+class _Delta(Protocol):
+    """What every kind of LoRA layer has of its own, and LoraLayer itself has not."""
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor: ...
+
+
 @torch.no_grad()
 def _from_sum(model: PeftModel, parts: list[str], asked: Combination) -> tuple[float, float]:
     """How far the combination is from the weighted sum of the adapters' deltas, relative to the sum; and its
@@ -324,7 +331,8 @@ def _from_sum(model: PeftModel, parts: list[str], asked: Combination) -> tuple[f
     apart = whole = own = sizes = 0.0
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            delta: Any = module.get_delta_weight  # type: ignore[attr-defined]
+            assert isinstance(module, _Delta)
+            delta = module.get_delta_weight
             deltas = [w * delta(part).float() for part, w in zip(parts, asked.weights, strict=True)]
             total, made = torch.stack(deltas).sum(0), delta("default").float()
             apart, whole = apart + _square(made - total), whole + _square(total)

@@ -2,8 +2,7 @@
 that of `full:`.
 """
 
-from typing import Any
-
+from torch.nn import ModuleList
 from transformers import PreTrainedModel
 
 from lora_recipes.core.errors import Problem
@@ -11,12 +10,18 @@ from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.recipe.sections import Freeze
 
 
+def _blocks(model: PreTrainedModel) -> ModuleList:
+    found = model.base_model.layers
+    assert isinstance(found, ModuleList)
+    return found
+
+
 def parts(model: PreTrainedModel, section: Freeze) -> list[str]:
     """The modules that a `freeze:` section trains: the last blocks (`model.layers.1`), then the embeddings
     and lm_head.
     """
     named = {id(module): name for name, module in model.named_modules()}
-    blocks = [named[id(block)] for block in model.base_model.layers]  # type: ignore[union-attr]
+    blocks = [named[id(block)] for block in _blocks(model)]
     found = blocks[len(blocks) - section.last_blocks :]
     if section.embeddings:
         found += [
@@ -29,8 +34,7 @@ def parts(model: PreTrainedModel, section: Freeze) -> list[str]:
 
 def problems(model: PreTrainedModel, section: Freeze, recipe: Recipe) -> list[Problem]:
     """More blocks than the model has, or nothing that is trained."""
-    blocks: Any = model.base_model.layers
-    wanted, have = section.last_blocks, len(blocks)
+    wanted, have = section.last_blocks, len(_blocks(model))
     if wanted > have:
         return [
             Problem(

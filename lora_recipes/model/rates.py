@@ -47,7 +47,7 @@ def groups(model: PreTrainedModel, rates: LearningRates, weight_decay: float) ->
     """Parameter groups by depth, each split into what decays and what does not (norms and biases), `last`
     first; none is empty.
     """
-    decays = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    decays = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it reads no self
     blocks = model.config.get_text_config().num_hidden_layers
     found: dict[tuple[str, bool], list[Any]] = {(d, decay): [] for d in DEPTHS for decay in (True, False)}
     for name, parameter in model.named_parameters():

@@ -240,6 +240,10 @@ def _lora_field(field: str) -> Callable[[Recipe], bool]:
     return lambda r: r.lora is not None and bool(getattr(r.lora, field))
 
 
+def _beside_new_tokens(broken: Callable[[Recipe], bool]) -> Broken:
+    return lambda r, f: bool(r.model.new_tokens) and broken(r)
+
+
 _LORA = [
     *(
         Rule(f"lora.{name}", "this launcher", why, "remove it", _given(name))
@@ -459,7 +463,7 @@ _BASE = [
             "model.new_tokens",
             "new_tokens chooses the rows that are trained",
             "remove one of the two",
-            lambda r, f, name=name: bool(r.model.new_tokens) and _lora_field(name)(r),  # type: ignore[misc]
+            _beside_new_tokens(_lora_field(name)),
         )
         for name in ("trainable_token_indices", "modules_to_save")
     ),
@@ -637,6 +641,10 @@ def _initialised(recipe: Recipe, facts: Facts) -> Words | None:
     return {"init": recipe.lora.init_lora_weights}
 
 
+def _trains_with(field: str) -> Broken:
+    return lambda r, f: bool(getattr(r.train, field))
+
+
 _LAYOUT = [
     *(
         Rule(
@@ -644,7 +652,7 @@ _LAYOUT = [
             "any recipe",
             "where to train is no part of a recipe",
             f"remove it: {cli.command('train', ACCELERATE='name')}, a file of configs/accelerate/",
-            lambda r, f, name=name: bool(getattr(r.train, name)),  # type: ignore[misc]
+            _trains_with(name),
         )
         for name in ("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config")
     ),

@@ -91,6 +91,7 @@ def parsed(given: list[str]) -> Namespace:
         logging.ERROR
     )  # names every default that it takes
     usage = io.StringIO()
+    options: Namespace
     try:
         with contextlib.redirect_stderr(usage):  # 200 lines of options, and at the end what is wrong
             chosen = launch_command_parser().parse_args(given)
@@ -109,7 +110,7 @@ def parsed(given: list[str]) -> Namespace:
                     f"accelerate launch {shlex.join(given)}", f"{named} is not there", looked(named, beside)
                 )
             )
-    return options  # type: ignore[no-any-return]
+    return options
 
 
 def wanted(given: list[str]) -> Layout:

@@ -94,13 +94,23 @@ def test_sections_are_typed_values_with_the_defaults_of_their_owners(load):
     assert copy.deepcopy(loaded) == loaded
 
 
-def test_a_misspelled_section_or_key_of_ours_fails_the_type_check(tmp_path):
-    code = "from lora_recipes.recipe.load import load\n\nrecipe = load('x')\n"
-    for wrong in ("trian", "train.max_lenght", "model.name_or_paht", "data.evl"):
-        (tmp_path / "x.py").write_text(f"{code}print(recipe.{wrong})\n")
-        command = [sys.executable, "-m", "mypy", "--follow-imports=silent", str(tmp_path / "x.py")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and f'has no attribute "{wrong.split(".")[-1]}"' in done.stdout
+@pytest.mark.parametrize("file", ["lora_recipes/serving/chat.py", "tests/test_layers.py"])
+def test_a_misspelled_section_or_key_of_ours_fails_the_type_check(tmp_path, file):
+    """In the package and in the tests, each with mypy's options for it, as `make lint` runs it."""
+    wrong = ("trian", "train.max_lenght", "model.name_or_paht", "data.evl")
+    lines = "".join(f"    print(recipe.{name})\n" for name in ("train.max_length", *wrong))
+    code = (
+        f"from lora_recipes.recipe.load import load\n\n\ndef say() -> None:\n    recipe = load('x')\n{lines}"
+    )
+    (tmp_path / "x.py").write_text(code)
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent"]
+    command += ["--shadow-file", file, str(tmp_path / "x.py"), file]  # x.py as what stands in `file`
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert done.returncode == 1 and len(said) == len(wrong) + 1, done.stdout
+    for at, (name, line) in enumerate(zip(wrong, said, strict=False), 7):
+        assert line.startswith(f"{file}:{at}: error: ")
+        assert f'has no attribute "{name.split(".")[-1]}"' in line
 
 
 def test_the_method_is_the_name_of_its_section(load):
