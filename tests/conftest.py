@@ -92,7 +92,7 @@ def case(tmp_path, bases):
 @pytest.fixture
 def small_disk(tmp_path):
     """`small_disk("300k")` is a folder on a disk of its own, of that size; it goes with the test."""
-    made = []
+    made: list[Path] = []
 
     def make(options: str) -> Path:
         disk = tmp_path / f"disk{len(made)}"

@@ -335,7 +335,8 @@ def place(path, key):
 
 
 def facts_of(values):
-    return rules.Facts(**{k: recipes.load(v) if k == "warm" else v for k, v in values.items()})
+    given = {k: v for k, v in values.items() if k != "warm"}
+    return rules.Facts(warm=recipes.load(values["warm"]) if "warm" in values else None, **given)
 
 
 def named(case):

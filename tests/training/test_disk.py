@@ -130,7 +130,7 @@ def test_a_disk_without_room_is_said_by_the_plan(outputs):
     found = re.search(
         r"free in .*, the run writes about ([\d.]+) MiB: the adapter [\d.]+ MiB, and (\d+) checkp", line
     )
-    assert float(found[1]) > 4 and found[2] == "200"
+    assert found and float(found[1]) > 4 and found[2] == "200"
     limited = plan.make(short(outputs, **keys, save_total_limit=1))
     plan.add_memory(limited, short(outputs, **keys, save_total_limit=1))
     assert not [line for line in limited.warnings if "the disk has" in line]
