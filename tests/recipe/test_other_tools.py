@@ -180,7 +180,7 @@ def supervised_fine_tuning_alone(trained, recipe):
         for name in (getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "name", None))
         if name
     }
-    sources = [p for of in (trl, transformers) for p in Path(of.__file__).parent.rglob("*trainer*.py")]
+    sources = [p for of in (trl, transformers) for p in Path(there(of.__file__)).parent.rglob("*trainer*.py")]
     known = {name for p in sources for name in re.findall(r"(?m)^class (\w*Trainer)\b", p.read_text())}
     assert {"DPOTrainer", "GRPOTrainer", "RewardTrainer", "SFTTrainer"} <= known
     rows = gate.pass_through(resolve(recipe, trained), False)
