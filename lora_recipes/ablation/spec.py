@@ -13,13 +13,14 @@ seeds: [1, 2, 3]
 """
 
 import dataclasses
+import itertools
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.ablation import grid
 from lora_recipes.core import cli, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.files import ROOT
@@ -140,7 +141,7 @@ def quick(recipe: str, over: Sequence[str], seeds: Sequence[int] = ()) -> Ablati
     recipe's own.
     """
     content: dict[str, Any] = {"recipe": recipe, "grid": {}}
-    written = {}
+    given = {}
     for text in over:
         key, equals, values = text.partition("=")
         try:
@@ -156,10 +157,10 @@ def quick(recipe: str, over: Sequence[str], seeds: Sequence[int] = ()) -> Ablati
                 )
             ]
         raise_if(problems)
-        content["grid"][key], written[key] = found, text
+        content["grid"][key], given[key] = found, text
 
     def at(*key: str | int) -> str:
-        text = written.get(str(key[1])) if len(key) > 1 else None
+        text = given.get(str(key[1])) if len(key) > 1 else None
         return (
             f"{cli.command(OVER='')} {text!r}"
             if text
@@ -168,7 +169,7 @@ def quick(recipe: str, over: Sequence[str], seeds: Sequence[int] = ()) -> Ablati
 
     own = recipes.load(recipe).train.seed
     raise_if(list(_shape(content | {"seeds": list(seeds) or [own]}, at)))
-    varied = [short for key, short in grid.short(content["grid"]).items() if len(content["grid"][key]) > 1]
+    varied = [word for key, word in short(content["grid"]).items() if len(content["grid"][key]) > 1]
     name = "-".join([Path(recipe).stem, *varied])
     return _ablation(
         name, f"{Path(recipe).stem} over {' '.join(over)}", content | {"seeds": list(seeds) or [own]}, at
@@ -230,7 +231,7 @@ def _grid_shape(content: dict[str, Any], at: At) -> Iterator[Problem]:
             )
         for i, value in enumerate(values if isinstance(values, list) else []):
             if value in values[:i]:
-                yield Problem(at("grid", key, i), f"{grid.written(value)} is given twice", "keep one")
+                yield Problem(at("grid", key, i), f"{written(value)} is given twice", "keep one")
 
 
 def _seeds_shape(content: dict[str, Any], at: At) -> Iterator[Problem]:
@@ -241,7 +242,7 @@ def _seeds_shape(content: dict[str, Any], at: At) -> Iterator[Problem]:
     for i, seed in enumerate(seeds):
         if type(seed) is not int or not 0 <= seed < 2**32:  # numpy's limit
             yield Problem(
-                at("seeds", i), f"{grid.written(seed)} is no seed", "a whole number from 0 to 4294967295"
+                at("seeds", i), f"{written(seed)} is no seed", "a whole number from 0 to 4294967295"
             )
         elif seed in seeds[:i]:
             yield Problem(
@@ -262,15 +263,15 @@ def _ablation(
     raise_if(list(_output(recipe.path, at("recipe"))))
     arms: dict[str, Arm] = {}
     problems: list[Problem] = []
-    for arm, written in grid.expanded(content):
-        where = at(*(("arms", arm) if arm in content.get("arms", {}) else written[-1][1]))
+    for arm, made in _expanded(content):
+        where = at(*(("arms", arm) if arm in content.get("arms", {}) else made[-1][1]))
         if arm in arms:
             do = "name them yourself under arms:"
             problems.append(Problem(where, f"two arms with one name, {arm}", do))
         try:
-            loaded = recipes.load(content["recipe"], [text for text, _ in written], beside)
+            loaded = recipes.load(content["recipe"], [text for text, _ in made], beside)
         except RecipeError as error:
-            problems += [_moved(p, written, where, at) for p in error.problems]
+            problems += [_moved(p, made, where, at) for p in error.problems]
             continue
         for named in (
             loaded.model.name_or_path,
@@ -280,7 +281,7 @@ def _ablation(
             problems += _output(loaded.file(named), where) if named else []
         if same := next((a.name for a in arms.values() if a.recipe.sections == loaded.sections), None):
             problems.append(Problem(where, f"{arm} is the same run as {same}", "keep one"))
-        arms[arm] = Arm(arm, tuple(text for text, _ in written), loaded)
+        arms[arm] = Arm(arm, tuple(text for text, _ in made), loaded)
     raise_if(list(dict.fromkeys(problems)))
     return Ablation(name, question, content["recipe"], tuple(arms.values()), tuple(content["seeds"]))
 
@@ -306,3 +307,55 @@ def _output(path: Path, where: str) -> Iterator[Problem]:
         yield Problem(
             where, f"{shown(path)} is the output of the ablation {made.name}, which may replace it", do
         )
+
+
+def _expanded(content: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, Key]]]]:
+    """Each arm's name, and its overrides with where each was written: the named arms at every point of the
+    grid.
+    """
+    grid = content.get("grid", {})
+    initials = short(grid)
+    varied = [key for key in grid if len(grid[key]) > 1] or ([] if "arms" in content else list(grid))
+    points = itertools.product(*([(key, i) for i in range(len(grid[key]))] for key in grid))
+    for (name, texts), point in itertools.product(content.get("arms", {"": []}).items(), list(points)):
+        words = [f"{initials[key]}{_word(grid[key][i])}" for key, i in point if key in varied]
+        overrides: list[tuple[str, Key]] = [(text, ("arms", name, i)) for i, text in enumerate(texts or [])]
+        overrides += [(f"{key}={written(grid[key][i])}", ("grid", key, i)) for key, i in point]
+        yield "_".join(filter(None, [name, *words])), overrides
+
+
+def short(keys: Iterable[str]) -> dict[str, str]:
+    """The initials of each key's words, r for lora.r and lr for train.learning_rate; the whole key where two
+    would have the same.
+    """
+    found = {key: "".join(word[0] for word in key.rpartition(".")[2].split("_") if word) for key in keys}
+    alike = {s for s in found.values() if list(found.values()).count(s) > 1}
+    return {key: key if s in alike else s for key, s in found.items()}
+
+
+def _word(value: Any) -> str:
+    """A value as part of a folder's name: 1e-3, 0.05, q_proj+v_proj."""
+    if isinstance(value, float):
+        small = f"{value:.10e}"
+        mantissa, _, exponent = small.partition("e")
+        return (
+            f"{value:.10g}"
+            if 0.01 < abs(value) < 1e4 or not value
+            else f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        )
+    if isinstance(value, list):
+        return "+".join(map(_word, value))
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", value if isinstance(value, str) else json.dumps(value))
+
+
+def written(value: Any) -> str:
+    """A value as an override holds it, which reads back the same: JSON, but a plain word without quotation
+    marks.
+    """
+    if (
+        isinstance(value, str)
+        and re.fullmatch(r"[A-Za-z0-9_./-]+", value)
+        and yamlfile.parse(value, "")[0] == value
+    ):
+        return value
+    return json.dumps(value, ensure_ascii=False)

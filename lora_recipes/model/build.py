@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     EarlyStoppingCallback,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -27,7 +28,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
-from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import ROOT, replace_folder, sha256
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import new_tokens
@@ -35,10 +36,30 @@ from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.render import Example
 from lora_recipes.model import embeddings, freeze, initialise, peft_callbacks, rates
 from lora_recipes.model.initialise import Start
-from lora_recipes.recipe import initialisation
-from lora_recipes.recipe.base import Resolved
+from lora_recipes.recipe.base import Base, Resolved
 from lora_recipes.recipe.contract import Contract
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.recipe import Recipe, initialisation
+
+
+def contract_differences(base: Base, real: PreTrainedConfig) -> list[str]:
+    """Where the checkpoint's config (`real`) departs from the contract; empty when they agree or there is
+    none."""
+    if base.contract is None or base.recipe.model.weights == "random":
+        return []
+    return base.contract.differences(real.get_text_config().to_dict())
+
+
+def meta_model(base: Base) -> PreTrainedModel:
+    """The text model on the meta device, as AutoModelForCausalLM will build it. Takes no memory."""
+    with torch.device("meta"):
+        dtype = getattr(torch, base.recipe.model.dtype)
+        model = AutoModelForCausalLM.from_config(base.text_config(), dtype=dtype)
+    if contract := base.contract:
+        found = contract.departures({name: parameter.shape for name, parameter in model.named_parameters()})
+        where, do = base.recipe.at("model", "contract"), f"correct configs/models/{contract.name}.yaml"
+        built = f"transformers {transformers.__version__} builds"
+        raise_if([Problem(where, f"{built} {departure}", do) for departure in found])
+    return model
 
 
 def peft_config(
@@ -61,7 +82,7 @@ def peft_config(
     elif kind == "ADALORA":
         fields |= {"total_step": total_step}
     fields |= {"tokenizer_name_or_path": tokenizer} if kind == "PROMPT_TUNING" else {}
-    if initialisation.kind(recipe.lora) == "loftq":
+    if initialisation(recipe.lora) == "loftq":
         # initialise.py then replaces A and B; PEFT itself would quantise a second time.
         fields["init_lora_weights"] = True
     for field, cls in (("eva_config", EvaConfig), ("corda_config", CordaConfig)):

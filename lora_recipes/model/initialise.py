@@ -27,8 +27,7 @@ from lora_recipes.core.locate import local
 from lora_recipes.core.record import WarmStart
 from lora_recipes.data.render import Example
 from lora_recipes.recipe.base import Resolved
-from lora_recipes.recipe.initialisation import MUTATE, kind
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.recipe import MUTATE, Recipe, initialisation
 
 ROWS = 256  # rows of the training data that EVA and CorDA see at most
 
@@ -104,7 +103,7 @@ def before(base: PreTrainedModel, config: Any, recipe: Recipe, rows: list[Exampl
     """CorDA looks at the base itself, before it carries an adapter: the covariance of each module's inputs
     over the training data.
     """
-    if kind(recipe.lora) != "corda":
+    if initialisation(recipe.lora) != "corda":
         return
 
     @torch.no_grad()
@@ -121,7 +120,7 @@ def begin(model: Any, resolved: Resolved, rows: list[Example]) -> dict[str, floa
     errors of a warm start.
     """
     recipe = resolved.recipe
-    how = kind(recipe.lora)
+    how = initialisation(recipe.lora)
     if how == "eva":
         training, found = model.training, batches(rows, next(model.parameters()).device, 8)
         try:
@@ -146,12 +145,12 @@ def begin(model: Any, resolved: Resolved, rows: list[Example]) -> dict[str, floa
 
 def copies(recipe: Recipe) -> int:
     """How many copies of A and B `first` keeps."""
-    return int(kind(recipe.lora) in MUTATE)
+    return int(initialisation(recipe.lora) in MUTATE)
 
 
 def first(model: Any, recipe: Recipe) -> dict[str, torch.Tensor] | None:
     """The first A and B, in the dtype in which they train, where the base lacks them; else None."""
-    if kind(recipe.lora) not in MUTATE:
+    if initialisation(recipe.lora) not in MUTATE:
         return None
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 

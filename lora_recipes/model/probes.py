@@ -1,6 +1,4 @@
-"""Ask a model: next-token probes, before and after training; does the trainer hold what was planned, and did
-every adapted module learn?
-"""
+"""Ask a model: next-token probes, before and after training."""
 
 import torch
 from transformers import PreTrainedTokenizerBase

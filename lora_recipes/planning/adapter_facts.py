@@ -12,8 +12,7 @@ from lora_recipes.core import adapter_folder
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.record import AdapterFacts
 from lora_recipes.model import build
-from lora_recipes.recipe import initialisation
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.recipe import Recipe, as_saved
 from lora_recipes.recipe.sections import Lora, Peft
 from lora_recipes.serving import rules
 
@@ -49,7 +48,7 @@ def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str]) -> Sa
     """Of a `lora:` section. `size`: bytes of its tensors as they train; `adapted`: the names of its
     modules.
     """
-    saved = initialisation.as_saved(section)
+    saved = as_saved(section)
     rank = adapter_folder.rank(saved)
     size *= saved["r"] // section.r
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)

@@ -26,7 +26,6 @@ from lora_recipes.data import gate, new_tokens
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices, memory
 from lora_recipes.memory.fits import Memory, gib
-from lora_recipes.model import base as base_model
 from lora_recipes.model import build, embeddings, freeze, probes, rates, targets
 from lora_recipes.planning import adapter_facts, space
 from lora_recipes.planning import processes as layouts
@@ -105,7 +104,7 @@ def make(
     recipe = resolved.recipe
     raise_if(rules.of_layout(recipe, layout))
     arguments = build.sft_config(recipe, resolved.folder)
-    model, config = base_model.meta_model(resolved.base), build.peft_config(recipe)
+    model, config = build.meta_model(resolved.base), build.peft_config(recipe)
     raise_if(
         rules.problems(recipe, _facts(resolved, model, arguments, layout)) + _named(model, config, recipe)
     )

@@ -22,6 +22,7 @@ from lora_recipes.recipe.sections import (
 )
 
 S = TypeVar("S", bound=Section)
+MUTATE = ("pissa", "olora", "corda")  # initialisations that take the first A and B out of the base
 METHODS = ("lora", "peft", "freeze", "full")
 # section.key -> the endings of a file that it may name; empty: a file or folder of any name
 PATHS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -170,3 +171,21 @@ def _anywhere(value: Any, beside: Path) -> Any:
     if isinstance(value, dict):
         return value | {"path": _anywhere(value["path"], beside)} if "path" in value else value
     return files.anywhere(value, beside) if isinstance(value, str) else value
+
+
+def initialisation(lora: Lora | None) -> str:
+    """`pissa`, `eva`, ...: lora.init_lora_weights where it is a word, without its number of iterations; else
+    empty.
+    """
+    init = lora.init_lora_weights if lora else True
+    return init.lower().split("_niter_")[0] if isinstance(init, str) else ""
+
+
+def as_saved(lora: Lora) -> dict[str, Any]:
+    """The `lora:` section as adapter_config.json will say it: of twice the rank where A and B were taken out
+    of the base.
+    """
+    if initialisation(lora) not in MUTATE:
+        return lora.given | ({"init_lora_weights": True} if initialisation(lora) == "loftq" else {})
+    alpha = lora.lora_alpha * (2**0.5 if lora.use_rslora else 2)
+    return lora.given | {"r": 2 * lora.r, "lora_alpha": alpha, "init_lora_weights": True}

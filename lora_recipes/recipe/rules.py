@@ -11,9 +11,8 @@ from typing import Any
 from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem
 from lora_recipes.recipe import check
-from lora_recipes.recipe.initialisation import MUTATE, kind
 from lora_recipes.recipe.layout import DDP, FSDP2, ONE, SINGLE, ZERO2, ZERO3, Layout
-from lora_recipes.recipe.recipe import METHODS, Recipe
+from lora_recipes.recipe.recipe import METHODS, MUTATE, Recipe, initialisation
 
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 DEPTHS = ("last", "middle", "early", "embeddings")
@@ -228,7 +227,7 @@ def _given(field: str) -> Broken:
 
 def _mutates(recipe: Recipe) -> str:
     """The initialisation, where it takes A and B out of the base."""
-    found = kind(recipe.lora)
+    found = initialisation(recipe.lora)
     return found if found in MUTATE else ""
 
 
@@ -273,7 +272,7 @@ _LORA = [
         "lora_ga is computed from gradients before training, which this launcher does not do: it would be"
         " ordinary LoRA",
         "use eva, pissa, true, gaussian or orthogonal",
-        lambda r, f: kind(r.lora) == "lora_ga",
+        lambda r, f: initialisation(r.lora) == "lora_ga",
     ),
     Rule(
         _INIT,
@@ -313,7 +312,9 @@ _LORA = [
         " with",
         "write eva_config: {{rho: 1.0}}",
         lambda r, f: (
-            r.lora is not None and kind(r.lora) == "eva" and (r.lora.eva_config or {}).get("rho", 2.0) != 1
+            r.lora is not None
+            and initialisation(r.lora) == "eva"
+            and (r.lora.eva_config or {}).get("rho", 2.0) != 1
         ),
     ),
     Rule(
@@ -321,7 +322,7 @@ _LORA = [
         "loftq without model.quantize",
         "without it PEFT replaces the base by a rounded copy, which the adapter would need ever after",
         "set model.quantize: nf4",
-        lambda r, f: kind(r.lora) == "loftq" and r.model.quantize is None,
+        lambda r, f: initialisation(r.lora) == "loftq" and r.model.quantize is None,
     ),
     Rule(
         "lora.loftq_config",
@@ -330,7 +331,7 @@ _LORA = [
         "remove it",
         lambda r, f: (
             r.lora is not None
-            and kind(r.lora) == "loftq"
+            and initialisation(r.lora) == "loftq"
             and r.model.quantize is not None
             and bool(r.lora.loftq_config)
         ),
@@ -682,7 +683,7 @@ _LAYOUT = [
         "loftq in several processes",
         f"init_lora_weights {_NOT_SHOWN}",
         "train in one process",
-        _several(lambda r: kind(r.lora) == "loftq"),
+        _several(lambda r: initialisation(r.lora) == "loftq"),
     ),
     Rule(
         "model.quantize",

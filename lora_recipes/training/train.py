@@ -23,7 +23,6 @@ from lora_recipes.data import gate, read
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory.fits import Memory
 from lora_recipes.model import answers, build, probes
-from lora_recipes.model import base as base_model
 from lora_recipes.planning import plan as plans
 from lora_recipes.planning import space
 from lora_recipes.planning.plan import Plan
@@ -78,7 +77,7 @@ def _train(
     expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
     say(plan.short(f"{shown(folder.path / PLAN)}, or {cli.command('plan', RECIPE=recipe.name)}"))
     real = resolved.base.real_config()
-    if wrong := base_model.contract_differences(resolved.base, real):
+    if wrong := build.contract_differences(resolved.base, real):
         do = "the plan describes another model: correct the contract, or name_or_path"
         raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
     facts = resume_facts(plan, resolved, real)

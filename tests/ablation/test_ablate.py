@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_recipes.ablation import ablate as ablating
-from lora_recipes.ablation import arms, grid, report, spec, workers
+from lora_recipes.ablation import arms, report, spec, workers
 from lora_recipes.ablation.ablate import ablate, state
 from lora_recipes.ablation.reuse import Kept, group
 from lora_recipes.core import files
@@ -127,14 +127,14 @@ def test_named_arms_stand_at_every_point_of_the_grid(write):
     "value", [3, 1e-5, 0.25, True, None, "cosine", "no", "2", "a b", ["q_proj", "v_proj"], {"min_lr": 1e-5}]
 )
 def test_a_value_of_a_grid_reads_back_as_it_was_written(value, write_recipe):
-    overridden = recipes._value("", grid.written(value))
+    overridden = recipes._value("", spec.written(value))
     assert overridden == (value, [])
 
 
 def test_two_keys_with_the_same_initials_are_named_in_full():
-    assert grid.short(["lora.r", "train.learning_rate"]) == {"lora.r": "r", "train.learning_rate": "lr"}
+    assert spec.short(["lora.r", "train.learning_rate"]) == {"lora.r": "r", "train.learning_rate": "lr"}
     assert (
-        grid.short(["train.max_steps", "lora.modules_x", "train.min_steps"])["train.max_steps"]
+        spec.short(["train.max_steps", "lora.modules_x", "train.min_steps"])["train.max_steps"]
         == "train.max_steps"
     )
 
