@@ -98,13 +98,9 @@ def test_every_command_on_a_page_exists(page):
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda p: p.stem)
 def test_every_file_of_ours_on_a_page_exists(page):
-    """From the root, or from the package. Not yet in the rows of tables of figures, which name the command
-    that made them.
-    """
+    """From the root, or from the package."""
     folders = "lora_recipes|tests|scripts|benchmarks|configs|data"
     pattern = rf"\b((?:{folders})/[\w/]+\.(?:py|sh|yaml|json|jsonl|md))\b"
     text = page.read_text(encoding="utf-8").replace("configs/recipes/X.yaml", "")
-    if page.stem in ("evaluation", "memory", "methods"):
-        text = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
     missing = [n for n in re.findall(pattern, text) if not any((at / n).exists() for at in (ROOT, PACKAGE))]
     assert not missing
