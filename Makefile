@@ -10,7 +10,7 @@ on = $(filter-out 0 no false,$($(1)))
 given = $(if $(filter command,$(origin $(1))),$($(1)))
 quoted = '$(subst ','\'',$(1))'
 named = $(foreach o,$(1),$(if $(call given,$(o)),--$(shell echo $(o) | tr A-Z_ a-z-) $(call quoted,$($(o)))))
-SERVE_OPTIONS = $(call named,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE MAX_LORA_RANK) $(if $(call on,DYNAMIC),--dynamic) $(if $(call on,DRY),--dry-run)
+SERVE_OPTIONS = $(call named,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE MAX_LORA_RANK) $(if $(call on,DYNAMIC),--dynamic) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,DRY),--dry-run)
 COMBINE_OPTIONS = $(call named,NAME METHOD DENSITY SEED OUTPUTS BASE SVD_RANK) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(call on,FORCE),--force)
 ABLATE_OPTIONS = $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only $(ONLY)) $(if $(ON),--on $(ON)) $(if $(call on,DRY),--dry-run) $(if $(call on,REPORT),--report) $(if $(call on,FORCE),--force)
 LAYOUT = $(if $(ACCELERATE),--accelerate $(call quoted,$(ACCELERATE)))
@@ -51,8 +51,8 @@ train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE
 ablate: $(READY)  ## train every arm of ABLATION (or RECIPE with OVER="lora.r=2,4,8" SEEDS="1 2 3") and report (JOBS=2, ONLY="arm arm/s1", DRY=1, REPORT=1, FORCE=1, ON=slurm or skypilot writes files for a cluster)
 	@$(if $(ABLATION),$(if $(OVER),$(error ABLATION= has its own values: OVER= goes with RECIPE=)))$(if $(call given,RECIPE),$(if $(OVER),,$(error RECIPE= goes with OVER="lora.r=2,4,8"; an ablation names its own)))$(PY) scripts/ablate.py $(if $(OVER),$(RECIPE) $(OVER),$(or $(ABLATION),tiny_rank)) $(ABLATE_OPTIONS)
 
-merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1)
-	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force)
+merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1, UNPROVEN=1 without provenance.json)
+	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force) $(if $(call on,UNPROVEN),--unproven)
 
 eval: $(READY)  ## base against adapter of RECIPE: held-out loss, probes, what was forgotten (SET=data.kept=FILE, ADAPTER=folder, BASE=)
 	@$(PY) scripts/evaluate.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(ADAPTER),--adapter $(call quoted,$(ADAPTER))) $(if $(BASE),--base $(call quoted,$(BASE)))
@@ -60,7 +60,7 @@ eval: $(READY)  ## base against adapter of RECIPE: held-out loss, probes, what w
 combine: $(READY)  ## several adapters as one: outputs/NAME/adapter (ADAPTERS="a=folder b=folder" WEIGHTS="0.7 0.3" METHOD=cat, DENSITY=, SVD_RANK=, SEED=, FORCE=1)
 	@$(PY) scripts/combine.py $(ADAPTERS) $(COMBINE_OPTIONS)
 
-serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")
+serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, UNPROVEN=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")
 	@$(PY) scripts/serve.py $(if $(CHECK)$(REMOVE),$(ADAPTERS),$(or $(ADAPTERS),$(RECIPE))) $(SERVE_OPTIONS) $(if $(VLLM),-- $(VLLM))
 
 chat: $(READY)  ## ask base and MODEL on a running server side by side (Q="a question", URL=)

@@ -84,6 +84,14 @@ def _base(parser: ArgumentParser) -> None:
     )
 
 
+def _unproven(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--unproven",
+        action="store_true",
+        help="take an adapter without provenance.json: that it is what was trained is then not proven",
+    )
+
+
 def _accelerate(parser: ArgumentParser, told: str) -> None:
     parser.add_argument(
         "--accelerate", metavar="NAME", help=f"{told}: configs/accelerate/NAME.yaml, or a path"
@@ -243,6 +251,7 @@ def _merge(parser: ArgumentParser) -> None:
         help="folder of the merged model (default: merged/ beside adapter/, else NAME.merged)",
     )
     parser.add_argument("--force", action="store_true", help="replace a merged model that is already there")
+    _unproven(parser)
 
 
 def merge(given: Namespace) -> None:
@@ -253,7 +262,7 @@ def merge(given: Namespace) -> None:
     folder = locate.adapter(given.adapter, given.outputs)
     beside = folder.with_name("merged" if folder.name == "adapter" else f"{folder.name}.merged")
     output = given.output or beside
-    record = merge.merge(folder, output, given.base, given.dtype, given.force)
+    record = merge.merge(folder, output, given.base, given.dtype, given.force, given.unproven)
     print(merge.report(record, output))
 
 
@@ -329,6 +338,7 @@ def _serve(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dynamic", action="store_true", help="let adapters be added and removed while it runs"
     )
+    _unproven(parser)
     deeds = parser.add_mutually_exclusive_group()
     deeds.add_argument(
         "--dry-run",
@@ -352,11 +362,18 @@ def serve(given: Namespace) -> int:
     if given.check:
         return serve.check(given.check, given.what, given.outputs)
     if given.add:
-        return serve.add(given.add, given.what or [DEFAULT], given.outputs)
+        return serve.add(given.add, given.what or [DEFAULT], given.outputs, given.unproven)
     if given.remove:
         return serve.remove(given.remove, given.what)
     options = Options(
-        given.host, given.port, given.max_lora_rank, given.dtype, given.dynamic, given.extra, given.outputs
+        given.host,
+        given.port,
+        given.max_lora_rank,
+        given.dtype,
+        given.dynamic,
+        given.extra,
+        given.outputs,
+        given.unproven,
     )
     return serve.serve(given.what or [DEFAULT], given.outputs, given.base, options, given.dry_run)
 

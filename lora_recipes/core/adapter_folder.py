@@ -103,11 +103,7 @@ def _config(path: Path, anything: bool) -> dict[str, Any]:
         )
     if not (isinstance(config["r"], int) and config["r"] > 0):
         raise RecipeError(Problem(shown(file), f"r is {config['r']!r}", "a whole number above 0"))
-    ranks = config.get("rank_pattern") or {}
-    if not (isinstance(ranks, dict) and all(isinstance(r, int) for r in ranks.values())):
-        raise RecipeError(
-            Problem(shown(file), f"rank_pattern is {ranks!r}", "module names with whole numbers")
-        )
+    _patterns(config, file)
     if not isinstance(config["lora_alpha"], int | float):
         raise RecipeError(Problem(shown(file), f"lora_alpha is {config['lora_alpha']!r}", "a number"))
     if not isinstance(config.get("base_model_name_or_path", ""), str | None):
@@ -116,3 +112,22 @@ def _config(path: Path, anything: bool) -> dict[str, Any]:
         )
     found: dict[str, Any] = config
     return found
+
+
+def _patterns(config: dict[str, Any], file: Path) -> None:
+    """RecipeError unless rank_pattern and alpha_pattern hold module names, or regular expressions, with
+    numbers.
+    """
+    for key, kind, said in (
+        ("rank_pattern", int, "module names with whole numbers"),
+        ("alpha_pattern", (int, float), "module names with numbers"),
+    ):
+        pattern = config.get(key) or {}
+        if not (isinstance(pattern, dict) and all(isinstance(value, kind) for value in pattern.values())):
+            raise RecipeError(Problem(shown(file), f"{key} is {pattern!r}", said))
+        for name in pattern:
+            try:
+                re.compile(name)
+            except re.error as error:
+                found = f"{key}: {name!r} is no module name and no regular expression: {error}"
+                raise RecipeError(Problem(shown(file), found, "it is not one that PEFT wrote")) from None

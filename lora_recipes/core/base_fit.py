@@ -1,32 +1,42 @@
-"""Is this folder the base that an adapter was trained on? Names, shapes and weights. Imports no torch."""
+"""Is this the adapter that was trained, and this folder its base? Hashes, names, shapes and weights. Imports
+no torch.
+"""
 
+from collections.abc import Container
 from pathlib import Path
 
-from lora_recipes.core import cli, safetensors
+from lora_recipes.core import cli, provenance, safetensors
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, listed
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
 
 
-def renamed(module: str, base: dict[str, tuple[int, ...]]) -> str | None:
+def renamed(module: str, base: Container[str]) -> str | None:
     """`module` as the base's own checkpoint names it: vLLM builds that class. None when the base has no such
     module.
+    """
+    name = own_name(f"{module}.weight", base)
+    return name.removesuffix(".weight") if name else None
+
+
+def own_name(tensor: str, base: Container[str]) -> str | None:
+    """The name among those of `base` of what the text model calls `tensor`; None when it is not there.
 
     transformers trains the text model of a two-part checkpoint as `model.layers...`; there it is
     `model.language_model.layers...`.
     """
-    inner = module.removeprefix("model.").removeprefix("language_model.")
-    for name in (module, f"model.language_model.{inner}", f"model.{inner}", f"language_model.model.{inner}"):
-        if f"{name}.weight" in base:
-            return name
-    return None
+    inner = tensor.removeprefix("model.").removeprefix("language_model.")
+    names = (tensor, f"model.language_model.{inner}", f"model.{inner}", f"language_model.model.{inner}")
+    return next((name for name in names if name in base), None)
 
 
 def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list[Problem]:
-    """Is the model in `folder` the adapter's base? Its weights against those that training saw, then each
-    module's name and shape.
+    """Is the adapter as it was saved, and the model in `folder` its base? Its weights against those that
+    training saw, then each module's name and shape.
     """
+    if known and (changed := provenance.edited(adapter.path, known)):
+        return changed
     try:
         base = safetensors.shapes(folder)
         if known and known.fingerprint not in (None, safetensors.fingerprint(folder)):

@@ -1,20 +1,24 @@
 """What training knows and adapter_config.json cannot say: `provenance.json`, beside the adapter. Imports no
 torch.
 
-It is what a merge and a live proof read: which weights the base had, how it was quantised, and what PEFT
-answered at the end of training.
+It is what a merge and a live proof read: which weights the base had, how it was quantised, what PEFT answered
+at the end of training, and the hashes of the files that were saved.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.core.files import write
+from lora_recipes.core.files import sha256, write
 from lora_recipes.core.yamlfile import shown
 
 FILE = "provenance.json"
+CONFIG = "adapter_config.json"
+# What a person writes anew when a base moves. Which base it is, the fingerprint of its weights says.
+WHERE = ("base_model_name_or_path", "revision")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Probe:
 @dataclass(frozen=True)
 class Provenance:
     """`fingerprint`: of the base's weights (weights.fingerprint), None for one that was never a folder here.
-    `dtype`: of the probes.
+    `dtype`: of the probes. `files`: SHA-256 of each file that was saved beside it; `adapter_config`: what
+    that file said. Both are empty where the version that trained did not record them yet.
     """
 
     recipe: str
@@ -48,6 +53,18 @@ class Provenance:
     quantize: str | None
     chat_template_kwargs: dict[str, Any]
     probes: list[Probe]
+    files: dict[str, str] = field(default_factory=dict)
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+
+    def sealed(self, folder: Path) -> "Provenance":
+        """With the hashes of the files in `folder`, so that a later edit of one is named. The model card is
+        not among them: people write in it.
+        """
+        files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+        for name in ("README.md", FILE, CONFIG):
+            files.pop(name, None)
+        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return replace(self, files=files, adapter_config=said)
 
     def save(self, folder: Path) -> None:
         """Write provenance.json into `folder`."""
@@ -76,3 +93,48 @@ def read(folder: Path) -> Provenance | None:
                 "copy the adapter again, or remove the file: nothing is compared with PEFT then",
             )
         ) from None
+
+
+def edited(folder: Path, known: Provenance) -> list[Problem]:
+    """Each file in `folder` that is not as it was saved there; of adapter_config.json the keys, and what they
+    were.
+    """
+    do = f"copy the adapter again; if the change is meant, remove {FILE}: then nothing is proven of it"
+    found = []
+    for name, hashed in known.files.items():
+        if not (folder / name).is_file():
+            found.append(Problem(shown(folder / name), "was saved by training and is missing", do))
+        elif sha256(folder / name) != hashed:
+            found.append(
+                Problem(shown(folder / name), "was changed after training (its hash is another)", do)
+            )
+    if known.adapter_config:
+        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        free = WHERE if known.fingerprint else ()
+        for key in sorted((set(said) | set(known.adapter_config)) - set(free)):
+            now, then = said.get(key), known.adapter_config.get(key)
+            if now != then:
+                where = f"{shown(folder / CONFIG)} {key}"
+                found.append(Problem(where, f"is {now!r}, training wrote {then!r}", do))
+    return found
+
+
+def not_proven(folder: Path, known: Provenance | None, asked: bool, does: str) -> list[str]:
+    """What cannot be said of the adapter in `folder`, for a person, where `known` says too little.
+
+    RecipeError where there is no provenance at all and nobody `asked` for what is not proven; `does` is what
+    would be done with it.
+    """
+    if known is None:
+        found = f"no {FILE} beside it: that nothing was changed since training, and that this is its base,"
+        found += " is not proven; names, ranks and shapes fit, no more"
+        if not asked:
+            do = f"copy the adapter with its {FILE}, or {cli.command(UNPROVEN=True)} {does} it as it is"
+            raise RecipeError(Problem(shown(folder), found, do))
+        return [found]
+    if not known.files:
+        return [
+            f"{FILE} is of an earlier version, without hashes: a change since training that hardly moves the"
+            " answers is not seen"
+        ]
+    return []

@@ -265,7 +265,7 @@ def _combine(
         quantize=first.quantize if first else None,
         chat_template_kwargs=first.chat_template_kwargs if first else {},
         probes=probes,
-    ).save(target)
+    ).sealed(target).save(target)
     saved = adapters.read(target)
     raise_if(export.check(saved, source))
     apart = _reloaded(model, saved, source, first, probes)

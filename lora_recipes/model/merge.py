@@ -1,6 +1,10 @@
 """Merge an adapter into its base, and prove it: `make merge RECIPE=x`. Reads the adapter folder, not what the
 recipe meant.
 
+Nothing is compared with what it was made from. The adapter, as PEFT loads the saved files on the class that
+trained them, is held against the log-probabilities that training recorded; the written folder, read back,
+against that adapter and against the record; and its tensors against the files of base and adapter.
+
 An adapter that was trained on an NF4 base learned to correct that base, rounding and all: it is merged into
 the *dequantised* weights, never into the 4-bit ones, and not into those that were never quantised (facts and
 figures: docs/serving.md).
@@ -11,32 +15,37 @@ import os
 import resource
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import base_fit, cli, locate, provenance, safetensors
-from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
+from lora_recipes.core.adapter_folder import Adapter
+from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, replace_folder, write
-from lora_recipes.core.provenance import Provenance
+from lora_recipes.core.provenance import Probe, Provenance
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.model import build, embeddings
+from lora_recipes.model import answers, attach, embeddings, stored
 from lora_recipes.recipe.rules import PROMPTS
 from lora_recipes.serving import export
+from lora_recipes.serving.live import apart
 
-# Mean KL and largest logit difference that a merge may show, by dtype. Measured on trained tiny adapters:
-# float32 3e-8 / 6e-6, bfloat16 2e-5 / 6e-2 (weights are rounded once more); ten times that is a fault.
-# float16 rounds finer; not measured.
-TOLERANCE = {"float32": (1e-6, 1e-3), "bfloat16": (2e-4, 6e-1), "float16": (2e-4, 6e-1)}
+# How far the answers may be from base + adapter: a multiple of what moving each rounded weight at random by
+# at most one step of its dtype does to the same answers. Rounding moves it by half a step at most.
+STEPS = 8
+# How far log-probabilities may be from those that training recorded: share of the adapter's own effect, and
+# multiple of what the same base is off by on this machine.
+NEAR, NOISE = 0.02, 3
+LAST_DIGIT = 1e-6  # nats: the record is rounded to it
 PROBES = ("The", "Once upon a time", "Question: what is two and two? Answer:", "Guten Morgen, wie")
 PROCESSORS = (
     "preprocessor_config.json",
@@ -44,15 +53,22 @@ PROCESSORS = (
     "processor_config.json",
 )  # vLLM wants them of two-part models
 GREEDY = 16  # tokens generated from each probe
-Answers = list[
-    tuple[torch.Tensor, list[int]]
-]  # of each probe: logits [tokens, vocabulary], and the greedy continuation
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens [1, n] of a probe and of a greedy continuation of it, and a model's logits for them
+    (float32, [n, vocabulary]).
+    """
+
+    ids: torch.Tensor
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the merged model is from base + adapter: mean KL (nats a token), logit differences, and greedy
-    tokens that agree.
+    """How far one model is from another: mean KL (nats a token), logit differences, and greedy tokens that
+    agree.
     """
 
     kl_mean: float
@@ -62,27 +78,93 @@ class Difference:
     greedy_total: int
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Against what training recorded: mean absolute differences of log-probabilities, nats a token.
+
+    `effect`: of the adapter on its base, in the record. `noise`: the base's answers here against the record,
+    and another arithmetic than training's. `adapter`: the saved adapter's answers against the record;
+    `merged`: the merged model's. `rounding`: what moving the merged weights by a step of their dtype does.
+    """
+
+    effect: float
+    noise: float
+    adapter: float
+    merged: float = 0.0
+    rounding: float = 0.0
+
+    @property
+    def allowed(self) -> float:
+        """The largest difference that is taken for the trained adapter."""
+        return NEAR * self.effect + NOISE * self.noise + STEPS * self.rounding + LAST_DIGIT
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is merged: the `adapter`, what training `known`, the base's folder `source`; stored in `dtype`,
+    computed in `arithmetic`.
+    """
+
+    adapter: Adapter
+    known: Provenance | None
+    source: Path
+    dtype: str
+    arithmetic: str = "float32"
+
+    @property
+    def architecture(self) -> str:
+        """The class that the checkpoint names; a two-part one holds more than the text model that trains."""
+        return str(AutoConfig.from_pretrained(self.source).architectures[0])
+
+    @property
+    def tokens(self) -> list[int]:
+        """The rows of the embeddings that were trained by themselves."""
+        found = self.adapter.config.get("trainable_token_indices") or []
+        return found if isinstance(found, list) else [i for each in found.values() for i in each]
+
+    @property
+    def probes(self) -> list[Probe]:
+        """What training asked."""
+        return self.known.probes if self.known else []
+
+    @property
+    def recorded(self) -> list[float]:
+        """PEFT's log-probabilities with the adapter, at the end of training."""
+        return [x for probe in self.probes for x in probe.adapter]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Base + adapter before the merge (`attached`), and what it answers (`asked`), from what was saved and
+    recorded alone. `dequantised`: the weights of a base that was trained in 4 bits, by module; `notes`: what
+    the record does not prove.
+    """
+
+    attached: Any
+    asked: list[Answer]
+    record: Recorded | None = None
+    notes: list[str] = field(default_factory=list)
+    dequantised: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 def merge(
-    folder: Path, output: Path, base: Path | None = None, dtype: str | None = None, force: bool = False
+    folder: Path,
+    output: Path,
+    base: Path | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    unproven: bool = False,
 ) -> dict[str, Any]:
     """Merge the adapter in `folder` into its base and write a whole model to `output`; returns what
     merge.json says.
 
-    `base` replaces the one that adapter_config.json names. RecipeError when the adapter does not fit, memory
-    does not suffice, or the merged model answers otherwise than base + adapter; then nothing is left behind.
+    `base` replaces the one that adapter_config.json names; `unproven` takes an adapter without provenance.
+    RecipeError when the adapter does not fit or was changed since training, memory does not suffice, or the
+    merged model is not base + adapter, or answers otherwise than training recorded; then nothing is left.
     """
     began = time.monotonic()
-    if output.exists() or output.is_symlink():
-        if not (output / "merge.json").is_file():
-            raise RecipeError(
-                Problem(
-                    shown(output), "is there, and is no merged model (no merge.json in it)", "move it away"
-                )
-            )
-        if not force:
-            raise RecipeError(
-                Problem(shown(output), "is already there", f"{cli.command(FORCE=True)} replaces it")
-            )
+    _place(output, force)
     adapter = adapters.read(folder, anything=True)
     if (kind := adapter.config["peft_type"]) in PROMPTS:
         do = "its virtual tokens stand before each text: use it by PEFT"
@@ -94,12 +176,14 @@ def merge(
         raise RecipeError(Problem(shown(folder), f"its base {source or name} is not a folder here", do))
     known = provenance.read(folder)
     raise_if(base_fit.fit(adapter, source, known))
-    kind = dtype or _dtype(source)
-    _enough_memory(source, kind, 2.5 if known and known.quantize else 1.25)
+    raise_if(export.sound(adapter) if kind == "LORA" else [])
+    notes = provenance.not_proven(folder, known, unproven, "merges")
+    job = Job(adapter, known, source, dtype or _dtype(source))
+    job = replace(job, arithmetic=_arithmetic(source, job.dtype, known.quantize if known else None))
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        record = _merge(adapter, known, source, temporary, kind)
+        record = _merge(job, temporary, notes)
         record |= {"seconds": round(time.monotonic() - began, 2), "at": now()}
         write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
         replace_folder(temporary, output)
@@ -108,28 +192,43 @@ def merge(
     return record
 
 
+def _place(output: Path, force: bool) -> None:
+    """RecipeError when no merged model may stand at `output`."""
+    if output.exists() or output.is_symlink():
+        if not (output / "merge.json").is_file():
+            raise RecipeError(
+                Problem(
+                    shown(output), "is there, and is no merged model (no merge.json in it)", "move it away"
+                )
+            )
+        if not force:
+            raise RecipeError(Problem(shown(output), "is already there", f"{cli.command(FORCE=True)} replaces it"))
+
+
 def _dtype(source: Path) -> str:
     config = AutoConfig.from_pretrained(source)
     return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
-def _enough_memory(source: Path, dtype: str, times: float = 1.25) -> None:
-    """The base once in `dtype`, and a quarter more for the adapter, the probes and the copy that is being
-    written.
+def _arithmetic(source: Path, dtype: str, quantize: str | None = None) -> str:
+    """float32 where memory suffices for it, else `dtype`. RecipeError when it suffices for neither.
 
-    For one that was trained in 4 bits: twice, as the dequantised weights stand beside it.
+    Needed: the text model once and a quarter more for the adapter and the answers; what is being written, in
+    `dtype`; and for an adapter that was trained in 4 bits the dequantised weights.
     """
     numbers = sum(_count(shape) for shape in safetensors.shapes(source).values())
-    needed = int(times * numbers * getattr(torch, dtype).itemsize)
-    free = psutil.virtual_memory().available
-    if needed > free:
-        found = f"merging in {dtype} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        do = (
-            "merge on a larger machine"
-            if dtype != "float32"
-            else f"{cli.command(DTYPE='bfloat16')} needs half, or use a larger machine"
-        )
-        raise RecipeError(Problem(shown(source), found, do))
+    free, size = psutil.virtual_memory().available, getattr(torch, dtype).itemsize
+    for kind in ("float32", dtype):
+        needed = int(numbers * (1.25 * getattr(torch, kind).itemsize + size + (4 if quantize else 0)))
+        if needed <= free:
+            return kind
+    found = f"merging in {dtype} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    do = (
+        "merge on a larger machine"
+        if dtype != "float32"
+        else f"{cli.command(DTYPE='bfloat16')} needs half, or use a larger machine"
+    )
+    raise RecipeError(Problem(shown(source), found, do))
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -139,169 +238,321 @@ def _count(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _merge(
-    adapter: adapters.Adapter, known: Provenance | None, source: Path, target: Path, dtype: str
-) -> dict[str, Any]:
-    """Load the class that the checkpoint names (a two-part one keeps its vision tower), attach, ask, merge,
-    ask again, save.
+def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
+    """Hold the saved adapter against the record; merge it on the class that trained it; write the class that
+    the checkpoint names; read that back, and hold it against all three.
     """
-    architecture = AutoConfig.from_pretrained(source).architectures[0]
-    target.mkdir(parents=True)
-    export.export(adapter, source, target / "adapter")
-    model = getattr(transformers, architecture).from_pretrained(source, dtype=getattr(torch, dtype))
-    tokenizer = AutoTokenizer.from_pretrained(
-        adapter.path if (adapter.path / "tokenizer_config.json").is_file() else source
-    )
-    tokens = adapter.config.get("trainable_token_indices") or []
-    embeddings.grow(
-        model, tokens if isinstance(tokens, list) else [i for each in tokens.values() for i in each]
-    )
-    try:
-        attached = PeftModel.from_pretrained(model, target / "adapter").eval()
-    except (KeyError, ValueError, RuntimeError) as error:
-        found = f"PEFT cannot put it on {architecture}: {type(error).__name__}: {str(error).splitlines()[0]}"
-        raise RecipeError(
-            Problem(shown(adapter.path), found, "merge it with the class that it was trained on")
-        ) from error
-    layers = _attached(attached, adapters.read(target / "adapter", anything=True))
+    has_own = (job.adapter.path / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(job.adapter.path if has_own else job.source)
+    wanted = _wanted(job, tokenizer)
+    facts: dict[str, Any] = {
+        "adapter": shown(job.adapter.path),
+        "base": str(job.source),
+        "architecture": job.architecture,
+        "dtype": job.dtype,
+        "arithmetic": job.arithmetic,
+        **wanted.facts,
+    }
+    changes = stored.changes(wanted.attached, job.adapter)
+    facts["modules"] = _layers(wanted.attached, job.adapter)
+    _write(wanted.attached, job, target, wanted.dequantised)
+    tokenizer.save_pretrained(target)
+    wanted = replace(wanted, attached=None)
+    merged, known = _load(target, job.arithmetic, job), job.known
+    names = list(merged.state_dict())
+    facts |= stored.check(job.adapter, job.source, target, changes, names, wanted.dequantised)
+    facts |= _judge(merged, wanted, changes, job)
+    for name in PROCESSORS:
+        if (job.source / name).is_file():
+            shutil.copyfile(job.source / name, target / name)
+    if known:
+        replace(known, files={}, adapter_config={}).save(target)  # the hashes are the adapter's, not these
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return facts | {"not_proven": [*notes, *wanted.notes], "max_rss_bytes": peak}
+
+
+def _wanted(job: Job, tokenizer: Any) -> Wanted:
+    """What the merged model must answer, and the base's own weights with the adapter, not merged yet."""
     chance = torch.randint(0, len(tokenizer), (1, 16), generator=torch.Generator().manual_seed(0))
     probes = [chance, *(tokenizer(text, return_tensors="pt")["input_ids"] for text in PROBES)]
-    before = [_ask(attached, ids) for ids in probes]
-    facts = {
-        "adapter": shown(adapter.path),
-        "base": str(source),
-        "architecture": architecture,
-        "dtype": dtype,
-        "modules": layers,
-    }
-    if known and known.quantize:
-        usual, (before, dequantised) = before, _as_trained(known, adapter.path, source, probes)
-        facts |= {"quantize": known.quantize, "unquantised_base": asdict(_difference(before, usual))}
-        _put(dequantised, attached, source)
-    merged = attached.merge_and_unload(safe_merge=True)
-    difference = _difference(before, [_ask(merged, ids) for ids in probes])
-    _within(difference, dtype, adapter.path)
-    shutil.rmtree(target / "adapter")
-    merged.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    for folder, name in [(adapter.path, provenance.FILE), *((source, name) for name in PROCESSORS)]:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return facts | asdict(difference) | {"max_rss_bytes": peak}
+    if job.known is None:
+        attached = _attach(_load(job.source, job.arithmetic, job), job)
+        return Wanted(attached, [_ask(attached, ids) for ids in probes])
+    attached = _trained(job)
+    asked = [_ask(attached, ids) for ids in probes]
+    record = _against_record(attached, job)
+    notes = _as_recorded(record, job)
+    dequantised = _dequantised(attached) if job.known.quantize else {}
+    # Are these answers already what the merged model must give, by the same device and arithmetic?
+    same = job.known.dtype == job.arithmetic and attached.device.type == "cpu"
+    if same and not dequantised:
+        return Wanted(attached, asked, record, notes)
+    del attached  # before the next model is loaded
+    attached, facts = _attach(_load(job.source, job.arithmetic, job), job), {}
+    if dequantised:
+        usual = _difference(asked, [_again(attached, answer) for answer in asked])
+        facts = {"quantize": job.known.quantize, "unquantised_base": asdict(usual)}
+        stored.put(dequantised, attached.get_base_model())
+    if not same:
+        asked = [_again(attached, answer) for answer in asked]
+    return Wanted(attached, asked, record, notes, dequantised, facts)
 
 
-def _attached(attached: PeftModel, adapter: adapters.Adapter) -> int:
-    """How many modules carry the adapter. RecipeError when it is not all there: PEFT leaves what it does not
-    find as it began.
+def _judge(merged: PreTrainedModel, wanted: Wanted, changes: stored.Changes, job: Job) -> dict[str, Any]:
+    """What the merged model answers, against what it must. `merged` is of no further use then. RecipeError
+    when it is another model.
     """
+    again, said = [_again(merged, answer) for answer in wanted.asked], _logprobs(merged, job)
+    _move(merged, job, changes)
+    moved, said_moved = [_again(merged, answer) for answer in again], _logprobs(merged, job)
+    found, rounding = _difference(wanted.asked, again), _difference(again, moved)
+    _within(found, rounding, job, max(a.logits.abs().max().item() for a in again))
+    facts, record = asdict(found) | {"rounding": asdict(rounding)}, wanted.record
+    if record:
+        record = replace(record, merged=apart(said, job.recorded), rounding=apart(said_moved, said))
+    # What the arithmetic of its own dtype does to the same weights: every user of the merged model has that.
+    for kind in sorted({job.dtype, job.known.dtype if job.known else job.dtype} - {job.arithmetic}):
+        coarse: Any = merged.to(getattr(torch, kind))
+        if kind == job.dtype:
+            facts["noise"] = asdict(_difference(moved, [_again(coarse, answer) for answer in moved]))
+        if record and job.known and kind == job.known.dtype:
+            record = replace(record, noise=record.noise + apart(_logprobs(coarse, job), said_moved))
+    if record:
+        if record.merged > record.allowed:
+            raise _otherwise("the merged model", record.merged, record, job)
+        facts["recorded"] = asdict(record) | {"allowed": record.allowed}
+    return facts
+
+
+def _load(folder: Path, dtype: str, job: Job) -> PreTrainedModel:
+    """The text model in `folder` as training loads it, on the CPU; or, for an adapter of another tool whose
+    names are those of the two-part class, that class.
+    """
+    options = {"dtype": getattr(torch, dtype)}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    names = dict(model.named_modules())
+    if any(module not in names for module in job.adapter.modules):
+        model = getattr(transformers, job.architecture).from_pretrained(folder, **options)
+    embeddings.grow(model, job.tokens)
+    return model.eval()
+
+
+def _attach(model: PreTrainedModel, job: Job) -> PeftModel:
+    """`model` with the saved adapter. RecipeError when that does not go on it whole."""
+    try:
+        return attach.attach(model, {"default": job.adapter})
+    except (KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        found = f"PEFT cannot put it on {type(model).__name__}: {type(error).__name__}: "
+        found += str(error).splitlines()[0]
+        do = "merge it with the class that it was trained on"
+        raise RecipeError(Problem(shown(job.adapter.path), found, do)) from error
+
+
+def _layers(attached: PeftModel, adapter: Adapter) -> int:
+    """How many modules carry the adapter. RecipeError when it is not all there."""
     lora = adapter.config["peft_type"] == "LORA"
     layers = sum(isinstance(m, LoraLayer if lora else BaseTunerLayer) for m in attached.modules())
     holds = len(adapter.modules) if lora else layers
     if layers == 0 or layers != holds:
         found = f"PEFT attached {layers} modules, the adapter holds {holds}"
         raise RecipeError(Problem(shown(adapter.path), found, "the adapter does not fit this base"))
-    saved = {
-        name for name in adapter.tensors if ".base_layer." not in name
-    }  # PEFT saves an adapted embedding whole beside its A and B
-    if lost := saved - set(get_peft_model_state_dict(attached, save_embedding_layers=False)):
-        found = f"PEFT did not attach {listed(sorted(lost), 3)}"
-        raise RecipeError(Problem(shown(adapter.path), found, "the adapter does not fit this base"))
     return layers
 
 
-def _as_trained(
-    known: Provenance, folder: Path, source: Path, probes: list[torch.Tensor]
-) -> tuple[Answers, dict[str, torch.Tensor]]:
-    """The answers of the 4-bit base with its adapter, as it was trained; and the base's 4-bit weights,
-    dequantised, by module name.
-    """
+def _trained(job: Job) -> PeftModel:
+    """The saved adapter on its base as it was trained: same class, same dtype, same 4 bits."""
+    model = attach.base(job.source, job.known)
+    embeddings.grow(model, job.tokens)
+    return _attach(model, job)
+
+
+def _dequantised(attached: PeftModel) -> dict[str, torch.Tensor]:
+    """The base's 4-bit weights, dequantised, by module."""
     import bitsandbytes as bnb
 
-    options = {"dtype": getattr(torch, known.dtype), "quantization_config": build.nf4(known.dtype)}
-    base = build.trainable_4bit(AutoModelForCausalLM.from_pretrained(source, **options))
     linears: dict[str, Any] = {
-        name: module for name, module in base.named_modules() if isinstance(module, bnb.nn.Linear4bit)
+        name.removesuffix(".base_layer"): module
+        for name, module in attached.get_base_model().named_modules()
+        if isinstance(module, bnb.nn.Linear4bit) and not isinstance(module, BaseTunerLayer)
     }
-    attached = PeftModel.from_pretrained(base, folder).eval()
-    answers = [_ask(attached, ids) for ids in probes]
     dequantise = bnb.functional.dequantize_4bit
-    return answers, {
-        name: dequantise(m.weight.data, m.weight.quant_state).cpu() for name, m in linears.items()
-    }
+    return {name: dequantise(m.weight.data, m.weight.quant_state).cpu() for name, m in linears.items()}
 
 
-def _put(dequantised: dict[str, torch.Tensor], attached: PeftModel, source: Path) -> None:
-    """Replace the weights of these modules of the base that carries the adapter."""
-    names = safetensors.shapes(source)
-    for name, tensor in dequantised.items():
-        own = base_fit.renamed(name, names)
-        assert own is not None, name
-        module: Any = attached.get_base_model().get_submodule(own)
-        getattr(module, "base_layer", module).weight.data.copy_(tensor)
+def _logprobs(model: torch.nn.Module, job: Job) -> list[float]:
+    return [x for probe in job.probes for x in answers.logprobs(model, probe.input_ids)]
+
+
+def _against_record(attached: PeftModel, job: Job) -> Recorded | None:
+    """The saved adapter's answers, and its base's, against those that training recorded; None when it asked
+    nothing.
+    """
+    if not job.recorded:
+        return None
+    alone = [x for probe in job.probes for x in probe.base]
+    noise = 0.0
+    if not job.tokens:  # else the base's new rows, as they began, are gone
+        with attached.disable_adapter():
+            noise = apart(_logprobs(attached, job), alone)
+    return Recorded(apart(job.recorded, alone), noise, apart(_logprobs(attached, job), job.recorded))
+
+
+def _as_recorded(record: Recorded | None, job: Job) -> list[str]:
+    """What the record cannot prove. RecipeError when the saved adapter is not the one that was trained, or
+    the base not its base.
+    """
+    assert job.known
+    if record is None:
+        return ["training recorded no answers: that the adapter answers as it did then is not shown"]
+    if record.noise > record.effect:
+        found = (
+            f"the base alone is {record.noise:.2g} nats a token from what training recorded, the adapter's"
+        )
+        found += f" own effect is {record.effect:.2g}"
+        if job.known.fingerprint is None:
+            do = f"another base? Give the one that it was trained on: {cli.command(BASE='path')}"
+            raise RecipeError(Problem(shown(job.adapter.path), found, do))
+        return [f"{found}: its answers prove nothing here"]
+    if record.adapter > record.allowed:
+        raise _otherwise("the saved adapter", record.adapter, record, job)
+    return []
+
+
+def _otherwise(what: str, off: float, record: Recorded, job: Job) -> RecipeError:
+    found = f"{what} answers otherwise than training recorded: {off:.2g} nats a token apart, at most"
+    found += f" {record.allowed:.2g} allowed (the adapter's effect is {record.effect:.2g})"
+    do = "nothing was written; adapter or base were changed after training: copy them again"
+    return RecipeError(Problem(shown(job.adapter.path), found, do))
+
+
+def _write(attached: PeftModel, job: Job, target: Path, dequantised: dict[str, torch.Tensor]) -> None:
+    """Merge, module by module in float32, and write the class that the checkpoint names, each tensor rounded
+    once.
+    """
+    if job.arithmetic != "float32":  # where the whole model is too large for it
+        base = stored.Files(job.source)
+        for name, module in attached.get_base_model().named_modules():
+            weight: Any = getattr(getattr(module, "base_layer", None), "weight", None)
+            if isinstance(module, BaseTunerLayer) and weight is not None:
+                own = base_fit.own_name(f"{name}.weight", base.where)
+                exact = dequantised.get(name, base.tensor(own) if own else weight.data)
+                kind, weight.data = weight.dtype, exact.float()
+                module.merge(safe_merge=True)
+                weight.data = weight.data.to(kind)
+    text: Any = attached.merge_and_unload(safe_merge=True)
+    kind = getattr(torch, job.dtype)
+    whole = getattr(transformers, job.architecture).from_pretrained(job.source, dtype=kind)
+    embeddings.grow(whole, job.tokens)
+    head, tied = whole.get_output_embeddings(), text.config.get_text_config().tie_word_embeddings
+    if whole.config.get_text_config().tie_word_embeddings and not tied:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        for config in (whole.config, whole.config.get_text_config()):
+            config.tie_word_embeddings = False
+    places = whole.state_dict()
+    for name, tensor in text.state_dict().items():
+        own = base_fit.own_name(name, places)
+        if own is None or places[own].shape != tensor.shape:
+            found = f"{name} of {type(text).__name__} has no place in {job.architecture}"
+            raise RecipeError(Problem(shown(job.source), found, "serve the adapter unmerged"))
+        places[own].copy_(tensor)
+    target.mkdir(parents=True)
+    whole.save_pretrained(target)
 
 
 @torch.no_grad()
-def _ask(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """Logits of every position of the probe (float32, [tokens, vocabulary]), and the greedy continuation."""
+def _move(model: PreTrainedModel, job: Job, changes: stored.Changes) -> None:
+    """Move each weight that was rounded at random by at most one step of the dtype in which it is stored."""
+    every = _dtype(job.source) != job.dtype
+    generator, step = torch.Generator().manual_seed(0), torch.finfo(getattr(torch, job.dtype)).eps
+    parameter: torch.Tensor
+    for name, parameter in model.named_parameters():
+        if every or name in changes.updates or changes.touches(name):
+            chance = torch.rand(parameter.shape, generator=generator) * 2 - 1
+            parameter.add_((parameter.float() * chance * step).to(parameter))
+
+
+@torch.no_grad()
+def _ask(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> Answer:
+    """The probe `ids` [1, n], continued greedily."""
     ids = ids.to(next(model.parameters()).device)
-    logits = model(input_ids=ids, use_cache=False).logits[0].float().cpu()
-    written = ids
     for _ in range(GREEDY):
-        written = torch.cat(
-            [written, model(input_ids=written, use_cache=False).logits[:, -1:].argmax(-1)], dim=1
-        )
-    return logits, written[0, ids.shape[1] :].tolist()
+        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return _again(model, Answer(ids, torch.empty(0)))
 
 
-def _difference(before: Answers, after: Answers) -> Difference:
-    one, two = torch.cat([b for b, _ in before]), torch.cat([a for a, _ in after])
-    kl = (
-        torch.nn.functional.kl_div(
-            two.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="none"
-        )
-        .sum(-1)
-        .mean()
-    )
-    apart = (one - two).abs()
+@torch.no_grad()
+def _again(model: PreTrainedModel | PeftModel, answer: Answer) -> Answer:
+    """`model` asked for the same tokens."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=answer.ids.to(device), use_cache=False).logits[0].float().cpu()
+    return Answer(answer.ids.cpu(), logits)
+
+
+def _difference(before: list[Answer], after: list[Answer]) -> Difference:
+    one, two = torch.cat([b.logits for b in before]), torch.cat([a.logits for a in after])
+    given, found = one.double().log_softmax(-1), two.double().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(found, given, log_target=True, reduction="none").sum(-1).mean()
+    off = (one - two).abs()
     equal = sum(
-        x == y for (_, b), (_, a) in zip(before, after, strict=True) for x, y in zip(b, a, strict=True)
+        int((b.logits[-GREEDY - 1 : -1].argmax(-1) == a.logits[-GREEDY - 1 : -1].argmax(-1)).sum())
+        for b, a in zip(before, after, strict=True)
     )
-    return Difference(
-        max(kl.item(), 0.0), apart.max().item(), apart.mean().item(), equal, len(before) * GREEDY
-    )
+    return Difference(max(kl.item(), 0.0), off.max().item(), off.mean().item(), equal, len(before) * GREEDY)
 
 
-def _within(difference: Difference, dtype: str, path: Path) -> None:
-    kl, logit = TOLERANCE[dtype]
-    exact = dtype != "float32" or difference.greedy_equal == difference.greedy_total
-    if not (difference.kl_mean <= kl and difference.logit_max <= logit and exact):
-        found = f"the merged model is not base + adapter: {difference} (allowed: KL {kl:g}, logit {logit:g})"
-        raise RecipeError(
-            Problem(
-                shown(path), found, "nothing was written; merge in float32, or serve the adapter unmerged"
-            )
-        )
+def _within(found: Difference, rounding: Difference, job: Job, size: float) -> None:
+    """RecipeError unless `found` is of the size of `rounding`, or of the last digits of logits of `size`."""
+    last = torch.finfo(getattr(torch, job.arithmetic)).eps * size
+    allowed = Difference(
+        STEPS**2 * (rounding.kl_mean + last**2),
+        STEPS * (rounding.logit_max + last),
+        STEPS * (rounding.logit_mean + last),
+        0,
+        0,
+    )
+    if not all(getattr(found, k) <= getattr(allowed, k) for k in ("kl_mean", "logit_max", "logit_mean")):
+        said = f"the merged model is not base + adapter: {_told(found)}; rounding explains {_told(allowed)}"
+        do = "nothing was written; serve the adapter unmerged"
+        raise RecipeError(Problem(shown(job.adapter.path), said, do))
+
+
+def _told(found: Difference) -> str:
+    off = f"logits off by {found.logit_max:.1e} (mean {found.logit_mean:.1e})"
+    return f"KL {found.kl_mean:.1e} nats a token, {off}"
 
 
 def report(record: dict[str, Any], output: Path) -> str:
     """merge.json for a person."""
     same = f"{record['greedy_equal']} of {record['greedy_total']} greedy tokens equal"
     against = f"base in {record['quantize']} + adapter" if "quantize" in record else "base + adapter"
-    unquantised = []
+    lines = [
+        (
+            f"{record['modules']} modules merged into {record['architecture']} in {record['dtype']},"
+            f" {record['seconds']:.1f} s, peak memory {record['max_rss_bytes'] / 2**30:.2f} GiB"
+        ),
+        (
+            f"against {against}: KL {record['kl_mean']:.1e} nats a token, logits differ by at most"
+            f" {record['logit_max']:.1e} (mean {record['logit_mean']:.1e}), {same}"
+        ),
+    ]
     if usual := record.get("unquantised_base"):
-        unquantised = [f"(on the base that was never quantised, the usual way: KL {usual['kl_mean']:.1e})"]
-    return "\n".join(
-        [
-            (
-                f"{record['modules']} modules merged into {record['architecture']} in {record['dtype']},"
-                f" {record['seconds']:.1f} s, peak memory {record['max_rss_bytes'] / 2**30:.2f} GiB"
-            ),
-            (
-                f"against {against}: KL {record['kl_mean']:.1e} nats a token, logits differ by at most"
-                f" {record['logit_max']:.1e} (mean {record['logit_mean']:.1e}), {same}"
-            ),
-            *unquantised,
-            f"{shown(output)}/  with merge.json",
-        ]
+        lines.append(f"(on the base that was never quantised, the usual way: KL {usual['kl_mean']:.1e})")
+    lost = 100 * record["lost_in_rounding"]
+    lines.append(
+        f"as stored: {record['tensors_computed']} tensors are base + adapter, rounded once ({lost:.2g} % of"
+        f" the update lost in that); {record['tensors_of_the_base']} are the base's own"
     )
+    if noise := record.get("noise"):
+        lines.append(
+            f"computing in {record['dtype']} moves its answers by KL {noise['kl_mean']:.1e}, logits by at"
+            f" most {noise['logit_max']:.1e}; the figures above are of {record['arithmetic']}"
+        )
+    if known := record.get("recorded"):
+        lines.append(
+            f"against what training recorded: {known['merged']:.1e} nats a token apart,"
+            f" {known['allowed']:.1e} allowed; the adapter's effect is {known['effect']:.1e}"
+        )
+    lines += [f"NOT PROVEN  {note}" for note in record["not_proven"]]
+    return "\n".join([*lines, f"{shown(output)}/  with merge.json"])

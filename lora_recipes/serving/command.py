@@ -40,7 +40,8 @@ class Options:
     """What a person may set: `host` and `port`, `max_lora_rank`, `dtype`; `dynamic`: may adapters come and
     go; `extra`: for vLLM.
 
-    `outputs`: where adapters that lie in no run folder are exported to.
+    `outputs`: where adapters that lie in no run folder are exported to. `unproven`: take an adapter without
+    provenance.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +51,7 @@ class Options:
     dynamic: bool = False
     extra: list[str] = field(default_factory=list)
     outputs: Path = OUTPUTS
+    unproven: bool = False
 
     @property
     def url(self) -> str:
@@ -61,13 +63,14 @@ class Options:
 @dataclass(frozen=True)
 class Served:
     """A model name on the server: what it was made of (`folder`), what vLLM loads (`path`), and what training
-    left to prove it.
+    left to prove it; `not_proven`: what that cannot.
     """
 
     name: str
     folder: Path
     path: Path
     provenance: Provenance | None
+    not_proven: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -107,7 +110,9 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     read = {} if whole else {name: adapters.read(folder) for name, folder in chosen.items()}
     folder = next(iter(whole.values())) if whole else base_of(read, base)
     config = _config(folder)
-    served = [_whole(*pair) for pair in whole.items()] + export(read, folder, options.outputs)
+    served = [_whole(*pair) for pair in whole.items()] + export(
+        read, folder, options.outputs, options.unproven
+    )
     dtype, why = _dtype(config, name, options.dtype)
     command = [str(python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     base_name = served[0].name if whole else BASE
@@ -165,14 +170,18 @@ def _config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def export(read: dict[str, Adapter], base: Path, outputs: Path) -> list[Served]:
-    """Hold each adapter against vLLM's rules and against the base it was trained on; then write it as vLLM
-    will load it.
+def export(read: dict[str, Adapter], base: Path, outputs: Path, unproven: bool = False) -> list[Served]:
+    """Hold each adapter against vLLM's rules, against what training saved and against the base it was trained
+    on; then write it as vLLM will load it. One without provenance only if `unproven`.
     """
     problems, known = [], {name: provenance.read(adapter.path) for name, adapter in read.items()}
     for name, adapter in read.items():
         problems += servable.check(adapter, base, known[name])
     raise_if(problems)
+    notes = {
+        name: provenance.not_proven(adapter.path, known[name], unproven, "serves")
+        for name, adapter in read.items()
+    }
     served = []
     for name, adapter in read.items():
         target = (
@@ -181,7 +190,7 @@ def export(read: dict[str, Adapter], base: Path, outputs: Path) -> list[Served]:
             else outputs.absolute() / "_serve" / name
         )
         servable.export(adapter, base, target)
-        served.append(Served(name, adapter.path, target, known[name]))
+        served.append(Served(name, adapter.path, target, known[name], notes[name]))
     return served
 
 
@@ -257,17 +266,18 @@ def _rendering(base: Path, served: list[Served]) -> tuple[list[str], list[str]]:
 
 
 def _notes(served: Served) -> list[str]:
+    notes = [f"{served.name}: {note}" for note in served.not_proven]
     if served.provenance is None:
-        return [
-            f"{served.name}: no {provenance.FILE} beside it; that it is live can be seen, not that it is what"
-            " was trained"
-        ]
-    if served.provenance.quantize and served.path != served.folder:
-        return [
+        whole = served.path == served.folder
+        notes += [
+            f"{served.name}: no {provenance.FILE} in it: its answers have nothing to be held against"
+        ] * whole
+    elif served.provenance.quantize and served.path != served.folder:
+        notes.append(
             f"{served.name}: trained on a base in {served.provenance.quantize}, served on one that is not;"
             f" {cli.command('merge')} is closer"
-        ]
-    return []
+        )
+    return notes
 
 
 def _environment(build: str, options: Options) -> dict[str, str]:

@@ -10,7 +10,9 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_recipes.core import provenance, safetensors
 from lora_recipes.core.adapter_folder import Adapter
@@ -31,8 +33,29 @@ def check(adapter: Adapter, base: Path | None, known: Provenance | None = None) 
     problems = [Problem(f"{at} {key}", found, do) for key, found, do in config_faults(adapter.config)]
     if adapter.config["peft_type"] != "LORA":
         return problems
-    problems += _names(adapter) + _ranks(adapter) + _values(adapter)
+    problems += _names(adapter) + _ranks(adapter) + sound(adapter, served=True)
     return problems + (fit(adapter, base, known) if base else [])
+
+
+def sound(adapter: Adapter, served: bool = False) -> list[Problem]:
+    """What no training leaves in a LoRA adapter: no tensor of a module, half a pair, a doubled prefix,
+    numbers that are none, every B zero; in one that is to be `served` also a single one.
+    """
+    at, modules = shown(adapter.file), adapter.modules
+    if not modules:
+        return [Problem(at, "holds no LoRA tensor", "it is not a trained adapter")]
+    problems = []
+    if doubled := [m for m in modules if m.startswith("base_model.")]:
+        problems.append(
+            Problem(
+                at,
+                f"the prefix base_model.model. stands twice, e.g. {doubled[0]}",
+                "the adapter was put on a PEFT model; train it again",
+            )
+        )
+    if halves := [m for m, pair in modules.items() if set(pair) != {"A", "B"}]:
+        problems.append(Problem(at, f"A or B is missing in {listed(halves, 3)}", "the file is not complete"))
+    return problems + _values(adapter, served)
 
 
 def _names(adapter: Adapter) -> list[Problem]:
@@ -45,22 +68,9 @@ def _names(adapter: Adapter) -> list[Problem]:
         problems.append(
             Problem(at, f"{len(strange)} tensors are no LoRA of a module: {listed(strange, 3)}", do)
         )
-    if not modules:
-        return [*problems, Problem(at, "holds no LoRA tensor", "it is not a trained adapter")]
-    if doubled := [m for m in modules if m.startswith("base_model.")]:
-        problems.append(
-            Problem(
-                at,
-                f"the prefix base_model.model. stands twice, e.g. {doubled[0]}",
-                "the adapter was put on a PEFT model; train it again",
-            )
-        )
-    halves = [m for m, pair in modules.items() if set(pair) != {"A", "B"}]
-    if halves:
-        problems.append(Problem(at, f"A or B is missing in {listed(halves, 3)}", "the file is not complete"))
     leaves = {m.rsplit(".", 1)[-1] for m in modules}
     targets = adapter.config["target_modules"]
-    for target in targets if isinstance(targets, list) else []:
+    for target in targets if isinstance(targets, list) and modules else []:
         if not any(m == target or m.endswith(f".{target}") for m in modules):
             do = f"did you mean {nearest(target, leaves)}? Nothing was trained there"
             where = f"{shown(adapter.path)}/adapter_config.json target_modules"
@@ -74,9 +84,7 @@ def _ranks(adapter: Adapter) -> list[Problem]:
     """
     pattern = adapter.config.get("rank_pattern") or {}
     for module, pair in adapter.modules.items():
-        said = next(
-            (r for key, r in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), adapter.config["r"]
-        )
+        said = matched(pattern, module) or adapter.config["r"]
         for kind, name in pair.items():
             shape = adapter.tensors[name].shape
             real = shape[0] if kind == "A" else shape[-1]
@@ -90,7 +98,7 @@ def _ranks(adapter: Adapter) -> list[Problem]:
     return []
 
 
-def _values(adapter: Adapter) -> list[Problem]:
+def _values(adapter: Adapter, served: bool) -> list[Problem]:
     bad, zero = [], []
     for pair in adapter.modules.values():
         for kind, name in pair.items():
@@ -111,8 +119,8 @@ def _values(adapter: Adapter) -> list[Problem]:
         problems.append(
             Problem(shown(adapter.file), f"{len(bad)} tensors hold NaN or infinity: {listed(bad, 3)}", do)
         )
-    if zero:
-        every = len(zero) == len(adapter.modules)
+    every = len(zero) == len(adapter.modules) and not adapter.config.get("use_dora")  # it has a magnitude too
+    if zero and (every or served):
         found = (
             "every lora_B is zero: the adapter does nothing"
             if every
@@ -122,28 +130,42 @@ def _values(adapter: Adapter) -> list[Problem]:
     return problems
 
 
-def _whole_modules(
-    adapter: Adapter, done: dict[str, str], base: dict[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """New names for tensors that are no LoRA (modules_to_save, trained tokens): no server takes them, a merge
-    does.
+def _renamed_config(adapter: Adapter, names: dict[str, str]) -> dict[str, Any]:
+    """adapter_config.json for modules of other names (`names`: old to new). Each pattern is asked about the
+    old name, which it was written for, and its answer stands beside the new one, in full: a key left as it
+    is would match nothing, in silence.
     """
-    names = {}
-    for tensor in adapter.tensors:
-        parts = tensor.removeprefix("base_model.model.").split(".")
-        for end in range(len(parts) - 1, 0, -1) if tensor not in done else ():
-            if new := renamed(".".join(parts[:end]), base):
-                names[tensor] = ".".join(["base_model.model", new, *parts[end:]])
-                break
-    return names
+    config = adapter.config
+    ranks, alphas = (_by_pattern(config.get(f"{key}_pattern") or {}, names) for key in ("rank", "alpha"))
+    return config | {
+        "target_modules": sorted(names.values()),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _by_pattern(pattern: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {
+        re.escape(new): value for old, new in names.items() if (value := matched(pattern, old)) is not None
+    }
+
+
+def matched(pattern: dict[str, Any], module: str) -> Any:
+    """What a rank_pattern or alpha_pattern says of `module`, by PEFT's rule (get_pattern_key), which is
+    vLLM's too; None when nothing.
+    """
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), None)
 
 
 def export(adapter: Adapter, base: Path, target: Path) -> int:
     """Write `target`: the adapter under the names of the class that vLLM loads for `base`. Returns how many
     modules were renamed.
 
-    The tensors are copied byte for byte. An adapter that stands in `target` is replaced; anything else is not
-    touched.
+    The tensors are copied byte for byte, and the names in adapter_config.json follow them. An adapter that
+    stands in `target` is replaced; anything else is not touched.
     """
     if (target.exists() or target.is_symlink()) and not (target / MARK).is_file():
         raise RecipeError(
@@ -152,25 +174,27 @@ def export(adapter: Adapter, base: Path, target: Path) -> int:
             )
         )
     raise_if(fit(adapter, base))
-    shapes, changed = safetensors.shapes(base), 0
-    names: dict[str, str] = {}
-    for module in adapter.modules:
-        new = renamed(module, shapes)
-        changed += new != module
-        prefix = f"base_model.model.{module}."
-        names |= {
-            t: t.replace(prefix, f"base_model.model.{new}.") for t in adapter.tensors if t.startswith(prefix)
-        }
-    names |= _whole_modules(adapter, names, shapes)
+    shapes = safetensors.shapes(base)
+    modules = {module: renamed(module, shapes) or module for module in adapter.modules}
+    changed = sum(new != old for old, new in modules.items())
+    names = {
+        tensor: tensor.replace(f"base_model.model.{old}.", f"base_model.model.{new}.", 1)
+        for old, new in modules.items()
+        for tensor in adapter.modules[old].values()
+    }
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     (temporary / MARK).write_text(
         json.dumps({"adapter": str(adapter.path), "base": str(base), "renamed": changed}) + "\n"
     )
-    for name in ("adapter_config.json", provenance.FILE):
-        if (adapter.path / name).is_file():
-            shutil.copyfile(adapter.path / name, temporary / name)
+    if changed:
+        config = json.dumps(_renamed_config(adapter, modules), indent=2) + "\n"
+        (temporary / provenance.CONFIG).write_text(config, encoding="utf-8")
+    else:
+        shutil.copyfile(adapter.path / provenance.CONFIG, temporary / provenance.CONFIG)
+    if known := provenance.read(adapter.path):
+        replace(known, files={}, adapter_config={}).save(temporary)  # those of the adapter, not of this copy
     safetensors.copy_renamed(adapter.file, temporary / "adapter_model.safetensors", names)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

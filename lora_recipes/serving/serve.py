@@ -112,7 +112,7 @@ def _is_whole(root: str) -> bool:
     return (Path(root) / provenance.FILE).is_file()
 
 
-def add(url: str, words: list[str], outputs: Path) -> int:
+def add(url: str, words: list[str], outputs: Path, unproven: bool = False) -> int:
     """Check adapters against the base that the server at `url` has, add them and prove them; one that is not
     live is removed again.
 
@@ -136,7 +136,7 @@ def add(url: str, words: list[str], outputs: Path) -> int:
     proofs: list[Proof] = []
     loaded: list[str] = []
     try:
-        for served in command.export(read, folder, outputs):
+        for served in command.export(read, folder, outputs, unproven):
             endpoint.load(served.name, str(served.path))
             loaded.append(served.name)
             proofs += live.prove(endpoint, base, {served.name: served.provenance})

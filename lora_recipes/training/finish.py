@@ -93,7 +93,7 @@ def finish(session: Session) -> FinishedRun:
         (temporary / "training_args.bin").unlink(missing_ok=True)
         not_servable = None
         if provenance:
-            provenance.save(temporary)
+            provenance.sealed(temporary).save(temporary)
             faults = export.check(
                 adapter_folder.read(temporary, anything=True),
                 local(provenance.name_or_path, provenance.revision),

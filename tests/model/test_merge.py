@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases.edits import BROKEN, EDITS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_recipes.core import locate
+from lora_recipes.core import adapter_folder, locate, provenance
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.model import build
+from lora_recipes.model import build, stored
 from lora_recipes.model import merge as merging
 from lora_recipes.model.merge import merge
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
+from lora_recipes.serving import export
+from lora_recipes.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def test_a_two_part_checkpoint_keeps_its_class_names_and_vision_tower(hybrid, tm
         tmp_path / "adapter",
         target_modules=["q_proj", "in_proj_qkv", "in_proj_z", "out_proj", "down_proj"],
     )
-    record = merge(folder, tmp_path / "merged")
+    record = merge(folder, tmp_path / "merged", unproven=True)
     assert record["architecture"] == "Qwen3_5ForConditionalGeneration" and record["modules"] == 14
     with (
         safe_open(hybrid / "model.safetensors", "pt") as old,
@@ -91,7 +95,7 @@ def test_the_dtype_asked_for_is_the_one_saved(trained, tmp_path, dtype):
 
 def test_dora_which_no_server_takes_as_an_adapter_merges(hybrid, tmp_path):
     folder = adapter(hybrid, tmp_path / "adapter", target_modules=["down_proj"], use_dora=True)
-    assert merge(folder, tmp_path / "merged")["modules"] == 4
+    assert merge(folder, tmp_path / "merged", unproven=True)["modules"] == 4
 
 
 def test_a_merge_that_answers_otherwise_fails_and_leaves_nothing(trained, tmp_path):
@@ -102,7 +106,7 @@ def test_a_merge_that_answers_otherwise_fails_and_leaves_nothing(trained, tmp_pa
         trained / "tiny_base" / "model", tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"]
     )
     with pytest.raises(RecipeError, match="not base \\+ adapter"):
-        merge(folder, tmp_path / "merged")
+        merge(folder, tmp_path / "merged", unproven=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -141,9 +145,221 @@ def test_a_base_larger_than_memory_is_refused_before_loading(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [10**7, 10**6], "data_offsets": [0, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(RecipeError, match=r"needs about .* GiB, .* GiB are free"):
-        merging._enough_memory(tmp_path, "bfloat16")
+        merging._arithmetic(tmp_path, "bfloat16")
 
 
 def test_a_recipe_that_was_not_trained_is_answered(tmp_path):
     with pytest.raises(RecipeError, match="make train RECIPE=tiny_facts"):
         locate.run_folder("tiny_facts", tmp_path)
+
+
+# names in adapter_config.json, where the class that is written calls its modules otherwise
+
+
+L3 = "model.layers.3.self_attn"
+NAMED = {
+    "alpha_pattern, full name": {"alpha_pattern": {f"{L3}.q_proj": 64}},
+    "alpha_pattern, regex": {"alpha_pattern": {r"^model\.layers\.3\.self_attn\.v_proj": 64}},
+    "rank_pattern, full name": {
+        "rank_pattern": {f"{L3}.q_proj": 8},
+        "alpha_pattern": {r"layers.\d.*v_proj": 2},
+    },
+    "target_modules, regex": {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
+    "target_modules, full names": {"target_modules": [f"{L3}.q_proj", "model.layers.0.mlp.down_proj"]},
+    "exclude_modules": {"exclude_modules": [f"{L3}.v_proj"], "alpha_pattern": {"model.layers.3.*": 32}},
+    "exclude_modules, regex": {"exclude_modules": r"model\.layers\.3\..*v_proj"},
+    "layers_pattern": {
+        "target_modules": ["down_proj", "q_proj"],
+        "layers_to_transform": [1, 3],
+        "layers_pattern": "layers",
+        "rank_pattern": {"model.layers.1": 2, "model.layers.3.mlp.down_proj": 2},
+    },
+    "rslora": {"use_rslora": True, "rank_pattern": {f"{L3}.q_proj": 16}},
+    "modules_to_save": {"modules_to_save": ["model.layers.3.mlp.down_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_names_in_the_config_of_an_adapter_follow_its_tensors(hybrid, tmp_path, name):
+    """Merged, and exported for the class that vLLM loads: both answer as PEFT does on the class that
+    trained.
+    """
+    given = {"target_modules": ["q_proj", "v_proj"]} | NAMED[name]
+    folder = adapter(hybrid, tmp_path / "adapter", **given)
+    base, ids = AutoModelForCausalLM.from_pretrained(hybrid).eval(), torch.arange(40).view(1, -1)
+    untouched = base(ids).logits
+    expected = PeftModel.from_pretrained(base, folder).eval()(ids).logits
+    assert (expected - untouched).abs().max() > 0.01
+    record = merge(folder, tmp_path / "merged", unproven=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
+    assert "is not proven" in record["not_proven"][0]
+    read = adapter_folder.read(folder)
+    if not given.get("modules_to_save"):  # which no server takes
+        assert export.export(read, hybrid, tmp_path / "serving") == len(read.modules)
+        whole = getattr(merging.transformers, record["architecture"]).from_pretrained(hybrid)
+        served = PeftModel.from_pretrained(whole, tmp_path / "serving").eval()
+        assert torch.allclose(served(ids).logits, expected, atol=1e-4)
+
+
+def test_what_was_trained_with_full_names_is_what_is_merged(case, tmp_path):
+    run = train(resolve(recipes.load(str(case("alpha_full_name", train__max_steps=3))), tmp_path))
+    record = merge(tmp_path / "alpha_full_name" / "adapter", tmp_path / "merged")
+    assert run.status == "finished" and record["not_proven"] == []
+    known = record["recorded"]
+    assert known["merged"] < 1e-4 * known["effect"] < known["allowed"]
+
+
+# adapters that were changed after training
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    """A copy of the trained default's adapter."""
+    return Path(shutil.copytree(trained / "tiny_facts" / "adapter", tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_adapter_that_was_edited_is_refused_and_the_edit_named(copied, tmp_path, name):
+    EDITS[name].make(copied)
+    with pytest.raises(RecipeError, match=EDITS[name].said):
+        merge(copied, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", [name for name, edit in EDITS.items() if edit.moves and "token" not in name])
+def test_without_hashes_what_training_recorded_tells_an_edit(copied, tmp_path, name):
+    """As an earlier version left it: without `files` in provenance.json."""
+    old = json.loads((copied / "provenance.json").read_text())
+    (copied / "provenance.json").write_text(
+        json.dumps({k: v for k, v in old.items() if k not in ("files", "adapter_config")})
+    )
+    EDITS[name].make(copied)
+    with pytest.raises(RecipeError, match="the saved adapter answers otherwise than training recorded"):
+        merge(copied, tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_without_hashes_an_unchanged_adapter_merges_and_what_is_not_proven_is_said(copied, tmp_path):
+    known = provenance.read(copied)
+    provenance.replace(known, files={}, adapter_config={}).save(copied)
+    record = merge(copied, tmp_path / "merged")
+    assert "without hashes" in merging.report(record, tmp_path / "merged")
+    assert record["recorded"]["merged"] < record["recorded"]["allowed"]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_without_provenance_too(copied, tmp_path, name):
+    (copied / "provenance.json").unlink()
+    BROKEN[name].make(copied)
+    with pytest.raises(RecipeError, match=BROKEN[name].said):
+        merge(copied, tmp_path / "merged", unproven=True)
+
+
+def test_without_provenance_a_merge_is_asked_for(copied, tmp_path):
+    (copied / "provenance.json").unlink()
+    with pytest.raises(RecipeError, match=r"is not proven.*\n    -> .*unproven.* merges it"):
+        merge(copied, tmp_path / "merged")
+
+
+def test_another_base_is_told_by_its_own_answers_where_no_fingerprint_is(copied, trained, tmp_path):
+    """A base that came from the hub without ever being a folder here leaves none."""
+    other = Path(shutil.copytree(trained / "tiny_base" / "model", tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    torch.manual_seed(0)
+    save_file({n: torch.randn_like(w) * w.std() for n, w in weights.items()}, other / "model.safetensors")
+    known = provenance.read(copied)
+    provenance.replace(known, fingerprint=None).save(copied)
+    with pytest.raises(RecipeError, match=r"the base alone is .* from what training recorded"):
+        merge(copied, tmp_path / "merged", base=other)
+
+
+# what is written, broken on purpose
+
+
+def changed_weights(name: str, weights: dict, base: dict) -> None:
+    """Break the stored `weights` of a merged model in the way that `name` says."""
+    one, two = (f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1))
+    delta = weights[one].float() - base[one].float()
+    broken = {
+        "one module left unmerged": base[one],
+        "another scaling": base[one] + 1.5 * delta,
+        "the sign": base[one] - delta,
+        "the delta of another layer": base[one] + weights[two].float() - base[two].float(),
+        "a transposed delta": base[one] + delta.flatten().view(delta.T.shape).T,
+    }
+    if name in broken:
+        weights[one] = broken[name].to(weights[one].dtype).contiguous()
+    elif name == "a norm that carries no adapter":
+        weights["model.norm.weight"] *= 1.01
+    else:
+        weights["model.embed_tokens.weight"][7] += 0.01
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "nf4"])
+def written(request, trained, tmp_path_factory):
+    """A job and its merged folder, what the merge changes, and the base's weights."""
+    made = tmp_path_factory.mktemp("written")
+    known = provenance.read(trained / "tiny_facts" / "adapter")
+    quantised = request.param == "nf4"
+    known = provenance.replace(known, quantize="nf4" if quantised else None)
+    job = merging.Job(
+        adapter_folder.read(trained / "tiny_facts" / "adapter"),
+        known,
+        trained / "tiny_base" / "model",
+        "float32" if quantised else request.param,
+    )
+    dequantised = merging._dequantised(merging._trained(job)) if quantised else {}
+    attached = merging._attach(merging._load(job.source, "float32", job), job)
+    stored.put(dequantised, attached.get_base_model())
+    changes = stored.changes(attached, job.adapter)
+    merging._write(attached, job, made / "merged", dequantised)
+    return job, made / "merged", changes, dequantised
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one module left unmerged",
+        "another scaling",
+        "the sign",
+        "the delta of another layer",
+        "a transposed delta",
+        "a norm that carries no adapter",
+        "the tied head",
+    ],
+)
+def test_a_stored_tensor_that_is_not_base_and_adapter_is_named(written, tmp_path, name):
+    job, folder, changes, dequantised = written
+    names = list(AutoModelForCausalLM.from_pretrained(job.source).state_dict())
+    good = stored.check(job.adapter, job.source, folder, changes, names, dequantised)
+    assert good["tensors_computed"] == 8 and good["lost_in_rounding"] < 0.05
+    copy = Path(shutil.copytree(folder, tmp_path / "merged"))
+    weights, base = load_file(copy / "model.safetensors"), load_file(job.source / "model.safetensors")
+    base |= {f"{module}.weight": tensor for module, tensor in dequantised.items()}
+    changed_weights(name, weights, base)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RecipeError, match=r"the merged model is not base \+ adapter: model\."):
+        stored.check(job.adapter, job.source, copy, changes, names, dequantised)
+
+
+def test_a_merge_in_bfloat16_rounds_each_tensor_once_and_says_what_that_costs(trained, tmp_path):
+    """Of PEFT's own merge in bfloat16 each delta is rounded before it is added."""
+    record = merge(trained / "tiny_facts" / "adapter", tmp_path / "merged", dtype="bfloat16")
+    assert record["arithmetic"] == "float32" and 0 < record["lost_in_rounding"] < 0.05
+    assert record["logit_max"] <= merging.STEPS * record["rounding"]["logit_max"]
+    assert record["noise"]["logit_max"] > 0
+    said = merging.report(record, tmp_path / "merged")
+    assert "computing in bfloat16 moves its answers" in said and "% of the update lost in that" in said
+
+
+def test_where_memory_does_not_suffice_for_float32_the_merge_is_as_exact(trained, tmp_path):
+    job = merging.Job(
+        adapter_folder.read(trained / "tiny_facts" / "adapter"),
+        provenance.read(trained / "tiny_facts" / "adapter"),
+        trained / "tiny_base" / "model",
+        "bfloat16",
+        "bfloat16",
+    )
+    record = merging._merge(job, tmp_path / "merged", [])
+    assert record["arithmetic"] == "bfloat16" and record["tensors_computed"] == 8
+    assert 0 < record["lost_in_rounding"] < 0.05

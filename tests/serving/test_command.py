@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases.edits import BROKEN, EDITS
 
 from lora_recipes.core import adapter_folder, locate, provenance, safetensors
 from lora_recipes.core.errors import RecipeError
@@ -172,10 +173,44 @@ def test_an_adapter_from_elsewhere_and_one_trained_in_4_bits_are_said(run):
         "tiny_facts: trained on a base in nf4, served on one that is not; make merge is closer"
     ]
     (run / "tiny_facts" / "adapter" / "provenance.json").unlink()
-    assert "no provenance.json beside it" in prepared(run).notes[0]
+    with pytest.raises(RecipeError, match=r"is not proven;.*\n    -> .*unproven.* serves it"):
+        prepared(run)
+    assert "no provenance.json beside it" in prepared(run, unproven=True).notes[0]
     (run / "tiny_facts" / "adapter" / "provenance.json").write_text('{"recipe": "x"}')
     with pytest.raises(RecipeError, match=r"provenance\.json: is not as training wrote it"):
         prepared(run)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_folder_that_was_edited_after_training_is_refused_and_the_edit_named(run, name):
+    folder = run / "tiny_facts" / "adapter"
+    EDITS[name].make(folder)
+    with pytest.raises(RecipeError, match=EDITS[name].said):
+        prepared(run)
+    assert not (run / "tiny_facts" / "serving").exists()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_also_without_provenance(run, name):
+    folder = run / "tiny_facts" / "adapter"
+    (folder / "provenance.json").unlink()
+    BROKEN[name].make(folder)
+    with pytest.raises(RecipeError, match=BROKEN[name].said):
+        prepared(run, unproven=True)
+
+
+def test_what_an_older_version_trained_is_served_and_what_is_not_proven_is_said(run):
+    edit(run / "tiny_facts" / "adapter" / "provenance.json", files={}, adapter_config={})
+    assert "of an earlier version, without hashes" in prepared(run).notes[0]
+
+
+def test_a_base_that_moved_and_a_model_card_are_no_edits(run, tmp_path):
+    folder = run / "tiny_facts" / "adapter"
+    moved = Path(shutil.copytree(run / "tiny_base" / "model", tmp_path / "moved"))
+    edit(folder / "adapter_config.json", base_model_name_or_path=str(moved))
+    (folder / "README.md").write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    assert prepared(run).base == moved and prepared(run).notes == []
 
 
 def test_a_whole_model_is_served_alone_under_the_name_of_its_run(run):
