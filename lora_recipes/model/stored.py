@@ -58,7 +58,7 @@ def changes(attached: PeftModel, adapter: Adapter) -> Changes:
     updates, others = {}, []
     biases = adapter.config.get("bias", "none") != "none" or bool(adapter.config.get("lora_bias"))
     for name, module in attached.get_base_model().named_modules():
-        pair = adapter.modules.get(name, {})
+        pair = adapter.modules.get(name, {}) if adapter.config["peft_type"] == "LORA" else {}
         if isinstance(module, AuxiliaryTrainingWrapper):
             others.append(name)
         elif isinstance(module, LoraLayer) and not module.lora_variant and set(pair) == {"A", "B"}:
