@@ -1,4 +1,4 @@
-"""The gate: read every row of the data before training, and name file:line for each fault. Imports no
+"""Read every row of the data before training, and name file:line for each fault. Imports no
 torch.
 """
 

@@ -1,5 +1,5 @@
-"""Base and adapter as library objects: base, targets, build (the one SFTTrainer), starts,
-attach, merge, combine.
+"""Base and adapter as library objects: base, what is adapted (targets), the one
+SFTTrainer (build), how an adapter begins, trained adapters on their base, merge, combine.
 
 When and how long to train is not decided here.
 """

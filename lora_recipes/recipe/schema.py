@@ -45,7 +45,7 @@ LIMITS: dict[str, dict[str, float]] = {
     "early_stopping_patience": {"minimum": 1},
 }
 
-# The types of peft.PeftType that tests/test_methods.py trains, reloads and merges; and the keys that must be
+# The types of peft.PeftType that tests/model/test_methods.py trains, reloads and merges; and the keys that must be
 # said.
 PEFT_TYPES = {
     **{

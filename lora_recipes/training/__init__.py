@@ -1,4 +1,4 @@
-"""One run from start to end: train, launch, watch, verify, finish, resume, the record.
+"""One run from start to end: train, launch, watch, verify, finish, resume.
 
 One run only; many are in ablation/.
 """
