@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import base_fit, cli, locate, provenance, safetensors
 from lora_recipes.core.adapter_folder import Adapter
-from lora_recipes.core.errors import Problem, RecipeError, raise_if
+from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
 from lora_recipes.core.provenance import Probe, Provenance
 from lora_recipes.core.yamlfile import shown
@@ -164,7 +164,7 @@ def merge(
     merged model is not base + adapter, or answers otherwise than training recorded; then nothing is left.
     """
     began = time.monotonic()
-    _place(output, force)
+    said = _place(output, force)
     adapter = adapters.read(folder, anything=True)
     if (kind := adapter.config["peft_type"]) in PROMPTS:
         do = "its virtual tokens stand before each text: use it by PEFT"
@@ -184,7 +184,8 @@ def merge(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         record = _merge(job, temporary, notes)
-        record |= {"seconds": round(time.monotonic() - began, 2), "at": now()}
+        record |= {"seconds": round(time.monotonic() - began, 2), "at": now(), "removed": said}
+        record["files"] = sorted(p.name for p in temporary.iterdir())
         write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
         replace_folder(temporary, output)
     finally:
@@ -192,8 +193,10 @@ def merge(
     return record
 
 
-def _place(output: Path, force: bool) -> None:
-    """RecipeError when no merged model may stand at `output`."""
+def _place(output: Path, force: bool) -> list[str]:
+    """RecipeError when no merged model may stand at `output`. What a merge that was killed has left beside it
+    goes, and is named.
+    """
     if output.exists() or output.is_symlink():
         if not (output / "merge.json").is_file():
             raise RecipeError(
@@ -205,6 +208,40 @@ def _place(output: Path, force: bool) -> None:
             raise RecipeError(
                 Problem(shown(output), "is already there", f"{cli.command(FORCE=True)} replaces it")
             )
+        if own := _foreign(output):
+            found = f"holds what no merge wrote: {listed(own, 3)}"
+            raise RecipeError(Problem(shown(output), found, "move it away: the folder is replaced whole"))
+    notes = []
+    for folder in sorted(output.parent.glob(f".{output.name}.*.tmp")):
+        if process := _writer(folder):
+            found = f"another merge is writing into it (process {process})"
+            raise RecipeError(Problem(shown(output), found, "wait for it, or end it"))
+        shutil.rmtree(folder, ignore_errors=True)
+        notes.append(f"{shown(folder)} was left by a merge that was killed, and is gone")
+    return notes
+
+
+def _foreign(output: Path) -> list[str]:
+    """The names in a merged model's folder that the merge did not write."""
+    try:
+        names = json.loads((output / "merge.json").read_text(encoding="utf-8"))["files"]
+    except (ValueError, TypeError, KeyError):  # of an earlier version, which kept no list
+        names = [
+            p.name for p in output.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".model")
+        ]
+    return sorted({p.name for p in output.iterdir()} - {*names, "merge.json"})
+
+
+def _writer(folder: Path) -> int | None:
+    """The process that writes a temporary folder, by the number in its name, while it lives."""
+    number = folder.name.split(".")[-2]
+    try:
+        process = psutil.Process(int(number))
+        # a process that began later only has the same number
+        alive = process.create_time() <= folder.stat().st_ctime and process.pid != os.getpid()
+    except (ValueError, psutil.Error, OSError):
+        return None
+    return process.pid if alive else None
 
 
 def _dtype(source: Path) -> str:
@@ -556,5 +593,6 @@ def report(record: dict[str, Any], output: Path) -> str:
             f"against what training recorded: {known['merged']:.1e} nats a token apart,"
             f" {known['allowed']:.1e} allowed; the adapter's effect is {known['effect']:.1e}"
         )
+    lines += [f"NOTE        {note}" for note in record["removed"]]
     lines += [f"NOT PROVEN  {note}" for note in record["not_proven"]]
     return "\n".join([*lines, f"{shown(output)}/  with merge.json"])

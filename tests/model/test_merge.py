@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,26 @@ def test_an_existing_model_is_replaced_only_when_asked(trained, tmp_path):
     merge(trained / "tiny_facts" / "adapter", output)
     with pytest.raises(RecipeError, match="already there"):
         merge(trained / "tiny_facts" / "adapter", output)
-    merge(trained / "tiny_facts" / "adapter", output, force=True)
-    assert (output / "merge.json").is_file()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match=r"holds what no merge wrote: notes\.txt"):
+        merge(trained / "tiny_facts" / "adapter", output, force=True)
+    assert (output / "notes.txt").read_text() == "mine"
+    (output / "notes.txt").unlink()
+    left = tmp_path / f".merged.{2**22 + 1}.tmp"  # no process has so high a number
+    left.mkdir()
+    record = merge(trained / "tiny_facts" / "adapter", output, force=True)
+    assert (output / "merge.json").is_file() and not left.exists()
+    assert "was left by a merge that was killed" in merging.report(record, output)
+
+
+def test_a_merge_that_another_process_is_writing_is_left_alone(trained, tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / f".merged.{other.pid}.tmp").mkdir()
+        try:
+            with pytest.raises(RecipeError, match=f"another merge is writing into it .process {other.pid}"):
+                merge(trained / "tiny_facts" / "adapter", tmp_path / "merged")
+        finally:
+            other.kill()
 
 
 def test_a_base_that_is_not_at_hand_or_another_one_is_refused(trained, hybrid, tmp_path):
