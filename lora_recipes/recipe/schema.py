@@ -45,8 +45,8 @@ LIMITS: dict[str, dict[str, float]] = {
     "early_stopping_patience": {"minimum": 1},
 }
 
-# The types of peft.PeftType that tests/model/test_methods.py trains, reloads and merges; and the keys that must be
-# said.
+# The types of peft.PeftType that tests/model/test_methods.py trains, reloads and merges; and the keys that
+# must be said.
 PEFT_TYPES = {
     **{
         kind: ["target_modules"]
