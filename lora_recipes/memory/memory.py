@@ -59,7 +59,8 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
     recipe = resolved.recipe
     config, arguments = resolved.base.text_config(), build.sft_config(recipe, resolved.folder)
     adapter = build.peft_config(recipe)
-    attention = recipe.model.attn_implementation or "sdpa"
+    sdpa = "sdpa" if build.has_sdpa(config) else "eager"  # what transformers takes where nothing is asked
+    attention = recipe.model.attn_implementation or sdpa
     masked = attention in ("sdpa", "eager")  # FlashAttention takes lengths instead of a mask
     counted = gate is not None and gate.counts.tokens is not None
     train, held_out = (gate.train, gate.evaluation) if gate else (None, None)
@@ -82,7 +83,7 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
         adapter and build.shapes(adapter),
         getattr(torch, recipe.model.adapter_dtype),
         build.nf4(recipe.model.dtype) if recipe.model.quantize == "nf4" else None,
-        attention if masked else "sdpa",
+        attention if masked else sdpa,
         frozenset(p for p in kernels.used(fake.modeling_of(config)) if importlib.util.find_spec(p)),
         cuda,
         evaluation,

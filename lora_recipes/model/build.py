@@ -62,6 +62,14 @@ def meta_model(base: Base) -> PreTrainedModel:
     return model
 
 
+def has_sdpa(config: PreTrainedConfig) -> bool:
+    """Has the text model of `config` attention by torch's scaled_dot_product_attention? Gemma 2 has not: it
+    caps the scores.
+    """
+    text_model: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return bool(text_model._supports_sdpa)
+
+
 def peft_config(
     recipe: Recipe, total_step: int | None = None, tokenizer: str = "none yet"
 ) -> PeftConfig | None:

@@ -148,6 +148,7 @@ def _facts(resolved: Resolved, model: PreTrainedModel, arguments: SFTConfig, lay
         has_bias=any(name.endswith(".bias") for name, _ in model.named_parameters()),
         linear_attention="linear_attention"
         in (getattr(model.config.get_text_config(), "layer_types", None) or []),
+        has_sdpa=model._supports_sdpa,
         causal_conv1d=importlib.util.find_spec("causal_conv1d") is not None,
         plain_optimizer=resolved.recipe.learning_rates is None or rates.plain(arguments),
         warm=warm.recipe if warm else None,

@@ -23,14 +23,16 @@ KINDS = (ONE, DDP, FSDP2, ZERO2, ZERO3)
 class Facts:
     """What rules need to know beside the recipe.
 
-    `layout`: where it will run. Of the model: has any module a bias, and has it linear-attention layers;
-    `causal_conv1d`: is that package here; `plain_optimizer`: does train.optim take parameter groups. `warm`:
-    the recipe of warm_start.from_recipe, and `same_base`: is its base this recipe's? `doubtful`: sections
-    with a fault that is told already, "" being the file as a whole."""
+    `layout`: where it will run. Of the model: has any module a bias, has it linear-attention layers, and has
+    its attention a form for torch's scaled_dot_product_attention (sdpa); `causal_conv1d`: is that package
+    here; `plain_optimizer`: does train.optim take parameter groups. `warm`: the recipe of
+    warm_start.from_recipe, and `same_base`: is its base this recipe's? `doubtful`: sections with a fault
+    that is told already, "" being the file as a whole."""
 
     layout: Layout = SINGLE
     has_bias: bool = True
     linear_attention: bool = False
+    has_sdpa: bool = True
     causal_conv1d: bool = True
     plain_optimizer: bool = True
     warm: Recipe | None = None
@@ -435,6 +437,13 @@ _BASE = [
         "packing needs a length to pack to",
         "give a number",
         lambda r, f: r.train.packing and r.train.max_length is None,
+    ),
+    Rule(
+        "model.attn_implementation",
+        "sdpa for a model without it",
+        "transformers has no sdpa for this model: its attention does more than that function can",
+        "remove it (transformers then takes eager), or write eager",
+        lambda r, f: r.model.attn_implementation == "sdpa" and not f.has_sdpa,
     ),
     Rule("model.new_tokens", "one token twice", "{tokens} is listed twice", "keep one", _twice),
     Rule(

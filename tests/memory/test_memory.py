@@ -252,6 +252,15 @@ def test_every_shipped_recipe_is_planned_by_running_its_step(name, tmp_path):
     assert there(made.facts.memory).method == "one training step on fake tensors"
 
 
+def test_a_model_without_sdpa_is_planned_with_the_attention_that_it_trains_with(case, tmp_path):
+    """Gemma 2: transformers takes eager where the recipe asks for nothing, and refuses sdpa."""
+    resolved = resolve(recipes.load(str(case("gemma_end_of_turn"))), tmp_path)
+    rows = gate.pass_through(resolved, network=False)
+    planned = memory.plan(resolved, rows, cuda=False)
+    assert "attention: eager, whole score matrices" in planned.assumptions
+    assert planned.peak_bytes == pytest.approx(tracked(resolved.recipe, tmp_path, rows), rel=0.01)
+
+
 def test_a_longer_or_larger_batch_takes_more_and_checkpointing_less(tmp_path):
     def peak(*overrides: str) -> int:
         recipe = recipes.load("qwen25_coder_7b_repo", list(overrides))

@@ -134,6 +134,14 @@ CASES = [
         said="remove",
     ),
     # peft:
+    Case(
+        "model.attn_implementation",
+        "tiny_facts",
+        "model.attn_implementation=sdpa",
+        "model.attn_implementation=eager",
+        {"has_sdpa": False},
+        said="eager",
+    ),
     Case("model.quantize", "tiny_ia3", "model.quantize=nf4", "-model.quantize", said="remove"),
     Case("train.packing", "tiny_prompt_tuning", "train.packing=true", "train.packing=false"),
     Case("train.packing", "tiny_prefix_tuning", "train.packing=true", "train.packing=false"),
