@@ -39,10 +39,27 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A chat question of the rows, and what PEFT's greedy answer to it came to at the end of training.
+
+    `ended`: tokens until it ended by itself, the end included; None where `asked` tokens did not suffice.
+    `room`: the most that a server may be asked for.
+    """
+
+    prompt: list[dict[str, Any]]
+    options: dict[str, Any]
+    asked: int
+    ended: int | None
+    room: int
+
+
+@dataclass(frozen=True)
 class Provenance:
     """`fingerprint`: of the base's weights (weights.fingerprint), None for one that was never a folder here.
     `dtype`: of the probes. `files`: SHA-256 of each file that was saved beside it; `adapter_config`: what
-    that file said. Both are empty where the version that trained did not record them yet.
+    that file said. Both are empty where the version that trained did not record them yet. `stops`: the tokens
+    that ended a reply in training, by id; `stop_text`: what ended it where that was no token. `question`:
+    None where no reply was trained, or training could not ask.
     """
 
     recipe: str
@@ -53,6 +70,9 @@ class Provenance:
     quantize: str | None
     chat_template_kwargs: dict[str, Any]
     probes: list[Probe]
+    stops: dict[int, str] = field(default_factory=dict)
+    stop_text: str | None = None
+    question: Question | None = None
     files: dict[str, str] = field(default_factory=dict)
     adapter_config: dict[str, Any] = field(default_factory=dict)
 
@@ -80,7 +100,10 @@ def read(folder: Path) -> Provenance | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        known = Provenance(**found | {"probes": [Probe(**probe) for probe in found["probes"]]})
+        typed = {"probes": [Probe(**probe) for probe in found["probes"]]}
+        typed["stops"] = {int(i): token for i, token in found.get("stops", {}).items()}
+        typed["question"] = Question(**found["question"]) if found.get("question") else None
+        known = Provenance(**found | typed)
         if any(not len(p.base) == len(p.adapter) == len(p.input_ids) - 1 for p in known.probes):
             raise KeyError("probes of unequal lengths")
         return known

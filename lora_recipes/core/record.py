@@ -135,6 +135,16 @@ class DataFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StopFacts:
+    """What ends a reply."""
+
+    trained: Annotated[list[str], "tokens that end the replies in the labels, most frequent first"]
+    stops: Annotated[list[str], "tokens at which adapter, merged model and server stop"]
+    ids: Annotated[list[int], "their ids: eos_token_id of generation_config.json"]
+    text: Annotated[str | None, "what the template ends a reply with where that is no token"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepFacts:
     """Optimiser steps."""
 
@@ -192,6 +202,7 @@ class PlanFacts:
     adapter: Annotated[AdapterFacts | None, "the adapter; where one is trained"] = None
     coverage: Annotated[list[CoverageFacts] | None, "what it reaches, by kind of layer"] = None
     data: Annotated[DataFacts, "rows and tokens"]
+    stops: Annotated[StopFacts | None, "what ends a reply; older records have none"] = None
     steps: Annotated[StepFacts | None, "absent where packing needs tokens that are not counted"] = None
     learning_rate: Annotated[RateFacts | None, "as steps"] = None
     memory: Annotated[MemoryFacts | None, "predicted peak memory"] = None
@@ -295,6 +306,8 @@ class Generation:
     prompt: Annotated[str, "as a server would render it"]
     base: Annotated[str, "by the base"]
     trained: Annotated[str, "by what training made of it"]
+    base_ended: Annotated[bool | None, "did it end by itself? older records have none"] = None
+    trained_ended: Annotated[bool | None, "as base_ended"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ from jinja2.meta import find_undeclared_variables
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
 from lora_recipes.core.record import DataFacts, EvalFacts, TrainFacts
-from lora_recipes.data import read, render
+from lora_recipes.data import read, render, stops
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.read import Split
 from lora_recipes.data.render import Characters, Counts, Example
+from lora_recipes.data.stops import Stops
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import Recipe
 
@@ -49,15 +50,16 @@ LIMITS = {
         1.0,
         0.0,
         "of the trained turns do not learn to stop",
-        "check tokenizer.eos_token and truncation",
+        "their end is cut off or outside the labels: raise train.max_length; with assistant_only_loss the"
+        " template must hold it inside {% generation %}",
     ),
 }
 
 
 @dataclass
 class Gate:
-    """Both splits as they go to the trainer (`train`, `evaluation`), their `counts`, the tokenizer, and what
-    to say about them.
+    """Both splits as they go to the trainer (`train`, `evaluation`), their `counts`, the tokenizer, what ends
+    a reply (`stops`), and what to say about them.
     """
 
     tokenizer: Any
@@ -66,6 +68,7 @@ class Gate:
     evaluation: list[Example]
     counts: Counts
     facts: DataFacts
+    stops: Stops = field(default_factory=Stops)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -83,9 +86,11 @@ def pass_through(resolved: Resolved, network: bool) -> Gate:
     tokenizer = _tokenizer(resolved, network)
     raise_if(_unknown_kwargs(recipe, tokenizer))
     train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
-    counted = render.counts(train, tokenizer, recipe)
+    ends = stops.decide(splits["train"], train, tokenizer, resolved)
+    stops.adopt(tokenizer, ends)
+    counted = render.counts(train, tokenizer, recipe, ends.trained)
     twice, both = splits["train"].duplicates, read.in_both(splits["train"], splits["eval"])
-    held_out = render.counts(evaluation, tokenizer, recipe)
+    held_out = render.counts(evaluation, tokenizer, recipe, ends.trained)
     facts = DataFacts(
         train=TrainFacts(
             **vars(counted),
@@ -95,7 +100,7 @@ def pass_through(resolved: Resolved, network: bool) -> Gate:
         ),
         eval=EvalFacts(**vars(held_out), train_in_eval=len(both), sha256=splits["eval"].sha256),
     )
-    gate = Gate(tokenizer, splits, train, evaluation, counted, facts)
+    gate = Gate(tokenizer, splits, train, evaluation, counted, facts, ends)
     if gate.counts.dropped == gate.counts.rows:
         do = "raise train.max_length: after truncation no row has a trained token left"
         raise RecipeError(
@@ -109,6 +114,7 @@ def pass_through(resolved: Resolved, network: bool) -> Gate:
         "duplicates": len(twice) / gate.counts.rows,
         "train_in_eval": len(both) / max(len(evaluation), 1),
     }
+    gate.warnings += stops.warnings(ends, resolved)
     _limits(gate, recipe, shares, {"duplicates": twice, "train_in_eval": both})
     for name, counts in (("train", gate.counts), ("eval", held_out)):
         if counts.dropped:
@@ -223,6 +229,7 @@ def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
             f" ({share:.1f} %)"
         )
         said.append(("turns", text))
+    said.append(("reply ends", stops.line(gate.stops, recipe.whole)))
     if kwargs := recipe.data.chat_template_kwargs:
         said.append(("serve with", f"chat_template_kwargs {kwargs}, as trained"))
     return said + [("note", note) for split in gate.splits.values() for note in split.notes]

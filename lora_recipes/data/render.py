@@ -6,6 +6,7 @@ is trained. The rules are those of TRL's own preparation (trl/trainer/sft_traine
 test holds them equal.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_recipes.data.read import Row, Split, raise_first
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.recipe.recipe import Recipe
 
+BLANKS = 2  # tokens between a reply and its end, e.g. a line break
 IGNORED = -100  # torch.nn.CrossEntropyLoss: no loss at this position
 
 
@@ -28,12 +30,14 @@ IGNORED = -100  # torch.nn.CrossEntropyLoss: no loss at this position
 class Turn:
     """A reply in a row: `input_ids[start:end]` are its words, `input_ids[end]` should end it.
 
-    `faithful`: the tokens before it are what a server renders as the prompt.
+    `faithful`: the tokens before it are what a server renders as the prompt. `call`: it calls a tool, and
+    the brackets of the call follow before its end.
     """
 
     start: int
     end: int
     faithful: bool
+    call: bool = False
 
 
 @dataclass
@@ -237,9 +241,8 @@ def _turn(ids: list[int], messages: list[dict], i: int, tokenizer: Any, serving:
     )["input_ids"]
     start = common_prefix_length(other, ids)
     end = len(ids) - common_prefix_length(other[start:][::-1], ids[start:][::-1])
-    if messages[i].get(
-        "tool_calls"
-    ):  # what differs ends within the call: its brackets follow before the turn ends
+    call = bool(messages[i].get("tool_calls"))
+    if call:  # what differs ends within the call: its brackets follow before the turn ends
         end = next((k for k in range(end, len(ids)) if ids[k] == tokenizer.eos_token_id), end)
     try:
         prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **serving)[
@@ -248,8 +251,8 @@ def _turn(ids: list[int], messages: list[dict], i: int, tokenizer: Any, serving:
     except (
         TemplateError
     ):  # e.g. a greeting before the user has said anything: no server renders a prompt for it
-        return Turn(start, end, False)
-    return Turn(start, end, ids[: len(prompt)] == prompt)
+        return Turn(start, end, False, call)
+    return Turn(start, end, ids[: len(prompt)] == prompt, call)
 
 
 def _another(reply: dict[str, Any]) -> dict[str, Any]:
@@ -282,8 +285,23 @@ def truncated(example: Example, recipe: Recipe) -> tuple[list[int], list[int]]:
     return example.input_ids[kept.start : kept.stop], example.labels[kept.start : kept.stop]
 
 
-def counts(done: list[Example], tokenizer: Any, recipe: Recipe) -> Counts:
-    """Tokens, truncation and turns of a split, as trained."""
+def closing(example: Example, turn: Turn, ends: Collection[int]) -> int | None:
+    """The position of the token of `ends` that closes `turn`; None where none does. A few blanks may stand
+    before it, and the rest of a call; or the reply brings it itself.
+    """
+    ids = example.input_ids
+    after = range(turn.end, len(ids) if turn.call else min(turn.end + 1 + BLANKS, len(ids)))
+    return next((i for i in [*after, turn.end - 1] if i >= turn.start and ids[i] in ends), None)
+
+
+def counts(
+    done: list[Example], tokenizer: Any, recipe: Recipe, ends: Collection[int] | None = None
+) -> Counts:
+    """Tokens, truncation and turns of a split, as trained. `ends`: the tokens that end a reply; without them
+    the tokenizer's own.
+    """
+    if ends is None:
+        ends = {tokenizer.eos_token_id}
     counted = not isinstance(tokenizer, Characters)  # characters are not truncated: max_length counts tokens
     drops = recipe.train.max_length is not None and not recipe.train.packing
     result, lengths, supervised = Counts(rows=len(done)), [], 0
@@ -301,9 +319,8 @@ def counts(done: list[Example], tokenizer: Any, recipe: Recipe) -> Counts:
             ):
                 result.turns += 1
                 result.faithful += turn.faithful and kept.start == 0
-                result.open_turns += counted and not (
-                    turn.end in kept and example.labels[turn.end] == tokenizer.eos_token_id
-                )
+                end = closing(example, turn, ends)
+                result.open_turns += counted and not (end in kept and example.labels[end] != IGNORED)
     if counted:
         result.tokens, result.supervised, result.longest = sum(lengths), supervised, max(lengths, default=0)
     return result

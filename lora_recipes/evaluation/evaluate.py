@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import base_fit, cli, files, locate, provenance
@@ -43,6 +42,8 @@ class Pair:
 
     tokenizer: Any
     trained: Any
+    result: Path  # what training left: it says where a reply ends
+    stop_text: str | None = None  # the same, where that is no token
     untrained: Any = None  # the base, when it is a model of its own
     facts: dict[str, Any] = field(default_factory=dict)  # fields of Evaluation that say which two
 
@@ -166,7 +167,8 @@ def _pair(resolved: Resolved, result: Path, base: Path | None) -> Pair:
             raise RecipeError(Problem(shown(result), found, f"give its folder: {cli.command(BASE='path')}"))
         tokenizer = attach.tokenizer(result, source)
         untrained = _grown(attach.base(source, None), tokenizer, asked)
-        return Pair(tokenizer, attach.base(result, None), untrained, facts | {"base": str(source)})
+        found = attach.base(result, None)
+        return Pair(tokenizer, found, result, None, untrained, facts | {"base": str(source)})
     adapter, known = adapters.read(result, anything=True), provenance.read(result)
     source = locate.base_of({asked.name: adapter}, base)
     raise_if(base_fit.fit(adapter, source, known))
@@ -177,7 +179,8 @@ def _pair(resolved: Resolved, result: Path, base: Path | None) -> Pair:
     }
     tokenizer = attach.tokenizer(result, source)
     untrained = _grown(attach.base(source, known), tokenizer, asked)
-    return Pair(tokenizer, attach.attach(untrained, {"default": adapter}), facts=facts)
+    text = known.stop_text if known else None
+    return Pair(tokenizer, attach.attach(untrained, {"default": adapter}), result, text, facts=facts)
 
 
 def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
@@ -232,28 +235,15 @@ def _generations(pair: Pair, asked: Recipe, split: read.Split | None) -> list[Ge
         asked_for = (asked.probes.change, asked.probes.keep)
         texts = [probe["prompt"] for kind in asked_for for probe in kind[:PROMPTS]]
     prompts += [list(pair.tokenizer(text)["input_ids"]) for text in texts]
-    written: list[dict[str, str]] = [{"prompt": pair.tokenizer.decode(ids)} for ids in prompts]
+    ends = attach.stops(pair.result, pair.tokenizer, pair.trained)
+    written: list[dict[str, Any]] = [{"prompt": pair.tokenizer.decode(ids)} for ids in prompts]
     for side in SIDES:
         model, context = pair.side(side)
         with context:
             for ids, entry in zip(prompts, written, strict=True):
-                entry[side] = _greedy(model, pair.tokenizer, ids)
+                entry[side], ended = answers.greedy(model, pair.tokenizer, ids, LONGEST, ends, pair.stop_text)
+                entry[f"{side}_ended"] = ended is not None
     return [Generation(**entry) for entry in written]
-
-
-def _greedy(model: Any, tokenizer: Any, ids: list[int]) -> str:
-    # A config of its own: the base's may sample, or punish repetition.
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=LONGEST,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    prompt = torch.tensor([ids], device=model.device)
-    output = model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config
-    )
-    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
 
 
 def _notes(folder: RunFolder, losses: dict[str, SetLosses]) -> list[str]:
@@ -261,6 +251,11 @@ def _notes(folder: RunFolder, losses: dict[str, SetLosses]) -> list[str]:
     if held_out and (run is None or run.plan.data.eval.sha256 != held_out.sha256):
         return ["the eval rows are not those that the training run evaluated"]
     return []
+
+
+def _said(entry: Generation, side: str) -> str:
+    cut = f" [no end within {LONGEST} tokens]" if getattr(entry, f"{side}_ended") is False else ""
+    return f"{getattr(entry, side)}{cut}"
 
 
 def report(found: Evaluation) -> str:
@@ -278,5 +273,5 @@ def report(found: Evaluation) -> str:
     if table := probes.table(found.probes.base, found.probes.trained):
         lines += ["", *table]
     for entry in found.generations:
-        lines += ["", f"> {entry.prompt.strip()}", *(f"{side:>9}  {getattr(entry, side)}" for side in SIDES)]
+        lines += ["", f"> {entry.prompt.strip()}", *(f"{side:>9}  {_said(entry, side)}" for side in SIDES)]
     return "\n".join([*lines, *(f"NOTE        {note}" for note in found.notes)])

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_recipes.core import safetensors
 from lora_recipes.core.locate import local
-from lora_recipes.core.provenance import Probe, Provenance
+from lora_recipes.core.provenance import Probe, Provenance, Question
+from lora_recipes.data.gate import Gate
 from lora_recipes.data.row import Row
+from lora_recipes.data.stops import Stops
 from lora_recipes.model.initialise import Start
 from lora_recipes.recipe.base import Base, Resolved
 from lora_recipes.recipe.recipe import Recipe
@@ -21,11 +23,13 @@ MOST, LONGEST = 4, 256  # probes, and tokens of each
 
 
 def provenance(
-    model: PeftModel, start: Start, tokenizer: PreTrainedTokenizerBase, resolved: Resolved, rows: list[Row]
+    model: PeftModel, start: Start, gate: Gate, resolved: Resolved, rows: list[Row], whole: bool
 ) -> Provenance:
     """What a merge and a server need to know of the run that trained `model`, and what they must agree
-    with. `start`: how its adapter began.
+    with. `start`: how its adapter began. `gate`: the data it was trained on. `whole`: does this process hold
+    all of the model? Only then can it write an answer.
     """
+    tokenizer, stops = gate.tokenizer, gate.stops
     recipe, base = resolved.recipe, resolved.base
     return Provenance(
         recipe=recipe.name,
@@ -36,6 +40,9 @@ def provenance(
         quantize=recipe.model.quantize,
         chat_template_kwargs=recipe.data.chat_template_kwargs,
         probes=probes(model, start, tokenizer, recipe, rows),
+        stops=dict(zip(stops.trained, stops.named(stops.trained), strict=True)),
+        stop_text=stops.text,
+        question=question(model, tokenizer, recipe, rows, stops) if whole else None,
     )
 
 
@@ -66,6 +73,55 @@ def probes(
             found.append(Probe(prompt, len(prompt_ids), ids, base, logprobs(model, ids), options))
     model.train(was_training)
     return found
+
+
+def question(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: list[Row], stops: Stops
+) -> Question | None:
+    """The shortest conversation of the first 50 rows, answered by `model`: does the answer end by itself?
+    None where there is none, or where nothing ends a reply.
+    """
+    chats = sorted((row for row in rows[:50] if row.conversational), key=lambda r: len(r.key))
+    said = next((found for row in chats if (found := served(row, tokenizer, recipe))), None)
+    if said is None or isinstance(said[0], str) or not (stops.trained or stops.text):
+        return None
+    prompt, options, ids, whole = said
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    room = min(4 * (len(whole) - len(ids)) + LONGEST // 2, positions - len(ids) - 1)
+    if room < 2:
+        return None
+    was_training = model.training
+    _, ended = greedy(model.eval(), tokenizer, ids, room // 2, list(stops.all), stops.text)
+    model.train(was_training)
+    return Question(prompt, options, room // 2, ended, room)
+
+
+@torch.no_grad()
+def greedy(
+    model: Any, tokenizer: Any, ids: list[int], most: int, stops: list[int], text: str | None = None
+) -> tuple[str, int | None]:
+    """The greedy continuation of `ids`, at most `most` tokens, as text; and how many tokens it took until it
+    ended at one of `stops`, or at `text`: None where it ran on.
+    """
+    # A config of its own: the base's may sample, or punish repetition.
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=most,
+        eos_token_id=stops or None,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=[text] if text else None,
+    )
+    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=config,
+        tokenizer=tokenizer if text else None,
+    )
+    written = output[0, len(ids) :].tolist()
+    said = str(tokenizer.decode(written, skip_special_tokens=True))
+    ended = bool(set(written[-1:]) & set(stops)) or bool(text and said.rstrip().endswith(text))
+    return said.removesuffix(text or "").strip(), len(written) if ended else None
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_recipes.core import stops as files
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.provenance import Provenance
@@ -62,6 +63,16 @@ def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
                 Problem(shown(adapter.path), f"does not go on its base whole: {listed(lost, 3)}", do)
             )
     return attached.eval()
+
+
+def stops(result: Path, tokenizer: Any, model: Any) -> list[int]:
+    """Where a reply of `model` ends, by token id: as training wrote it into `result`; for one from elsewhere
+    the end of its `tokenizer`, and where its base stops.
+    """
+    own = [
+        i for i in (tokenizer.eos_token_id, *files.ids(model.generation_config.eos_token_id)) if i is not None
+    ]
+    return files.of(result) or list(dict.fromkeys(own))
 
 
 def tokenizer(result: Path, folder: Path) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, environment, locate, provenance
+from lora_recipes.core import cli, environment, locate, provenance, stops
 from lora_recipes.core import safetensors as weights
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
@@ -253,6 +253,8 @@ def _combine(
     model.save_pretrained(str(target), selected_adapters=["default"])
     tokenizer = attach.tokenizer(next(iter(read.values())).path, source)
     tokenizer.save_pretrained(target)
+    ends = [i for a in read.values() for i in attach.stops(a.path, tokenizer, model)]
+    stops.save(target, stops.settings(source), list(dict.fromkeys(ends)))
     asks = [probe for p in known.values() if p for probe in p.probes] or _general(tokenizer)
     probes = [_asked(model, probe) for probe in asks]
     config = next(iter(read.values())).config
@@ -265,6 +267,8 @@ def _combine(
         quantize=first.quantize if first else None,
         chat_template_kwargs=first.chat_template_kwargs if first else {},
         probes=probes,
+        stops={i: token for p in known.values() if p for i, token in p.stops.items()},
+        stop_text=next((p.stop_text for p in known.values() if p and p.stop_text), None),
     ).sealed(target).save(target)
     saved = adapters.read(target)
     raise_if(export.check(saved, source))

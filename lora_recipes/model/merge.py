@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import base_fit, cli, locate, provenance, safetensors
+from lora_recipes.core import base_fit, cli, locate, provenance, safetensors, stops
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
@@ -298,6 +298,7 @@ def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
     tokenizer.save_pretrained(target)
     wanted = replace(wanted, attached=None)
     merged, known = _load(target, job.arithmetic, job), job.known
+    stops.save(target, stops.settings(target), attach.stops(job.adapter.path, tokenizer, merged))
     names = list(merged.state_dict())
     facts |= stored.check(job.adapter, job.source, target, changes, names, wanted.dequantised)
     facts |= _judge(merged, wanted, changes, job)

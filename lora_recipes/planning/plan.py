@@ -47,6 +47,7 @@ SHORT = (
     "data",
     "tokens",
     "turns",
+    "reply ends",
     "steps",
     "memory",
 )
@@ -127,6 +128,7 @@ def make(
         adapter=adapter,
         coverage=coverage,
         data=plan.gate.facts,
+        stops=plan.gate.stops.facts(),
     )
     if different := rates.said(model, recipe, arguments.learning_rate):
         plan.say("rates", different)

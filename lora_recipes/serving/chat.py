@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_recipes.core import cli, provenance
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.serving.endpoint import Endpoint
+from lora_recipes.serving.endpoint import Answer, Endpoint
 
 LONGEST = 128  # tokens of an answer
 
@@ -26,21 +26,26 @@ def chat(url: str, model: str, questions: list[str]) -> str:
     known = provenance.read(Path(models[model]))
     chats = bool(known and known.probes and isinstance(known.probes[0].prompt, list))
     asked: list[tuple[Any, dict[str, Any]]] = [
-        ([{"role": "user", "content": q}] if chats else q, _kwargs(known)) for q in questions
+        ([{"role": "user", "content": q}], _kwargs(known)) if chats else (q, {}) for q in questions
     ]
     if not questions:
         asked = [(_opening(p.prompt), p.options) for p in known.probes] if known else []
     if not asked:
         raise RecipeError(Problem(model, "brings no questions of its own", 'Q="your question"'))
     width = max(len(base), len(model))
+    stop = {"stop": [known.stop_text]} if known and known.stop_text else {}
     lines = []
     for prompt, options in asked:
         lines += ["> " + (prompt if isinstance(prompt, str) else prompt[-1]["content"])]
         for name in dict.fromkeys([base, model]):
-            answer = endpoint.write(name, prompt, options, LONGEST).strip()
+            answer = _said(endpoint.write(name, prompt, options | stop, LONGEST))
             lines.append(f"{name:>{width}}  " + answer.replace("\n", "\n" + " " * (width + 2)))
         lines.append("")
     return "\n".join(lines[:-1])
+
+
+def _said(answer: Answer) -> str:
+    return answer.text.strip() + ("" if answer.ended else f" [no end within {LONGEST} tokens]")
 
 
 def _kwargs(known: provenance.Provenance | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, provenance
+from lora_recipes.core import cli, provenance, stops
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import HOME, OUTPUTS, ROOT
@@ -131,7 +131,8 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     if "vision_config" in config:
         command.append("--language-model-only")
     rendering, notes = _rendering(folder, served)
-    notes += ([why] if why else []) + [note for s in served for note in _notes(s)]
+    stopping, stops_said = _stopping(folder, served, options) if read else ([], [])
+    notes += stops_said + ([why] if why else []) + [note for s in served for note in _notes(s)]
     if options.host not in LOOPBACK and not os.environ.get("VLLM_API_KEY"):
         notes.append(f"{options.host} is reachable from other machines, by anybody: set VLLM_API_KEY")
     if not f"{version}.".startswith(f"{VLLM}."):
@@ -139,7 +140,12 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
             f"vLLM {version} is installed; the rules here were tested with {VLLM}: trust the live proof"
         )
     return Server(
-        folder, base_name, served, [*command, *rendering, *options.extra], _environment(name, options), notes
+        folder,
+        base_name,
+        served,
+        [*command, *rendering, *stopping, *options.extra],
+        _environment(name, options),
+        notes,
     )
 
 
@@ -263,6 +269,27 @@ def _rendering(base: Path, served: list[Served]) -> tuple[list[str], list[str]]:
     elif wanted and wanted[0] != "{}":
         arguments += ["--default-chat-template-kwargs", wanted[0]]
     return arguments, notes
+
+
+def _stopping(base: Path, served: list[Served], options: Options) -> tuple[list[str], list[str]]:
+    """`--generation-config` where an adapter's replies end at tokens that the base's own does not name.
+
+    vLLM 0.32 ends an answer at the eos of the base's tokenizer and at `eos_token_id` of the folder that
+    --generation-config names, the base by default (v1/engine/input_processor.py); an adapter's files it does
+    not read, and --override-generation-config does not reach the eos.
+    """
+    own = stops.of(base)
+    wanted = {i: s.name for s in served for i in stops.of_adapter(s.folder, base) if i not in own}
+    if not wanted:
+        return [], []
+    folder = options.outputs.absolute() / "_serve" / str(options.port)
+    folder.mkdir(parents=True, exist_ok=True)
+    stops.save(folder, stops.settings(base), [*wanted, *own])
+    known = {i: token for s in served if s.provenance for i, token in s.provenance.stops.items()}
+    ids = ", ".join(f"{known[i]} ({i})" if i in known else str(i) for i in wanted)
+    names = ", ".join(dict.fromkeys(wanted.values()))
+    said = f"an answer ends at {ids} too, as {names} was trained; the base's own end: {own}"
+    return ["--generation-config", str(folder)], [said]
 
 
 def _notes(served: Served) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from typing import Any
 
 from lora_recipes.core import cli
@@ -21,6 +22,14 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)  # nor through a proxy
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, and whether it `ended` by itself rather than at the most tokens that were asked for."""
+
+    text: str
+    ended: bool
 
 
 class Endpoint:
@@ -67,16 +76,24 @@ class Endpoint:
 
     def write(
         self, model: str, prompt: str | list[dict[str, Any]], options: dict[str, Any], max_tokens: int
-    ) -> str:
-        """What `model` answers, greedily: the continuation of a text, or the reply to messages."""
-        asked = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+    ) -> Answer:
+        """What `model` answers, greedily: the continuation of a text, or the reply to messages. `options` go
+        with the request.
+        """
+        asked = {"model": model, "max_tokens": max_tokens, "temperature": 0, **options}
         if isinstance(prompt, str):
-            return str(self._ask("/v1/completions", asked | {"prompt": prompt})["choices"][0]["text"])
-        return str(
-            self._ask("/v1/chat/completions", asked | {"messages": prompt, **options})["choices"][0][
-                "message"
-            ]["content"]
-        )
+            said = self._ask("/v1/completions", asked | {"prompt": prompt})["choices"][0]
+            return Answer(str(said["text"]), said["finish_reason"] == "stop")
+        said = self._ask("/v1/chat/completions", asked | {"messages": prompt})["choices"][0]
+        # Where the server is told to parse tool calls, a call is no text, and a reason of its own.
+        ended = said["finish_reason"] in ("stop", "tool_calls")
+        return Answer(str(said["message"].get("content") or ""), ended)
+
+    def stops_at(
+        self, model: str, prompt: str | list[dict[str, Any]], options: dict[str, Any], token: int
+    ) -> bool:
+        """Does an answer of `model` end where it writes `token`? It is made to: no other one is allowed."""
+        return self.write(model, prompt, options | {"allowed_token_ids": [token]}, 2).ended
 
     def load(self, name: str, path: str) -> None:
         """Add an adapter. vLLM has this route only with VLLM_ALLOW_RUNTIME_LORA_UPDATING."""

@@ -2,10 +2,12 @@
 PEFT's. Imports no torch.
 """
 
+import json
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-from lora_recipes.core.provenance import Probe, Provenance
+from lora_recipes.core.provenance import Probe, Provenance, Question
 from lora_recipes.serving.endpoint import Endpoint
 
 # Asked where an adapter brings no probes: only whether it changes the base's answer can be seen then.
@@ -29,7 +31,9 @@ class Proof:
     again. `effect`: adapter against base by PEFT, at the end of training. `apart`: server with adapter
     against PEFT with adapter. `noise`: the server's base against PEFT's base (other kernels, other dtype).
     These three are None without provenance. `rendered`: does the server make the same tokens of the probes'
-    prompts? `by_default`: also for a request that sends no chat_template_kwargs?
+    prompts? `by_default`: also for a request that sends no chat_template_kwargs? `runs_on`: tokens that end a
+    reply in training, and no answer on this server. `question`: what PEFT's answer to it came to, and
+    `ended`: did the server's answer to it end? `stop_text`: what ends a reply where that is no token.
     """
 
     name: str
@@ -40,6 +44,10 @@ class Proof:
     noise: float | None = None
     rendered: bool = True
     by_default: bool = True
+    runs_on: tuple[str, ...] = ()
+    question: Question | None = None
+    ended: bool = True
+    stop_text: str | None = None
 
     @property
     def limit(self) -> float:
@@ -64,7 +72,30 @@ class Proof:
             )
         if self.apart > self.limit:
             return f"not what was trained: {self.apart:.4f} from PEFT, at most {self.limit:.4f} allowed"
+        if self.runs_on:
+            return (
+                f"never stops: training ended a reply with {', '.join(self.runs_on)}, this server goes on"
+                " there: make serve starts one that does not (--generation-config)"
+            )
+        if self.question and self.question.ended and not self.ended:
+            return (
+                f"runs on: by PEFT the answer to a question of the rows ended after {self.question.ended}"
+                f" tokens, here not within {self.question.room}"
+            )
         return None
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of one that is live."""
+        said = [] if self.by_default else ["requests must send the chat_template_kwargs of training"]
+        if self.stop_text:
+            said.append(f'requests must send "stop": [{json.dumps(self.stop_text)}]')
+        if self.question and not self.ended:
+            said.append(
+                f"BUT the answer to a question of the rows did not end within {self.question.room} tokens,"
+                f" nor by PEFT within {self.question.asked}: it has not learned to stop"
+            )
+        return said
 
 
 def prove(endpoint: Endpoint, base: str, adapters: dict[str, Provenance | None]) -> list[Proof]:
@@ -107,7 +138,26 @@ def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -
         noise=apart(alone, untrained),
         rendered=rendered,
         by_default=by_default,
+        runs_on=tuple(
+            token for i, token in known.stops.items() if not endpoint.stops_at(name, *_openings(known)[0], i)
+        ),
+        question=known.question,
+        ended=_ended(endpoint, name, known),
+        stop_text=known.stop_text,
     )
+
+
+def _openings(known: Provenance) -> list[tuple[str | list[dict[str, Any]], dict[str, Any]]]:
+    """What may be asked of the server as a client would: (prompt, options)."""
+    return [(q.prompt, q.options) for q in (known.question, *known.probes) if q]
+
+
+def _ended(endpoint: Endpoint, name: str, known: Provenance) -> bool:
+    """Does the answer to the question that training asked end by itself? True where it asked none."""
+    if (asked := known.question) is None:
+        return True
+    stop = {"stop": [known.stop_text]} if known.stop_text else {}
+    return endpoint.write(name, asked.prompt, asked.options | stop, asked.room).ended
 
 
 def _answers(endpoint: Endpoint, model: str, ids: list[list[int]]) -> list[float]:
@@ -143,6 +193,7 @@ def table(proofs: list[Proof]) -> str:
         ]
         cells = "  ".join(f"{'-' if n is None else f'{n:.4f}':>{w}}" for n, w in numbers)
         good = "live" if p.effect is not None else "live; not compared with PEFT (no provenance.json)"
-        good += "" if p.by_default else "; requests must send the chat_template_kwargs of training"
+        good += "; ended its answer" if p.question and p.ended else ""
+        good = "; ".join([good, *p.notes])
         lines.append(f"{p.name:<{width}}  {cells}  {p.fault or good}")
     return "\n".join(lines)

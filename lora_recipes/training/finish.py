@@ -1,5 +1,6 @@
 """The end of a training run: verify what was learned, save it, move it into place, say what came of it."""
 
+import json
 import shutil
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -8,11 +9,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 
-from lora_recipes.core import adapter_folder, record
+from lora_recipes.core import adapter_folder, record, stops
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import now, replace_folder
 from lora_recipes.core.locate import local
-from lora_recipes.core.provenance import Provenance
+from lora_recipes.core.provenance import Provenance, Question
 from lora_recipes.core.record import FinishedRun, Probes, ResumeFacts, Run
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
@@ -38,6 +39,7 @@ class Session:
     facts: ResumeFacts
     real: PreTrainedConfig  # of the base's weights
     run: Run = field(init=False)
+    question: Question | None = None  # whether an answer ends, once trained
 
     @property
     def recipe(self) -> Recipe:
@@ -78,6 +80,7 @@ def finish(session: Session) -> FinishedRun:
     asked = replace(session.run.probes, after=probes.probes(trainer.model, session.tokenizer, recipe))
     session.run = replace(session.run, probes=asked)
     provenance = None if recipe.whole else _provenance(session)
+    session.question = provenance.question if provenance else None
     final, temporary = folder.result(recipe.method), folder.unfinished(recipe.method)
     if PartialState().is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
@@ -91,6 +94,8 @@ def finish(session: Session) -> FinishedRun:
             session.start.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
         # A pickle with this machine's paths; recipe.yaml says the same.
         (temporary / "training_args.bin").unlink(missing_ok=True)
+        settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
+        stops.save(temporary, json.loads(settings.to_json_string()), list(session.plan.gate.stops.all))
         not_servable = None
         if provenance:
             provenance.sealed(temporary).save(temporary)
@@ -127,7 +132,8 @@ def _provenance(session: Session) -> Provenance:
         session.trainer.accelerator.unwrap_model(session.trainer.model),
         splits["eval"].rows or splits["train"].rows,
     )
-    return answers.provenance(model, session.start, session.tokenizer, session.resolved, rows)
+    whole = not session.plan.layout.sharded
+    return answers.provenance(model, session.start, session.plan.gate, session.resolved, rows, whole)
 
 
 def report(session: Session, run: FinishedRun) -> None:
@@ -145,6 +151,11 @@ def report(session: Session, run: FinishedRun) -> None:
         say(f"every {said}")
         faults = [f"WARNING     vLLM cannot serve it as it is: {fault}" for fault in run.not_servable or []]
         say("\n".join(faults or ["the saved files pass vLLM's rules for adapters"]))
+    if asked := session.question:
+        ended = f"ended after {asked.ended}" if asked.ended else "did not end within"
+        warning = "" if asked.ended else "WARNING     "
+        most = f" (of {asked.asked} allowed)" if asked.ended else f" {asked.asked}"
+        say(f"{warning}the answer to a question of the rows {ended}{most} tokens")
     if lines := probes.table(run.probes.before, run.probes.after):
         say("\n" + "\n".join(lines))
     final = session.folder.result(session.recipe.method)

@@ -145,7 +145,7 @@ def continuations(model, tokenizer, count: int = 8) -> list[str]:
 
 def asked(url: str, model: str) -> list[str]:
     """The greedy continuation of each question, by the server."""
-    return [Endpoint(url).write(model, question, {}, 8).strip() for question in QUESTIONS]
+    return [Endpoint(url).write(model, question, {}, 8).text.strip() for question in QUESTIONS]
 
 
 def test_two_adapters_on_one_server_are_proven_live(dense):
