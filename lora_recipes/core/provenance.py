@@ -100,7 +100,7 @@ def read(folder: Path) -> Provenance | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        typed = {"probes": [Probe(**probe) for probe in found["probes"]]}
+        typed: dict[str, Any] = {"probes": [Probe(**probe) for probe in found["probes"]]}
         typed["stops"] = {int(i): token for i, token in found.get("stops", {}).items()}
         typed["question"] = Question(**found["question"]) if found.get("question") else None
         known = Provenance(**found | typed)

@@ -320,7 +320,9 @@ def counts(
                 result.turns += 1
                 result.faithful += turn.faithful and kept.start == 0
                 end = closing(example, turn, ends)
-                result.open_turns += counted and not (end in kept and example.labels[end] != IGNORED)
+                result.open_turns += counted and not (
+                    end is not None and end in kept and example.labels[end] != IGNORED
+                )
     if counted:
         result.tokens, result.supervised, result.longest = sum(lengths), supervised, max(lengths, default=0)
     return result

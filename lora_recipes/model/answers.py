@@ -83,9 +83,10 @@ def question(
     """
     chats = sorted((row for row in rows[:50] if row.conversational), key=lambda r: len(r.key))
     said = next((found for row in chats if (found := served(row, tokenizer, recipe))), None)
-    if said is None or isinstance(said[0], str) or not (stops.trained or stops.text):
+    if said is None or not (stops.trained or stops.text):
         return None
     prompt, options, ids, whole = said
+    assert not isinstance(prompt, str), "the rows are conversations"
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
     room = min(4 * (len(whole) - len(ids)) + LONGEST // 2, positions - len(ids) - 1)
     if room < 2:

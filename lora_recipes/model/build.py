@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     EarlyStoppingCallback,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -263,7 +264,23 @@ def model(resolved: Resolved) -> PreTrainedModel:
     if getattr(loaded, "_hf_peft_config_loaded", False) or hasattr(loaded, "peft_config"):
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
         raise RecipeError(Problem(recipe.at("model", "name_or_path"), f"{path} carries an adapter", do))
-    return trainable_4bit(loaded)
+    return trainable_4bit(_savable(loaded))
+
+
+def _savable(model: PreTrainedModel) -> PreTrainedModel:
+    """Leave of a generation config that contradicts itself only the tokens.
+
+    Published ones do (Llama 2: a temperature beside do_sample: false). transformers 5 refuses to save a model
+    with one that was changed, as TRL changes its eos and pad: after the last step, and the trained weights
+    with it. What a run leaves has the base's own file again (training/finish.py).
+    """
+    own: Any = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        tokens = {k: getattr(own, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
+    return model
 
 
 def trainable_4bit(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,6 +1,5 @@
 """The end of a training run: verify what was learned, save it, move it into place, say what came of it."""
 
-import json
 import shutil
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -94,8 +93,9 @@ def finish(session: Session) -> FinishedRun:
             session.start.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
         # A pickle with this machine's paths; recipe.yaml says the same.
         (temporary / "training_args.bin").unlink(missing_ok=True)
-        settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
-        stops.save(temporary, json.loads(settings.to_json_string()), list(session.plan.gate.stops.all))
+        source = local(session.resolved.base.weights, session.resolved.base.revision)
+        settings = stops.settings(source) if source else {}
+        stops.save(temporary, settings, list(session.plan.gate.stops.all))
         not_servable = None
         if provenance:
             provenance.sealed(temporary).save(temporary)

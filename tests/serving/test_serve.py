@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,6 +40,7 @@ if UNAVAILABLE.exists() or not READY.exists():
         allow_module_level=True,
     )
 
+CASES = Path(__file__).parents[1] / "cases"
 SCRIPT = str(files.ROOT / "scripts" / "serve.py")
 QUESTIONS = [
     "The cat sleeps on the",
@@ -305,3 +307,45 @@ def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it
         assert isinstance(rendered, BatchEncoding) and ids == rendered["input_ids"]
     finally:
         assert server.end() == []
+
+
+def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bases, tmp_path, capsys):
+    """A base whose eos is no end of the template's. An adapter with another end is refused by that server."""
+    folder, words = tmp_path / "outputs", [f"model.name_or_path={bases('qwen_base')}", "train.eos_token=null"]
+    shutil.copy(CASES / "rows.jsonl", tmp_path)
+    shutil.copy(CASES / "eos_proof.yaml", tmp_path)
+    recipe = recipes.load(str(tmp_path / "eos_proof.yaml"), [*words, "train.max_steps=60"])
+    train(resolve(recipe, folder))
+    merge(folder / "eos_proof" / "adapter", folder / "eos_proof" / "merged")
+    template = AutoTokenizer.from_pretrained(bases("qwen_base")).chat_template
+    end = "('<|im_end|>' if m['role'] == 'user' else '<|im_start|>')"
+    (tmp_path / "own.jinja").write_text(template.replace("'<|im_end|>'", end))
+    shutil.copy(tmp_path / "eos_proof.yaml", tmp_path / "other.yaml")
+    words += ["train.max_steps=2", "model.chat_template=own.jinja"]
+    train(resolve(recipes.load(str(tmp_path / "other.yaml"), words), folder))
+
+    server = Running(folder, "--dynamic", "eos_proof").up()
+    try:
+        assert re.search(r"eos_proof .* live; ended its answer\n", server.said)
+        answers = [ended(server.url, "eos_proof"), ended(server.url, "base")]
+        said = chat(server.url, "eos_proof", ["Where is the cat?"])
+        capsys.readouterr()
+        assert serve.add(server.url, ["other"], folder) == serve.NOT_LIVE
+        assert "never stops: training ended a reply with <|im_start|>" in capsys.readouterr().out
+        assert "other" not in Endpoint(server.url).models()
+    finally:
+        assert server.end() == []
+    assert answers == [True, False]
+    assert "eos_proof  It sleeps on the sofa." in said and "[no end within 128 tokens]" in said
+
+    server = Running(folder, str(folder / "eos_proof" / "merged")).up()
+    try:
+        assert re.search(r"eos_proof .* live; ended its answer\n", server.said)
+        assert ended(server.url, "eos_proof")
+    finally:
+        assert server.end() == []
+
+
+def ended(url: str, model: str) -> bool:
+    """Does the answer to a chat question end by itself?"""
+    return Endpoint(url).write(model, [{"role": "user", "content": "Where is the cat?"}], {}, 60).ended

@@ -3,13 +3,16 @@ command.
 """
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lora_recipes.core import locate, provenance
+from lora_recipes.core import provenance
 from lora_recipes.evaluation.evaluate import evaluation, report
 from lora_recipes.model.combine import Combination, combine
 from lora_recipes.model.merge import merge
@@ -30,7 +33,9 @@ def made(bases, tmp_path_factory) -> Path:
     for name in "eos_proof.yaml", "rows.jsonl":
         (folder / name).write_text((cases / name).read_text())
     words = [f"model.name_or_path={bases('qwen_base')}", "train.eos_token=null", "train.max_steps=60"]
-    recipe = recipes.load(str(folder / "eos_proof.yaml"), [*words, "data.eval=rows.jsonl", "data.limits.train_in_eval=1"])
+    recipe = recipes.load(
+        str(folder / "eos_proof.yaml"), [*words, "data.eval=rows.jsonl", "data.limits={train_in_eval: 1}"]
+    )
     done = train(resolve(recipe, folder))
     assert there(done.plan.stops).stops == ["<|im_end|>", "<|endoftext|>"]
     merge(folder / "eos_proof" / "adapter", folder / "eos_proof" / "merged")
@@ -53,8 +58,10 @@ def test_adapter_and_merged_model_stop_at_the_same_token(made, bases):
 
 def test_the_merged_model_ends_its_answer_by_itself_and_with_the_base_s_file_it_runs_on(made, bases):
     tokenizer = AutoTokenizer.from_pretrained(made / "merged")
-    model = AutoModelForCausalLM.from_pretrained(made / "merged")
-    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(made / "merged")
+    ids: Any = tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
 
     def tokens(**options) -> int:
         with torch.no_grad():
@@ -68,7 +75,9 @@ def test_the_merged_model_ends_its_answer_by_itself_and_with_the_base_s_file_it_
 def test_an_evaluation_stops_both_sides_there_and_says_which_ended(made):
     found = evaluation("eos_proof", made.parent)
     assert [g.trained_ended for g in found.generations] == [True] * len(found.generations)
-    assert not any(g.base_ended for g in found.generations) and "<|im_end|>" not in found.generations[0].trained
+    assert (
+        not any(g.base_ended for g in found.generations) and "<|im_end|>" not in found.generations[0].trained
+    )
     assert report(found).count("[no end within 64 tokens]") == len(found.generations)
 
 
@@ -96,15 +105,16 @@ def test_a_combination_stops_where_its_adapters_do(made):
     assert eos(made.parent / "mix" / "adapter") == eos(adapter)
 
 
-def test_a_whole_model_too_though_its_base_s_file_is_one_that_transformers_does_not_save(case, tmp_path, bases):
-    import shutil
-
+def test_a_whole_model_too_though_its_base_s_file_is_one_that_transformers_does_not_save(
+    case, tmp_path, bases
+):
     base = shutil.copytree(bases("qwen_base"), tmp_path / "base")
     file = base / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6, "do_sample": False}))
     path = case("qwen_base_eos", model__name_or_path=str(base), train__max_steps=1)
-    text = path.read_text().replace("lora:\n  r: 4\n  lora_alpha: 8\n  target_modules:\n  - q_proj\n  - v_proj\n", "")
-    assert "lora" not in text
-    path.write_text(text + "full: {}\n")
+    sections = yaml.safe_load(path.read_text())
+    del sections["lora"]
+    path.write_text(yaml.safe_dump(sections | {"full": {}}))
     train(resolve(recipes.load(str(path)), tmp_path))
-    assert len(eos(tmp_path / "qwen_base_eos" / "model")) == 2
+    said = json.loads((tmp_path / "qwen_base_eos" / "model" / "generation_config.json").read_text())
+    assert len(said["eos_token_id"]) == 2 and said["temperature"] == 0.6
