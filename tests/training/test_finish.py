@@ -48,7 +48,7 @@ def eos(folder: Path):
 
 def test_adapter_and_merged_model_stop_at_the_same_token(made, bases):
     tokenizer = AutoTokenizer.from_pretrained(made / "adapter")
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ends: Any = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert eos(made / "adapter") == eos(made / "merged") == ends and eos(bases("qwen_base")) == ends[1]
     for folder in made / "adapter", made / "merged":
         assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
