@@ -37,9 +37,15 @@ def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
     PEFT only warns about tensors without a place, and leaves modules without a tensor at their random start.
     """
     (first, adapter), *others = adapters.items()
-    attached = PeftModel.from_pretrained(model, adapter.path, adapter_name=first)
-    for name, adapter in others:
-        attached.load_adapter(adapter.path, adapter_name=name)
+    try:
+        attached = PeftModel.from_pretrained(model, adapter.path, adapter_name=first)
+        for name, adapter in others:
+            attached.load_adapter(adapter.path, adapter_name=name)
+    except (KeyError, ValueError, RuntimeError) as error:
+        kind, said = type(error).__name__, str(error).splitlines()[0][:200]
+        found = f"does not go on its base whole: PEFT cannot put it on {type(model).__name__}: {kind}: {said}"
+        do = "give the adapter as training saved it, and the class that it was trained on"
+        raise RecipeError(Problem(shown(adapter.path), found, do)) from error
     for name, adapter in adapters.items():
         got = get_peft_model_state_dict(attached, adapter_name=name, save_embedding_layers=False)
         wanted = {

@@ -379,15 +379,7 @@ def _load(folder: Path, dtype: str, job: Job) -> PreTrainedModel:
 
 def _attach(model: PreTrainedModel, job: Job) -> PeftModel:
     """`model` with the saved adapter. RecipeError when that does not go on it whole."""
-    try:
-        return attach.attach(model, {"default": job.adapter})
-    except (KeyError, ValueError, RuntimeError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        found = f"PEFT cannot put it on {type(model).__name__}: {type(error).__name__}: "
-        found += str(error).splitlines()[0]
-        do = "merge it with the class that it was trained on"
-        raise RecipeError(Problem(shown(job.adapter.path), found, do)) from error
+    return attach.attach(model, {"default": job.adapter})
 
 
 def _layers(attached: PeftModel, adapter: Adapter) -> int:
