@@ -163,7 +163,7 @@ def state(resolved: Resolved, made: Plan) -> tuple[str, str]:
         done = folder.run
         if done is None:
             return "new", ""
-        facts = train.resume_facts(made, resolved, resolved.base.real_config())
+        facts = train.resume_facts(made, resolved, resolved.base.real_config(), done)
         changed = differences(folder, resolved.recipe, vars(facts))
         before, now = done.plan.data.eval.sha256, made.facts.data.eval.sha256
         changed += ["eval data: other rows than it was evaluated on"] if before != now else []

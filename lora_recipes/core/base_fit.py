@@ -39,7 +39,8 @@ def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list
         return changed
     try:
         base = safetensors.shapes(folder)
-        if known and known.fingerprint not in (None, safetensors.fingerprint(folder)):
+        was = known.fingerprint if known else None
+        if was and was != safetensors.fingerprint(folder, was):
             do = (
                 "it is the weights that count, not the name: give the right folder by"
                 f" {cli.command(BASE='path')}, or train on this one"

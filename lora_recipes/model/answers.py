@@ -2,6 +2,7 @@
 training.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_recipes.core import safetensors
+from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.locate import local
 from lora_recipes.core.provenance import Probe, Provenance, Question
+from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.gate import Gate
 from lora_recipes.data.row import Row
 from lora_recipes.data.stops import Stops
@@ -46,13 +49,18 @@ def provenance(
     )
 
 
-def fingerprint(base: Base) -> str | None:
-    """Which weights the base has; None for a hub model that is not in the cache as safetensors."""
+def fingerprint(base: Base, like: str | None = None) -> str | None:
+    """Which weights the base has; None for a hub model that is not in the cache as safetensors. `like`: what
+    it is to be compared with (safetensors.fingerprint). RecipeError when they are broken.
+    """
     folder = local(base.weights, base.revision)
     try:
-        return safetensors.fingerprint(folder) if folder else None
+        return safetensors.fingerprint(folder, like) if folder else None
     except OSError:
         return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"the base's weights cannot be read: {error}"
+        raise RecipeError(Problem(shown(Path(base.weights)), found, "copy or fetch them again")) from None
 
 
 def probes(

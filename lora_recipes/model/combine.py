@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, environment, locate, provenance, stops
+from lora_recipes.core import cli, environment, locate, lock, provenance, stops
 from lora_recipes.core import safetensors as weights
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
@@ -120,6 +120,13 @@ def combine(
     """
     chosen, run = locate.named(words, outputs), RunFolder(outputs / name)
     raise_if(asked.problems(len(chosen)) + _place(run, chosen, force))
+    with lock.runs(chosen.values(), "combines", run.path):
+        return _into(run, chosen, asked, base)
+
+
+def _into(run: RunFolder, chosen: dict[str, Path], asked: Combination, base: Path | None) -> CombinedRecord:
+    """Combine the adapters `chosen` into `run`, which is free for them."""
+    name = run.path.name
     read = {key: adapters.read(folder) for key, folder in chosen.items()}
     known = {key: provenance.read(folder) for key, folder in chosen.items()}
     source = locate.base_of(read, base)

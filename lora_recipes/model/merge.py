@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import base_fit, cli, locate, provenance, safetensors, stops
+from lora_recipes.core import base_fit, cli, files, locate, lock, provenance, safetensors, stops
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
@@ -163,6 +163,14 @@ def merge(
     RecipeError when the adapter does not fit or was changed since training, memory does not suffice, or the
     merged model is not base + adapter, or answers otherwise than training recorded; then nothing is left.
     """
+    kept = "nothing was written; what stood there is as it was"
+    with files.writing(output.parent, "while merging", lambda: kept), lock.runs([folder], "merges"):
+        return _whole(folder, output, base, dtype, force, unproven)
+
+
+def _whole(
+    folder: Path, output: Path, base: Path | None, dtype: str | None, force: bool, unproven: bool
+) -> dict[str, Any]:
     began = time.monotonic()
     said = _place(output, force)
     adapter = adapters.read(folder, anything=True)

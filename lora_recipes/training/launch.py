@@ -24,7 +24,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command,
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from lora_recipes.core import cli
+from lora_recipes.core import cli, lock
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
 from lora_recipes.core.files import ROOT, find, looked, now
 from lora_recipes.core.run_folder import RunFolder
@@ -272,8 +272,8 @@ def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
 
 
 def _failed(folder: RunFolder, text: str) -> None:
-    """Say in run.json what the processes themselves could not."""
-    if (run := folder.record) and run.status == "running":
+    """Say in run.json what the processes themselves could not; not where another run's are at work."""
+    if lock.free(folder.path) and (run := folder.record) and run.status == "running":
         folder.write_record(replace(run, status="failed", error=text, ended=now()))
 
 

@@ -3,16 +3,18 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedModel, ProgressCallback
+from trl import SFTConfig
 
-from lora_recipes.core import cli, environment, files
+from lora_recipes.core import checkpoints, cli, environment, files, lock, safetensors
 from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
@@ -62,7 +64,10 @@ def train(
     # Joins the other processes, on the CPU too.
     PartialState(cpu=resolved.recipe.train.given.get("use_cpu", not torch.cuda.is_available()))
     ranks = PartialState().num_processes
-    with files.writing(resolved.folder.path, "before the first step", lambda: left(resolved.folder, ranks)):
+    with (
+        files.writing(resolved.folder.path, "before the first step", lambda: left(resolved.folder, ranks)),
+        _alone(resolved.folder),
+    ):
         return _train(resolved, resume, force, shared, asked)
 
 
@@ -80,10 +85,12 @@ def _train(
     if wrong := build.contract_differences(resolved.base, real):
         do = "the plan describes another model: correct the contract, or name_or_path"
         raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
-    facts = resume_facts(plan, resolved, real)
-    checkpoint = _checkpoint(folder, recipe, facts) if resume else None
-    arguments, base = build.sft_config(recipe, folder), shared.model(resolved)
-    callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe)]
+    arguments = build.sft_config(recipe, folder)
+    before = folder.run if resume else None
+    facts = resume_facts(plan, resolved, real, before)
+    checkpoint = _checkpoint(folder, recipe, facts, arguments, real) if resume else None
+    base, counted = shared.model(resolved), watch.Counted()
+    callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe), counted]
     rows = (plan.gate.train, plan.gate.evaluation)
     assert plan.facts.steps, "the tokenizer is there, so the steps were counted"
     steps = plan.facts.steps.total
@@ -96,7 +103,7 @@ def _train(
     session.run = _continue(session, checkpoint) if checkpoint else _begin(session)
     say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
     try:
-        session.run = _run(session, checkpoint)
+        session.run = _run(session, checkpoint, counted)
         ranks = PartialState().num_processes
         with files.writing(folder.path, "while saving the result", lambda: left(folder, ranks)):
             done = finish(session)
@@ -117,6 +124,25 @@ def _train(
     return done
 
 
+@contextlib.contextmanager
+def _alone(folder: RunFolder) -> Iterator[None]:
+    """The first process holds the lock of the run for all of its processes; all of them hear who else has
+    it.
+    """
+    with contextlib.ExitStack() as stack:
+        refused: list[Any] = [None]
+        if PartialState().is_main_process:
+            try:
+                stack.enter_context(lock.held(folder.path, "trains"))
+            except RecipeError as error:
+                refused = [error.problems]
+        if PartialState().num_processes > 1:
+            broadcast_object_list(refused)
+        if refused[0]:
+            raise RecipeError(refused[0])
+        yield
+
+
 def _save(folder: RunFolder, run: Run) -> None:
     if PartialState().is_main_process:
         folder.write_record(run)
@@ -128,7 +154,10 @@ def prepare_base(resolved: Resolved) -> None:
     """
     recipe, maker = resolved.recipe, resolved.base.maker
     if recipe.model.weights == "random":
-        with PartialState().main_process_first():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(PartialState().main_process_first())
+            if PartialState().is_main_process:  # another run may be making it
+                stack.enter_context(lock.held(Path(resolved.base.weights), "makes this base", wait=True))
             build.random_base(resolved)
     if maker is None:
         return
@@ -164,41 +193,67 @@ def warm_ready(resolved: Resolved) -> list[Problem]:
         return [
             Problem(where, f"{shown(folder.path)} holds no finished run", cli.command("train", RECIPE=name))
         ]
-    if done.resume_facts.base_weights != answers.fingerprint(resolved.base):
+    if (before := done.resume_facts.base_weights) != answers.fingerprint(resolved.base, before):
         found = f"{name} was trained on other weights than the base has now"
         return [Problem(where, found, cli.command("train", RECIPE=name, FORCE=True))]
     return []
 
 
-def resume_facts(plan: Plan, resolved: Resolved, real: PreTrainedConfig) -> ResumeFacts:
-    """What a resumed run must find as it was, beyond the recipe. `real`: the config of the base's weights."""
+def resume_facts(
+    plan: Plan, resolved: Resolved, real: PreTrainedConfig, before: Run | None = None
+) -> ResumeFacts:
+    """What a resumed run must find as it was, beyond the recipe. `real`: the config of the base's weights;
+    `before`: the run that is to be continued, whose kind of fingerprint is taken.
+    """
     return ResumeFacts(
         train_data_sha256=plan.facts.data.train.sha256,
         tokens_sha256=watch.sha256(plan.gate.train),
         chat_template_sha256=watch.sha256(plan.gate.tokenizer.chat_template),
-        base_weights=answers.fingerprint(resolved.base),
+        base_weights=answers.fingerprint(resolved.base, before.resume_facts.base_weights if before else None),
         base_revision=getattr(real, "_commit_hash", None),
         layout=str(plan.layout),
     )
 
 
-def _checkpoint(folder: RunFolder, recipe: Recipe, facts: ResumeFacts) -> Path:
-    if changed := differences(folder, recipe, vars(facts)):
+def _checkpoint(
+    folder: RunFolder, recipe: Recipe, facts: ResumeFacts, arguments: SFTConfig, real: PreTrainedConfig
+) -> Path:
+    changed = differences(folder, recipe, vars(facts))
+    run = folder.run
+    # Earlier versions hashed the base's path too; another transformers has other defaults.
+    known = run and safetensors.whole(run.resume_facts.base_weights)
+    same = run and run.versions.get("transformers") == environment.versions().get("transformers")
+    if run and known and same and run.base.config_sha256 != _config_sha256(real):
+        changed.append("base config: the run began with another config.json of the base")
+    if changed:
         do = "the trainer would ignore it and go on with the old value: set it back, or"
         do += f" {cli.command(FORCE=True)} to begin anew"
         raise RecipeError([Problem(shown(folder.path), line, do) for line in changed])
-    checkpoint, skipped = newest_whole(folder.checkpoints, PartialState().num_processes)
-    for line in skipped:
+    checkpoint, said = newest_whole(folder.checkpoints, PartialState().num_processes)
+    for line in said:
         say(f"WARNING     {line}")
     if checkpoint is None:
         raise RecipeError(
             Problem(
                 shown(folder.checkpoints),
-                "no checkpoint is whole: " + "; ".join(skipped),
+                "no checkpoint is whole: " + "; ".join(said),
                 f"{cli.command(FORCE=True)} begins anew",
             )
         )
+    if wrong := verify.taken(checkpoint, skips=arguments.fp16):
+        do = "take it away, and the one before it is taken; or " + cli.command(FORCE=True)
+        raise RecipeError(Problem(shown(checkpoint), wrong, do))
+    if arguments.load_best_model_at_end:
+        watch.best_is_whole(checkpoints.state(checkpoint).get("best_model_checkpoint"))
     return checkpoint
+
+
+def _config_sha256(config: PreTrainedConfig) -> str:
+    """Hash of a base's config, wherever it lies."""
+    found = config.to_dict()
+    return watch.sha256(
+        {k: v for k, v in found.items() if k not in ("_name_or_path", "transformers_version")}
+    )
 
 
 def _begin(session: Session) -> Run:
@@ -227,7 +282,7 @@ def _begin(session: Session) -> Run:
         base=BaseModel(
             name_or_path=session.resolved.base.weights,
             revision=getattr(session.real, "_commit_hash", None),
-            config_sha256=watch.sha256(session.real.to_dict()),
+            config_sha256=_config_sha256(session.real),
         ),
         plan=session.plan.facts,
         resume_facts=session.facts,
@@ -256,7 +311,7 @@ def _continue(session: Session, checkpoint: Path) -> Run:
     return run
 
 
-def _run(session: Session, checkpoint: Path | None) -> Run:
+def _run(session: Session, checkpoint: Path | None, counted: watch.Counted) -> Run:
     """Train; the run with what came of it."""
     began, trainer, before = time.monotonic(), session.trainer, usage.now()
     try:
@@ -268,11 +323,15 @@ def _run(session: Session, checkpoint: Path | None) -> Run:
             problem := problem
             or launch.lost(error, recipe, step)
             or watch.explained(error, recipe, session.folder, step)
+            or _unloadable(error, checkpoint, counted)
         ):
             raise RecipeError(problem) from error
         raise
+    _trained(session, checkpoint, counted)
     seconds = time.monotonic() - began
     metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
+    if not counted.taken:
+        metrics.pop("train_loss", None)  # the mean of no step
     if trainer.eval_dataset is not None:
         last: dict[str, Any] = next(
             (log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {}
@@ -290,3 +349,29 @@ def _run(session: Session, checkpoint: Path | None) -> Run:
         metrics=metrics,
         memory=peak.facts(session.expected),
     )
+
+
+def _unloadable(error: Exception, checkpoint: Path | None, counted: watch.Counted) -> Problem | None:
+    """An error before the first step of a resumed run is one of reading the checkpoint."""
+    if checkpoint is None or counted.taken or isinstance(error, RecipeError):
+        return None
+    found = f"cannot be continued from: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    do = "take it away, and the one before it is taken; --traceback shows where"
+    return Problem(shown(checkpoint), found, do)
+
+
+def _trained(session: Session, checkpoint: Path | None, counted: watch.Counted) -> None:
+    """RecipeError when the steps that were taken are not those that the trainer counts, or are none."""
+    began, ended = int(checkpoint.name.split("-")[1]) if checkpoint else 0, session.trainer.state.global_step
+    steps, at = session.plan.facts.steps, shown(checkpoint or session.folder.path)
+    if began + counted.taken != ended:
+        found = f"the trainer counts {ended} steps; {counted.taken} were taken after step {began}"
+        raise RecipeError(
+            Problem(at, found, f"the result is not saved; {cli.command(FORCE=True)} begins anew")
+        )
+    if not counted.taken and (steps is None or began < steps.total):
+        of = f" of {steps.total}" if steps else ""
+        found = f"no step was trained: the trainer stopped at step {began}{of}"
+        raise RecipeError(
+            Problem(at, found, f"the result is not saved; {cli.command(FORCE=True)} begins anew")
+        )

@@ -75,3 +75,29 @@ def incomplete(folder: Path, planned: int) -> list[str]:
     wrong += [f"{name} is all zero" for name, tensor in saved.items() if not tensor.any()]
     count = sum(tensor.numel() for tensor in saved.values())
     return [*wrong, f"{count:,} of {planned:,} numbers were saved"] if count != planned else wrong
+
+
+def taken(checkpoint: Path, skips: bool) -> str | None:
+    """What is wrong with the steps of a whole checkpoint: those that its schedule and its optimiser have
+    taken against the one in its name. `skips`: float16 leaves out steps whose gradients overflow.
+    """
+    step, found = int(checkpoint.name.split("-")[1]), {}
+    for name in ("scheduler.pt", "optimizer.pt"):
+        if not (checkpoint / name).is_file():
+            continue  # DeepSpeed keeps them elsewhere
+        try:
+            found[name] = _steps(torch.load(checkpoint / name, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever a broken pickle leads to
+            return f"{name} cannot be loaded: {type(error).__name__}"
+    for name, steps in found.items():
+        if steps is not None and (steps > step or (steps < step and not skips)):
+            return f"{name} has taken {steps} steps, and the folder is {checkpoint.name}"
+    return None
+
+
+def _steps(state: dict[str, Any]) -> int | None:
+    """The steps that a schedule or an optimiser has taken; None where it does not count them."""
+    if "last_epoch" in state:
+        return None if "num_bad_epochs" in state else int(state["last_epoch"])  # those follow a metric
+    counts = [int(each["step"]) for each in state["state"].values() if "step" in each]
+    return max(counts, default=None)

@@ -14,10 +14,11 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-from lora_recipes.core import files
-from lora_recipes.core.checkpoints import seal
+from lora_recipes.core import cli, files
+from lora_recipes.core.checkpoints import fault, seal
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import RunFolder, logged
+from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.render import Example
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.training.resume import left
@@ -82,12 +83,41 @@ class Record(TrainerCallback):
 
 
 class Seal(TrainerCallback):
-    """Closes each checkpoint with the hashes of its weights."""
+    """Closes each checkpoint with the hashes of its files, and reads none back that is not what was saved."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the trainer has written the checkpoint."""
+        """After the trainer has written the checkpoint, each process its part."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The trainer logs its runtime, then loads the best checkpoint."""
+        if "train_runtime" in (logs or {}) and args.load_best_model_at_end:
+            best_is_whole(state.best_model_checkpoint)
+
+
+class Counted(TrainerCallback):
+    """How many steps were really taken; what a checkpoint says of itself is not counted."""
+
+    taken = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One more."""
+        self.taken += 1
+
+
+def best_is_whole(named: str | None) -> None:
+    """RecipeError when the best checkpoint so far, whose weights the run ends with, is not what was saved."""
+    if named is None:
+        return
+    best = Path(named)
+    wrong = fault(best, PartialState().num_processes) if best.is_dir() else "it is not there"
+    if wrong:
+        do = f"put it back as it was, or {cli.command(FORCE=True)} begins anew"
+        raise RecipeError(Problem(shown(best), f"the best checkpoint so far cannot be used: {wrong}", do))
 
 
 class Finite(TrainerCallback):

@@ -56,9 +56,9 @@ def test_a_disk_without_room_for_one_more_file_says_that(small_disk):
 def test_a_limit_of_the_shell_is_told_from_a_full_disk(tmp_path):
     code = f"""
 import resource, sys
-sys.path[:0] = {sys.path!r}
+sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
 from pathlib import Path
-from core.test_files import WRITERS, files
+from test_files import WRITERS, files
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for name, write in WRITERS.items():
     try:

@@ -119,7 +119,8 @@ def test_merge_says_it_and_leaves_nothing_half(outputs, trained, capsys):
     assert main(["merge", "tiny_facts", "--outputs", str(outputs)]) == 2
     said = capsys.readouterr().err
     assert "the disk is full (" in said and "-> free some space" in said and "Traceback" not in said
-    assert sorted(outputs.rglob("*")) == before
+    after = sorted(p for p in outputs.rglob("*") if p.name != ".tiny_facts.lock")  # empty: nobody has it
+    assert after == before
 
 
 def test_a_disk_without_room_is_said_by_the_plan(outputs):

@@ -1,0 +1,120 @@
+"""Two of one run: started together, or one while the other is at work."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from lora_recipes.__main__ import main
+from lora_recipes.ablation.reuse import Kept
+from lora_recipes.ablation.spec import Run
+from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.files import ROOT
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
+from lora_recipes.training.train import train
+
+TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py"), "tiny_facts", "train.logging_steps=1"]
+
+
+@pytest.fixture
+def outputs(trained, tmp_path):
+    shutil.copytree(trained / "tiny_base", tmp_path / "outputs" / "tiny_base")
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def at_work(outputs):
+    """A run that takes its time, after its first steps; the outputs folder and its process."""
+    words = ["train.max_steps=1000000", "train.save_strategy=steps", "train.save_steps=2"]
+    process = subprocess.Popen(
+        [*TRAIN, *words, "train.save_total_limit=2", "--outputs", str(outputs)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        end = time.monotonic() + 240
+        while not list((outputs / "tiny_facts" / "checkpoints").glob("checkpoint-*/SHA256SUMS")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        yield outputs, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_at_work_is_left_alone_by_every_verb_until_it_is_killed(at_work, trained, capsys):
+    outputs, process = at_work
+    recipe, short = outputs / "tiny_facts" / "recipe.yaml", recipes.load("tiny_facts", ["train.max_steps=2"])
+    before = recipe.read_bytes()
+    for resume, force in ((False, False), (False, True), (True, False)):
+        with pytest.raises(
+            RecipeError, match=rf"tiny_facts: is in use by process {process.pid} on .*which trains"
+        ):
+            train(resolve(short, outputs), resume, force)
+    outcome = Kept()(Run("tiny_facts", 0, short), {"force": True}, outputs, lone=True)
+    assert outcome.failed and f"is in use by process {process.pid}" in outcome.said
+    newest = max((outputs / "tiny_facts" / "checkpoints").iterdir(), key=lambda p: p.stat().st_mtime)
+    shutil.copytree(trained / "tiny_facts", outputs / "other")
+    for words in (
+        ["merge", str(newest)],
+        ["eval", "tiny_facts"],
+        [
+            "combine",
+            str(outputs / "other" / "adapter"),
+            f"one={newest}",
+            "--weights",
+            "1",
+            "1",
+            "--name",
+            "sum",
+        ],
+    ):
+        assert main([*words, "--outputs", str(outputs)]) == 2
+        assert f"is in use by process {process.pid}" in capsys.readouterr().err
+    assert process.poll() is None and recipe.read_bytes() == before
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(RecipeError, match="holds an unfinished run"):
+        train(resolve(short, outputs))
+    assert train(resolve(short, outputs), force=True).steps == 2
+
+
+def test_of_two_that_start_together_one_trains_and_its_record_is_its_own(outputs):
+    both = {
+        steps: subprocess.Popen(
+            [*TRAIN, f"train.max_steps={steps}", "--outputs", str(outputs)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for steps in (3, 5)
+    }
+    said = {steps: process.communicate(timeout=300)[1] for steps, process in both.items()}
+    codes = {steps: process.returncode for steps, process in both.items()}
+    assert sorted(codes.values()) == [0, 2], said
+    won, lost = sorted(codes, key=lambda steps: codes[steps])
+    assert "is in use by process" in said[lost] or "holds a finished run" in said[lost]
+    run = json.loads((outputs / "tiny_facts" / "run.json").read_text())
+    recipe = yaml.safe_load((outputs / "tiny_facts" / "recipe.yaml").read_text())
+    assert (run["status"], run["steps"], recipe["train"]["max_steps"]) == ("finished", won, won)
+
+
+def test_processes_of_one_launch_share_the_lock_and_another_launch_changes_nothing(at_work):
+    outputs, process = at_work
+    before = (outputs / "tiny_facts" / "run.json").read_bytes()
+    words = ["--accelerate", "ddp", "--processes", "2", "--force", "--outputs", str(outputs)]
+    done = subprocess.run([*TRAIN, "train.max_steps=2", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and f"is in use by process {process.pid}" in done.stderr, done.stderr[-2000:]
+    assert (outputs / "tiny_facts" / "run.json").read_bytes() == before and process.poll() is None
+    process.kill()
+    process.wait()
+    done = subprocess.run([*TRAIN, "train.max_steps=2", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = json.loads((outputs / "tiny_facts" / "run.json").read_text())
+    assert run["status"] == "finished" and run["hardware"]["processes"] == 2
