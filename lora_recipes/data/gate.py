@@ -23,6 +23,8 @@ UNFAITHFUL = (
     " {enable_thinking: false}"
 )
 
+LONG = 32768  # tokens of a row; attention and activations of one that is not cut grow beyond what is expected
+
 # name: (share above which training stops, share above which it warns, what it is, what to do). data.limits
 # replaces the first.
 LIMITS = {
@@ -32,12 +34,23 @@ LIMITS = {
         "of the rows are cut at train.max_length",
         "raise train.max_length, or shorten the rows",
     ),
-    "duplicates": (0.1, 0.0, "of the rows are exact duplicates", "remove them"),
+    "duplicates": (
+        0.1,
+        0.0,
+        "of the rows repeat an earlier row (but for case, spaces and Unicode forms)",
+        "remove them",
+    ),
     "train_in_eval": (
         0.1,
         0.0,
         "of the eval rows stand in train too",
         "split anew; the eval loss would flatter",
+    ),
+    "near_in_eval": (
+        0.5,
+        0.0,
+        "of the eval rows nearly stand in train (half of the word 3-grams of both are shared)",
+        "split by what the rows are about; the eval loss would flatter",
     ),
     "unsupervised": (
         0.99,
@@ -83,14 +96,18 @@ def pass_through(resolved: Resolved, network: bool) -> Gate:
     splits = _read(recipe)
     if recipe.data.rows == "assistant_turn":
         splits = {which: read.by_assistant_turn(split) for which, split in splits.items()}
+        if not splits["train"].rows:
+            do = "rows whose assistant turns all say weight: 0 or train: false teach nothing"
+            raise RecipeError(Problem(recipe.at("data", "train"), "no turn is to be trained", do))
     tokenizer = _tokenizer(resolved, network)
-    raise_if(_unknown_kwargs(recipe, tokenizer))
+    raise_if(_unknown_kwargs(recipe, tokenizer, splits))
     train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
     ends = stops.decide(splits["train"], train, tokenizer, resolved)
     stops.adopt(tokenizer, ends)
     counted = render.counts(train, tokenizer, recipe, ends.trained)
     twice, both = splits["train"].duplicates, read.in_both(splits["train"], splits["eval"])
     held_out = render.counts(evaluation, tokenizer, recipe, ends.trained)
+    near = [row for row in read.near(splits["train"], splits["eval"]) if row not in both]
     facts = DataFacts(
         train=TrainFacts(
             **vars(counted),
@@ -113,9 +130,11 @@ def pass_through(resolved: Resolved, network: bool) -> Gate:
     shares |= {
         "duplicates": len(twice) / gate.counts.rows,
         "train_in_eval": len(both) / max(len(evaluation), 1),
+        "near_in_eval": len(near) / max(len(evaluation), 1),
     }
     gate.warnings += stops.warnings(ends, resolved)
-    _limits(gate, recipe, shares, {"duplicates": twice, "train_in_eval": both})
+    _limits(gate, recipe, shares, {"duplicates": twice, "train_in_eval": both, "near_in_eval": near})
+    gate.warnings += _whole_rows(gate, recipe)
     for name, counts in (("train", gate.counts), ("eval", held_out)):
         if counts.dropped:
             gate.warnings.append(
@@ -142,11 +161,26 @@ def _read(recipe: Recipe) -> dict[str, Split]:
     return splits
 
 
-def _unknown_kwargs(recipe: Recipe, tokenizer: Any) -> list[Problem]:
-    """Template arguments that the chat template never looks at: a typo there is accepted by everybody and
-    does nothing.
+def _whole_rows(gate: Gate, recipe: Recipe) -> list[str]:
+    """Without train.max_length nothing is cut, and the longest row alone says what a batch costs."""
+    longest = gate.counts.longest or 0
+    if recipe.train.max_length is not None or longest <= LONG:
+        return []
+    where = max(gate.train, key=lambda e: len(e.input_ids)).where
+    return [
+        f"train.max_length is null and {where} has {longest:,} tokens: its batch decides memory and time;"
+        " set train.max_length, or cut the row"
+    ]
+
+
+def _unknown_kwargs(recipe: Recipe, tokenizer: Any, splits: dict[str, Split]) -> list[Problem]:
+    """Template arguments, of the recipe and of rows, that the chat template never looks at: a typo there is
+    accepted by everybody and does nothing.
     """
-    given = recipe.data.chat_template_kwargs
+    given = {key: recipe.at("data", "chat_template_kwargs", key) for key in recipe.data.chat_template_kwargs}
+    for row in (row for split in splits.values() for row in split.rows):
+        for key in row.value.get("chat_template_kwargs", {}):
+            given.setdefault(key, f"{row.where} chat_template_kwargs.{key}")
     if not given or not tokenizer.chat_template:
         return []
     try:
@@ -157,12 +191,8 @@ def _unknown_kwargs(recipe: Recipe, tokenizer: Any) -> list[Problem]:
         return []
     known -= {"messages", "tools", "add_generation_prompt", "raise_exception"}
     return [
-        Problem(
-            recipe.at("data", "chat_template_kwargs", key),
-            "the chat template does not use it",
-            f"did you mean {nearest(key, known)}?",
-        )
-        for key in given
+        Problem(where, "the chat template does not use it", f"did you mean {nearest(key, known)}?")
+        for key, where in given.items()
         if key not in known
     ]
 

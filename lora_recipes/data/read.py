@@ -3,20 +3,28 @@ torch.
 """
 
 import hashlib
+import itertools
 import json
 import random
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import yamlfile
 from lora_recipes.core.errors import Problem, raise_if
-from lora_recipes.data.row import FIELDS, Fault, Row, used
+from lora_recipes.data import overlap
+from lora_recipes.data.row import FIELDS, Fault, Row, control, off, used
 from lora_recipes.data.row import faults as row_faults
 from lora_recipes.recipe.recipe import Recipe
 
 SHOWN = 20  # faults listed one by one; the rest are counted
+
+# Bytes of one line, and so of one row: ten million tokens and more. A file without line breaks would be read
+# whole before anything is known of it.
+LINE = 32 * 2**20
 
 # until the hub counts as unreachable; its own client retries five times and takes 23 s without a network
 HUB_SECONDS = 5
@@ -41,9 +49,11 @@ class Split:
 
     @property
     def duplicates(self) -> list[Row]:
-        """Rows whose content already stood in an earlier row (a source's weight above 1 does not count)."""
-        seen: dict[str, str] = {}
-        return [row for row in self.rows if seen.setdefault(row.key, row.where) != row.where]
+        """Rows whose content (`overlap.plain`) already stood in an earlier row (a source's weight above 1
+        does not count).
+        """
+        seen: dict[bytes, str] = {}
+        return [row for row in self.rows if seen.setdefault(overlap.digest(row), row.where) != row.where]
 
 
 def read(recipe: Recipe, which: str) -> Split:
@@ -59,7 +69,7 @@ def read(recipe: Recipe, which: str) -> Split:
         rows, unused, before = [], set(), len(faults)
         for where, raw in _records(entry, at, faults, recipe):
             row = Row(where, used(raw, text_field))
-            found = row_faults(raw, text_field) or _mixed(row, first or row)
+            found = row_faults(raw, text_field) or _mixed(row, first or row) or _unwanted(row, recipe)
             faults += [Problem(where, *fault) for fault in found]
             unused |= {k for k, v in raw.items() if v is not None} - {*FIELDS, text_field}
             if not found:
@@ -94,15 +104,16 @@ def raise_first(faults: list[Problem], where: str) -> None:
 
 def by_assistant_turn(split: Split) -> Split:
     """`data.rows: assistant_turn`: for each trained assistant turn a row of its own, its history as the
-    prompt, itself as completion.
+    prompt, itself as completion. A turn that says `weight: 0` or `train: false` stays in the history alone.
     """
     rows = []
     for row in split.rows:
-        if not row.conversational or (row.history and len(row.value["completion"]) == 1):
+        single = row.history and len(row.value["completion"]) == 1 and not off(row.value["completion"][0])
+        if not row.conversational or single:
             rows.append(row)
             continue
         for i, message in enumerate(row.messages):
-            if i >= len(row.history) and message["role"] == "assistant":
+            if i >= len(row.history) and message["role"] == "assistant" and not off(message):
                 rows.append(
                     Row(
                         f"{row.where}#{i + 1}",
@@ -113,9 +124,15 @@ def by_assistant_turn(split: Split) -> Split:
 
 
 def in_both(train: Split, other: Split) -> list[Row]:
-    """Rows of `other` (eval) whose content also stands in `train`."""
-    keys = {row.key for row in train.rows}
-    return [row for row in other.rows if row.key in keys]
+    """Rows of `other` (eval) whose content (`overlap.plain`) also stands in `train`."""
+    wanted = {overlap.digest(row) for row in other.rows}
+    keys = {digest for row in train.rows if (digest := overlap.digest(row)) in wanted}
+    return [row for row in other.rows if overlap.digest(row) in keys]
+
+
+def near(train: Split, other: Split) -> list[Row]:
+    """Rows of `other` that nearly stand in `train` (`overlap.near`), those of `in_both` included."""
+    return [row for row, _ in overlap.near(train.rows, other.rows)]
 
 
 def _records(
@@ -142,8 +159,13 @@ def _records(
                 f"{name} is a file, not a data set on the hub",
             )
         )
+    if wrong := _no_file(path):
+        faults.append(
+            Problem(at, f"{name} is {wrong}", "rows are read more than once: write them into a file")
+        )
+        return
     try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        yield from _lines(path, name, faults)
     except OSError as error:
         do = "give a JSONL file, or owner/name of a data set on the hub"
         looked = "" if path.exists() else recipe.looked(source["path"])
@@ -151,27 +173,89 @@ def _records(
         faults.append(
             Problem(at, f"{which} cannot be read ({error.strerror})", f"{looked}; {do}" if looked else do)
         )
-        return
-    if content.lstrip()[:1] == b"[":
-        faults.append(
-            Problem(
-                f"{name}:1", "a JSON list", "write one row a line (JSONL): jq -c '.[]' in.json > out.jsonl"
-            )
-        )
-    elif content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        faults.append(Problem(f"{name}:1", "UTF-16, not UTF-8", "save the file as UTF-8"))
-    else:
-        for number, line in enumerate(content.split(b"\n"), 1):
-            found = _parsed(line) if line.strip() else None
-            if isinstance(found, dict):
-                yield f"{name}:{number}", found
-            elif found:
-                faults.append(Problem(f"{name}:{number}", *found))
+
+
+def _no_file(path: Path) -> str:
+    """What `path` is, when reading it would wait for a writer or never end; empty for a file, for a folder
+    and where nothing is.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return ""
+    kinds = {
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+        stat.S_ISSOCK: "a socket",
+    }
+    passing = path.is_absolute() and path.parts[1] in ("dev", "proc") and not stat.S_ISDIR(mode)
+    return next((what for kind, what in kinds.items() if kind(mode)), "no file that stays" if passing else "")
+
+
+def _lines(path: Path, name: str, faults: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a JSONL file, a line at a time."""
+    with path.open("rb") as file:
+        begun = False  # blank lines first are no content
+        for number in itertools.count(1):
+            if not (line := file.readline(LINE + 1)):
+                return
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            where = f"{name}:{number}"
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                faults.append(Problem(where, "UTF-16, not UTF-8", "save the file as UTF-8"))
+                return
+            if not begun and line.lstrip()[:1] == b"[":
+                do = "write one row a line (JSONL): jq -c '.[]' in.json > out.jsonl"
+                faults.append(Problem(f"{name}:1", "a JSON list", do))
+                return
+            if len(line) > LINE:
+                found = f"a line of more than {LINE // 2**20} MiB"
+                faults.append(
+                    Problem(where, found, "one row a line (JSONL); cut what is longer than a context")
+                )
+                return
+            begun = begun or bool(line.strip())
+            found_row = _parsed(line.removesuffix(b"\n")) if line.strip() else None
+            if isinstance(found_row, dict):
+                yield where, found_row
+            elif found_row:
+                faults.append(Problem(where, *found_row))
+
+
+def _unwanted(row: Row, recipe: Recipe) -> list[Fault]:
+    """What a row holds that must not be trained, and would be."""
+    found = [] if "control_characters" in recipe.data.permit else control(row)
+    if not row.conversational or recipe.data.rows == "assistant_turn":
+        return found
+    train = recipe.train
+    begins = 0 if train.completion_only_loss is False else len(row.history)
+    for i, message in enumerate(row.messages):
+        trained = i >= begins and (message["role"] == "assistant" or not train.assistant_only_loss)
+        if trained and (said := off(message)):
+            at = i - len(row.history)
+            where = f"prompt[{i}]" if at < 0 else f"{'completion' if row.history else 'messages'}[{at}]"
+            do = "set data.rows: assistant_turn, which leaves such turns out; or remove them"
+            found.append((f"{where} says {said}, and would be trained", do))
+    return found
+
+
+class _Twice(ValueError):
+    """A key that stands twice in one object."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        raise _Twice(next(k for k, _ in pairs if k in seen or seen.add(k)))  # type: ignore[func-returns-value]
+    return value
 
 
 def _parsed(line: bytes) -> dict[str, Any] | Fault:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate cannot be made into tokens
     except UnicodeDecodeError as error:
         return (
@@ -180,6 +264,11 @@ def _parsed(line: bytes) -> dict[str, Any] | Fault:
         )
     except UnicodeEncodeError:
         return "half of a surrogate pair (\\ud800..\\udfff)", "repair the text that was cut there"
+    except _Twice as error:
+        return (
+            f"the key {str(error)!r} stands twice in one object",
+            "keep one: JSON takes the last in silence",
+        )
     except json.JSONDecodeError as error:
         return f"broken JSON: {error.msg} at column {error.colno}", "one whole JSON object a line"
     except (

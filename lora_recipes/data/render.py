@@ -6,7 +6,9 @@ is trained. The rules are those of TRL's own preparation (trl/trainer/sft_traine
 test holds them equal.
 """
 
-from collections.abc import Collection
+import json
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +25,9 @@ from lora_recipes.data.stand_in import Characters
 from lora_recipes.recipe.recipe import Recipe
 
 BLANKS = 2  # tokens between a reply and its end, e.g. a line break
+# What turns are made of in the published templates; other added tokens (<think>, <tool_call>) people write.
+MARK = re.compile(r"<[|\uff5c][^<>\s]*>|<[^<>\s]*[|\uff5c]>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|</?s>")
+
 IGNORED = -100  # torch.nn.CrossEntropyLoss: no loss at this position
 
 
@@ -112,9 +117,13 @@ def examples(split: Split, tokenizer: Any, recipe: Recipe) -> list[Example]:
         return []
     _check_losses(split.rows[0], tokenizer, recipe)
     template = _training_template(tokenizer, recipe)
+    marks = [] if "control_tokens" in recipe.data.permit else control_tokens(tokenizer)
     done: list[Example] = []
     faults: list[Problem] = []
     for row in split.rows:
+        if row.conversational and (forged := _forged(row, marks)):
+            faults.append(Problem(row.where, *forged))
+            continue
         try:
             done.append(
                 _conversation(row, tokenizer, recipe, template)
@@ -133,6 +142,54 @@ def examples(split: Split, tokenizer: Any, recipe: Recipe) -> list[Example]:
             )
     raise_first(faults, "data")
     return done
+
+
+def control_tokens(tokenizer: Any) -> list[str]:
+    """What `tokenizer` reads as control tokens wherever it stands: those that it names (bos, eos, pad) and
+    those that turns are made of; of the chat template alone where no tokenizer is at hand.
+    """
+    if isinstance(tokenizer, Characters):
+        return sorted(set(MARK.findall(tokenizer.chat_template or "")))
+    named = set(tokenizer.special_tokens_map.values()) - {tokenizer.unk_token}
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return [text for text in added if text in named or MARK.fullmatch(text)]
+
+
+def _forged(row: Row, marks: list[str]) -> tuple[str, str] | None:
+    """A control token in what is said: after it the row goes on in a role that nobody gave it."""
+    begins = {mark[:2] for mark in marks}
+    for where, text in row.texts:
+        if any(two in text for two in begins) and (mark := next((m for m in marks if m in text), None)):
+            found = f"{where} holds {mark!r}, which the tokenizer reads as a control token"
+            return found, "remove it from the text; or, where it is meant, data.permit: [control_tokens]"
+    return None
+
+
+def _left_out(row: Row, tokenizer: Any, options: dict[str, Any]) -> Iterator[Problem]:
+    """What the chat template drops in silence: tools, calls, and turns of system and tool."""
+
+    def rendered(messages: list[dict[str, Any]], **change: Any) -> str:
+        text = tokenizer.apply_chat_template(messages, **{**options, **change, "tokenize": False})
+        return " ".join(text.split())
+
+    do = "set model.chat_template to one that has it, or take it out of the rows"
+    text = rendered(row.messages)
+    if options.get("tools") and text == rendered(row.messages, tools=None):
+        yield Problem(row.where, "the chat template leaves out tools", do)
+    for i, message in enumerate(row.messages):
+        before, after = row.messages[:i], row.messages[i + 1 :]
+        if message["role"] in ("system", "tool"):
+            content = " ".join((message.get("content") or "").split())
+            written = (content, *(json.dumps(content, ensure_ascii=a)[1:-1] for a in (True, False)))
+            missing = not any(w in text for w in written)
+        elif calls := message.get("tool_calls"):
+            others = [{"type": "function", "function": {"name": "other", "arguments": {}}} for _ in calls]
+            missing = text == rendered([*before, message | {"tool_calls": others}, *after])
+        else:
+            continue
+        if missing:
+            what = "tool_calls" if message.get("tool_calls") else f"the {message['role']} turn"
+            yield Problem(row.where, f"the chat template leaves out {what} (message {i + 1} of the row)", do)
 
 
 def _check_losses(row: Row, tokenizer: Any, recipe: Recipe) -> None:
@@ -183,6 +240,12 @@ def _plain(row: Row, tokenizer: Any, recipe: Recipe) -> Example:
     prompt, eos = row.value.get("prompt", ""), getattr(tokenizer, "eos_token", None) or ""
     text: str = row.value["completion"] if "prompt" in row.value else row.value["text"]
     ids = list(tokenizer(prompt + text + ("" if text.endswith(eos) else eos))["input_ids"])
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and ids[:2] == [bos, bos]:
+        do = "remove it from the text"
+        raise RecipeError(
+            Problem(row.where, f"begins with {tokenizer.bos_token!r}, which the tokenizer adds itself", do)
+        )
     if "prompt" not in row.value:
         return Example(row.where, ids, list(ids))
     prompt_ids = tokenizer(prompt)["input_ids"]
@@ -197,6 +260,9 @@ def _conversation(row: Row, tokenizer: Any, recipe: Recipe, training_template: s
     kwargs = recipe.data.chat_template_kwargs | row.value.get("chat_template_kwargs", {})
     serving = {"tokenize": True, "return_dict": True, "tools": row.value.get("tools"), **kwargs}
     trained = {"chat_template": training_template, **serving}
+    special = any(m["role"] in ("system", "tool") or m.get("tool_calls") for m in row.messages)
+    if (special or serving["tools"]) and (missing := list(_left_out(row, tokenizer, serving))):
+        raise RecipeError(missing)
     assistant_only = recipe.train.assistant_only_loss
     trains_prompt = recipe.train.completion_only_loss is False
 

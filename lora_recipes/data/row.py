@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,33 @@ SHAREGPT = (
 OTHER_FORMS = {  # a field of another tool's form -> how to write it here
     "conversations": SHAREGPT,
     "conversation": SHAREGPT,
-    "instruction": "join instruction and input into prompt, rename output to completion",
+    "instruction": (
+        "join instruction and input into prompt (after the text of system, if any), rename output to"
+        " completion"
+    ),
 }
+PREFERENCE = (
+    "preference data, for trl's DPOTrainer; supervised training takes the good answer alone: rename chosen to"
+    " completion and remove rejected"
+)
+# Fields of a row that belong to what is trained, and that no library here would read -> what to do.
+TRAINED = {
+    **dict.fromkeys(
+        ("system", "system_prompt", "system_message"),
+        'put it first in messages or prompt: {"role": "system", "content": ...}; in texts, before the rest',
+    ),
+    **dict.fromkeys(("history", "input"), "put it into the prompt, or remove the field"),
+    "functions": "rename it to tools",
+    **dict.fromkeys(
+        ("image", "images", "audio", "audios", "video", "videos"), "text alone is trained: drop these rows"
+    ),
+}
+# A message that says whether it is trained: 0 or false, 1 or true (OpenAI's weight, axolotl's train, ...).
+SWITCHES = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
+UNCLEAR = ("mask", "loss_mask", "train_detail")
+ROW_SWITCHES = ("weight", "train", "training", "sample_weight", "loss_weight")
+# No text that a person wrote: C0 and C1 but for tabs, line and page breaks; half-decoded files and logs.
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -74,6 +100,24 @@ class Row:
         return {k: self.value[k] for k in ("tools", "chat_template_kwargs") if k in self.value}
 
     @property
+    def said(self) -> list[str]:
+        """What is said in it, in order, without system turns; a tool call as JSON."""
+        if not self.conversational:
+            return [str(self.value.get(k, "")) for k in ("prompt", "completion", "text") if k in self.value]
+        turns = [m for m in self.messages if m["role"] != "system"]
+        return [
+            text
+            for m in turns
+            for text in (m.get("content") or "", json.dumps(m["tool_calls"]) if m.get("tool_calls") else "")
+            if text
+        ]
+
+    @property
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Every text in it, keys of objects too, each with where it stands: `messages[1].content`."""
+        return _texts(self.value, "")
+
+    @property
     def key(self) -> str:
         """The row's content as text: two rows with the same key are exact duplicates."""
         return json.dumps(self.value, sort_keys=True, ensure_ascii=False)
@@ -86,10 +130,52 @@ def used(raw: dict[str, Any], text_field: str = "text") -> dict[str, Any]:
     value = {k: raw[k] for k in FIELDS if raw.get(k) is not None}
     if raw.get(text_field) is not None:
         value["text"] = raw[text_field]
+    if _repeats(value):
+        del value["prompt"]
     if isinstance(value.get("tools"), str):
         with contextlib.suppress(ValueError):  # else it stays a text, and _option_faults names it
             value["tools"] = json.loads(value["tools"])
     return value
+
+
+def _repeats(value: dict[str, Any]) -> bool:
+    """Is `prompt` the first user message once more, beside messages that say all (UltraChat's form)?"""
+    messages, prompt = value.get("messages"), value.get("prompt")
+    if not (isinstance(messages, list) and isinstance(prompt, str)) or "completion" in value:
+        return False
+    first = next((m.get("content") for m in messages if _role(m) == "user"), None)
+    return isinstance(first, str) and first.strip() == prompt.strip()
+
+
+def off(message: dict[str, Any]) -> str:
+    """The key by which a message says that it is not to be trained, e.g. `weight: 0`; empty where none
+    does.
+    """
+    return next((f"{k}: {json.dumps(message[k])}" for k in SWITCHES if message.get(k) in (0, False)), "")
+
+
+def control(row: Row) -> list[Fault]:
+    """The first control character of a row: it is trained like a letter, and is none."""
+    for where, text in row.texts:
+        if found := CONTROL.search(text):
+            what = (
+                f"{where} holds the control character U+{ord(found[0]):04X} (character {found.start() + 1})"
+            )
+            return [(what, "remove it; or, where it is meant, data.permit: [control_characters]")]
+    return []
+
+
+def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            inside = f"{where}.{key}".lstrip(".")
+            yield f"the name of {inside}"[:80], key
+            yield from _texts(inner, inside)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{where}[{i}]")
 
 
 def faults(raw: dict[str, Any], text_field: str = "text") -> list[Fault]:
@@ -97,6 +183,9 @@ def faults(raw: dict[str, Any], text_field: str = "text") -> list[Fault]:
     value = used(raw, text_field)
     has_pair = "prompt" in value or "completion" in value
     kinds = [k for k in ("messages", "text") if k in value] + ["prompt/completion"] * has_pair
+    chosen = [k for k in ("chosen", "rejected") if raw.get(k) is not None]
+    if chosen and not {"messages", "text", "completion"} & set(value):
+        return [(f"{' and '.join(chosen)}, but no completion", PREFERENCE)]
     if not kinds:
         do = next((advice for name, advice in OTHER_FORMS.items() if name in raw), "rename the field")
         return [(f"no messages, prompt/completion or {text_field}, but {_listed(raw)}", do)]
@@ -113,7 +202,26 @@ def faults(raw: dict[str, Any], text_field: str = "text") -> list[Fault]:
         found = _message_faults(value["messages"], "messages") + _no_reply(value["messages"])
     else:
         found = [] if _is_text(value["text"]) else [(f"{text_field} is empty or not a string", "")]
-    return found + _option_faults(value)
+    return found + _option_faults(value) + list(_ignored(raw, value, text_field))
+
+
+def _ignored(raw: dict[str, Any], value: dict[str, Any], text_field: str) -> Iterator[Fault]:
+    """Fields beside a sound form that say what is trained, or how, and would have no effect."""
+    fields = {k: v for k, v in raw.items() if v not in (None, "", [], {}) and k != text_field}
+    for name, do in TRAINED.items():
+        is_other = "text" in value and name in ("input", "history")  # Alpaca's text holds them already
+        if name in fields and not is_other:
+            yield f"{name} would not be trained on", do
+    if isinstance(label := fields.get("label"), bool) and "completion" in value:
+        do = "preference data, for trl's KTOTrainer; keep the rows with label: true, without the field"
+        yield (
+            f"label: {json.dumps(label)} would have no effect: bad answers would be trained like good ones",
+            do,
+        )
+    for name in ROW_SWITCHES:
+        if isinstance(fields.get(name), int | float) and fields[name] not in (1, True):
+            do = "leave rows out, or split them into sources: data.train takes a weight for each"
+            yield f"{name}: {json.dumps(fields[name])} of a row would have no effect", do
 
 
 def _listed(raw: dict[str, Any]) -> str:
@@ -177,7 +285,11 @@ def _message_faults(messages: Any, name: str, begins: bool = True) -> list[Fault
                 (f"{name}[{i}] has the unknown role {message['role']!r}", f"one of {', '.join(ROLES)}")
             )
         before = _role(messages[i - 1]) if i else None
-        turns = (*_order_faults(_role(message), before, begins and i == 0), *_content_faults(message))
+        turns = (
+            *_order_faults(_role(message), before, begins and i == 0),
+            *_content_faults(message),
+            *_switch_faults(message),
+        )
         found += [(f"{name}[{i}] {what}", do) for what, do in turns]
     return found
 
@@ -199,6 +311,17 @@ def _order_faults(role: str | None, before: str | None, first: bool) -> Iterator
             "is a tool turn that follows no assistant turn",
             "it answers the tool_calls of an assistant turn",
         )
+
+
+def _switch_faults(message: dict[str, Any]) -> Iterator[Fault]:
+    """A message that says how much it counts in another way than yes or no."""
+    for key in SWITCHES:
+        value = message.get(key)
+        if value is not None and value not in (0, 1):  # True is 1
+            yield f"{key} is {json.dumps(value)}", "a message is trained (1, true) or not (0, false)"
+    for key in UNCLEAR:
+        if message.get(key) is not None:
+            yield f"has {key}", "say with train: true or false whether the message is trained"
 
 
 def _content_faults(message: dict[str, Any]) -> Iterator[Fault]:

@@ -35,6 +35,11 @@ def load(resolved: Resolved, local_files_only: bool = False) -> PreTrainedTokeni
         if name and (folder := recipe.file(name)).is_dir():
             name = str(folder)
         result = _pretrained(recipe, name or weights, local_files_only)
+    if not set(result.get_vocab()) - set(result.all_special_tokens):
+        # As transformers makes it of a config alone: every row would be empty, and the loss 0.
+        found = f"the tokenizer of {name or weights} has no vocabulary: its files are missing"
+        do = "set model.tokenizer to a folder or hub id that has them (tokenizer.json)"
+        raise RecipeError(Problem(recipe.at("model", "tokenizer" if name else "name_or_path"), found, do))
     if template := recipe.model.chat_template:
         result.chat_template = chat_template(
             template, recipe.at("model", "chat_template"), recipe.path.parent

@@ -198,11 +198,18 @@ OURS: dict[str, dict[str, Any]] = {
                 "default": {},
                 "description": "given to the chat template here and, by you, to the server",
             },
+            "permit": {
+                "type": "array",
+                "items": {"enum": ["control_characters", "control_tokens"]},
+                "default": [],
+                "description": "what is refused in rows unless it is meant",
+            },
             "limits": _object(
                 {
                     "truncated": _SHARE,
                     "duplicates": _SHARE,
                     "train_in_eval": _SHARE,
+                    "near_in_eval": _SHARE,
                     "unsupervised": _SHARE,
                     "unfaithful": _SHARE,
                     "no_end_of_turn": _SHARE,

@@ -63,6 +63,7 @@ class Data(Section):
     kept: list[Source | str] | str | None = None
     rows: Literal["conversation", "assistant_turn"] = "conversation"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    permit: list[Literal["control_characters", "control_tokens"]] = field(default_factory=list)
     limits: dict[str, Any] = field(default_factory=dict)
 
 

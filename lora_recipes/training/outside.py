@@ -329,15 +329,14 @@ def _arithmetic(accelerator: Any, recipe: Recipe, given: list[str] | None) -> It
     1 + 2^-12 is exact in float32 and comes out of a product with the identity unchanged; TF32, bfloat16 and
     float16 keep 10, 7 and 10 bits after the point and give 1.
     """
-    numbers = torch.full((64, 64), 1 + 2**-12, device=accelerator.device)
-    one = torch.eye(64, device=accelerator.device)
+    size = 64 if accelerator.device.type == "cpu" else 1024  # TF32's kernels are for large matrices
+    numbers = torch.full((size, size), 1 + 2**-12, device=accelerator.device)
+    one = torch.eye(size, device=accelerator.device)
     at = recipe.at("model", "dtype")
     exact = bool((numbers @ one == numbers).all())
     if not exact and not tf32(recipe):
         found = "float32 is multiplied with fewer bits here (TF32 or bfloat16); the plan says float32"
         yield Problem(at, found, _suspects(given) + "; train.tf32: true makes TF32 part of the recipe")
-    elif exact and recipe.train.tf32 and accelerator.device.type == "cuda":
-        yield Problem(recipe.at("train", "tf32"), "float32 is multiplied in full here", _suspects(given))
     if getattr(accelerator.state, "deepspeed_plugin", None):
         return  # it casts the weights, not the operations
     with accelerator.autocast():

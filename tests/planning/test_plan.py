@@ -121,12 +121,12 @@ def test_duplicates_and_rows_in_both_splits_are_said_or_stop(rows, tmp_path):
     texts = [f"Satz {i}." for i in range(20)]
     planned = made(rows([*texts, texts[0]], ["Satz 1."] + [f"Neu {i}." for i in range(19)]), tmp_path)
     assert any(
-        "4.8 % of the rows are exact duplicates" in w and "train.jsonl:21" in w for w in planned.warnings
+        "4.8 % of the rows repeat an earlier row" in w and "train.jsonl:21" in w for w in planned.warnings
     )
     assert any("5.0 % of the eval rows stand in train too" in w for w in planned.warnings)
     with pytest.raises(RecipeError) as error:
         made(rows(texts[:2] * 2, texts[:1]), tmp_path)
-    assert "50.0 % of the rows are exact duplicates" in str(
+    assert "50.0 % of the rows repeat an earlier row" in str(
         error.value
     ) and "100.0 % of the eval rows" in str(error.value)
 
