@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_recipes.core import record
 from lora_recipes.core.cli import quiet
+from lora_recipes.recipe import fields as fates
 from lora_recipes.recipe.check import schema
 from lora_recipes.recipe.other_tools import OWNED
 from lora_recipes.recipe.rules import RULES
@@ -230,11 +231,23 @@ def rules() -> str:
         (
             f"`{rule.key}`",
             rule.against,
-            *(text.replace("{{", "{").replace("}}", "}") for text in (rule.found, rule.do)),
+            *map(_plain, (rule.found, rule.do)),
+            "warns" if rule.warns else "refused",
         )
         for rule in RULES
     ]
-    return table("key | does not go with | because | what to do", rows)
+    return table("key | does not go with | because | what to do | then", rows)
+
+
+def fields() -> str:
+    """Every field of SFTConfig and LoraConfig, and what comes of it."""
+    rows = [(f"`{name}`", row.fate, _plain(row.said)) for name, row in fates.table().items()]
+    return table("field | here | what it means", rows)
+
+
+def _plain(text: str) -> str:
+    """Without the doubled braces of a text to be filled in."""
+    return text.replace("{{", "{").replace("}}", "}")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -246,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "limits": limits,
     "peft types": peft_types,
     "owned": owned,
+    "fields": fields,
     "files": files,
     "rules": rules,
 }

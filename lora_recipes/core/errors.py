@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MOST = 100  # problems that are told at once; the rest is counted
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -27,7 +29,9 @@ class RecipeError(ValueError):
 
     def __init__(self, problems: Problem | Iterable[Problem]):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
-        super().__init__("\n".join(str(p) for p in self.problems))
+        rest = len(self.problems) - MOST
+        said = [*map(str, self.problems[:MOST]), *([f"... and {rest:,} more"] if rest > 0 else [])]
+        super().__init__("\n".join(said))
 
 
 def raise_if(problems: list[Problem]) -> None:

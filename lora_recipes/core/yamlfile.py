@@ -8,6 +8,7 @@ answered here, once, for recipes and contracts alike.
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +33,35 @@ _SCALARS = (
 )
 
 
+# bytes; the longest shipped recipe has 3,000. What is wrong with a file of this size is told in seconds.
+LARGEST = 256 * 1024
+DEEPEST = (
+    50  # levels of lists and mappings in each other; libyaml's parser is recursive, and would not return
+)
+LONGEST_KEY = 1000
+# Characters that look like a space or like nothing: of the classes space, format and separator. Those that
+# stand inside words of some scripts and emoji (the joiners) are meant where they stand in quotation marks.
+_INVISIBLE = re.compile("[\u0085\u00a0\u00ad\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]")
+_OPENING, _CLOSING = (
+    "\u201c\u201d\u201e\u201f\u2018\u2019\u201a\u201b\u00ab",
+    "\u201c\u201d\u2018\u2019\u00bb",
+)
+
+
+def invisible(text: str) -> str:
+    """The first character of `text` that cannot be seen, named; empty where there is none."""
+    found = _INVISIBLE.search(text)
+    return "" if found is None else f"{_name(found[0])} (U+{ord(found[0]):04X})"
+
+
+def _name(character: str) -> str:
+    name = unicodedata.name(character, "CONTROL CHARACTER").lower()
+    name = {"no-break space": "non-breaking space", "zero width no-break space": "byte order mark"}.get(
+        name, name
+    )
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # a base that is chosen
     """SafeLoader with the scalars of YAML 1.2 instead of 1.1."""
 
@@ -48,6 +78,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _quoted(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    strange = invisible(text) or (text[:1] in _OPENING and text[-1:] in _CLOSING)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if text and strange else None)
+
+
+_Dumper.add_representer(str, _quoted)
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
@@ -84,6 +120,9 @@ def read(path: Path) -> tuple[dict[str, Any], Lines, list[Problem]]:
     """
     name = shown(path)
     try:
+        if path.is_file() and (size := path.stat().st_size) > LARGEST:
+            do = f"at most {LARGEST:,}: rows of data stand in files of their own, which data.train names"
+            raise RecipeError(Problem(name, f"{size:,} bytes are too many for a file of settings", do))
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -142,6 +181,7 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
+            self._seen(node, path)
             return self.scalars.construct_object(node)
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -157,9 +197,28 @@ class _Builder:
             result[key] = self.build(value_node, here)
         return result
 
+    def _seen(self, node: Any, path: Key) -> None:
+        """A problem where the scalar `node` is not what it looks like."""
+        line, text = node.start_mark.line + 1, node.value
+        # In quotation marks it is meant, but for one at an end, which is a slip of the clipboard.
+        strange = invisible(text if not node.style else text[:1] + text[-1:])
+        if strange:
+            do = "type the value anew; in the middle of a text in quotation marks it is taken as meant"
+            self._problem(line, dotted(path), f"the value holds {strange}, which cannot be seen", do)
+        elif not node.style and len(text) > 1 and text[0] in _OPENING and text[-1] in _CLOSING:
+            found = f"the quotation marks {text[0]} {text[-1]} would be part of the value"
+            self._problem(line, dotted(path), found, "write \" or ' instead")
+
     def _key(self, node: Any, value: Any) -> str | None:
         """The name that `node` gives to `value`; None, and a problem, where it gives none."""
         line = node.start_mark.line + 1
+        if strange := invisible(node.value if isinstance(node, yaml.ScalarNode) else ""):
+            shown = _INVISIBLE.sub("", node.value).strip()
+            self._problem(line, shown, f"the key holds {strange}, which cannot be seen", "type the line anew")
+            return None
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST_KEY:
+            self._problem(line, "", f"a key of {len(node.value):,} characters", "a key is a name")
+            return None
         key = self.scalars.construct_object(node) if isinstance(node, yaml.ScalarNode) else node
         if isinstance(key, yaml.Node):
             self._problem(
@@ -194,6 +253,15 @@ class _Builder:
         self.problems.append(Problem(f"{self.name}:{line} {where}".rstrip(), found, do))
 
 
+_BEGINS = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+
+
 def _refused(text: str, name: str) -> Iterator[Problem]:
     """What is YAML but has no place here. Found before anything is built: an alias can stand for itself, or
     for a billion values.
@@ -202,9 +270,15 @@ def _refused(text: str, name: str) -> Iterator[Problem]:
         "nothing is inherited or shared: write the values out (a text that begins so stands in quotation"
         " marks)"
     )
-    begun = False
+    begun, depth = False, 0
     for token in yaml.scan(text, Loader=_Loader):
         where = f"{name}:{token.start_mark.line + 1}"
+        depth += isinstance(token, _BEGINS) - isinstance(token, _ENDS)
+        if depth > DEEPEST:
+            yield Problem(
+                where, f"more than {DEEPEST} lists and mappings in each other", "no setting needs them"
+            )
+            return
         if isinstance(token, yaml.AnchorToken):
             yield Problem(where, f"an anchor (&{token.value})", inherit)
         elif isinstance(token, yaml.AliasToken):
@@ -228,10 +302,12 @@ def _syntax(error: yaml.YAMLError, text: str, name: str) -> Problem:
     assert isinstance(error, yaml.MarkedYAMLError)
     mark, opened = error.problem_mark or error.context_mark, error.context_mark
     line = mark.line + 1 if mark else 1
-    for number, content in enumerate(text.splitlines(), 1):
+    for number, content in enumerate(text.split("\n"), 1):
         where = f"{name}:{number}"
         if abs(number - line) > 1:
             continue
+        if strange := invisible(content):
+            return Problem(where, f"{strange} stands here, which cannot be seen", "type the line anew")
         if "\t" in content[: len(content) - len(content.lstrip())]:
             return Problem(where, "indented with a tab", "YAML indents with spaces only")
         if glued := re.match(r"\s*(\w+):([^\s:/]\S*)\s*(#.*)?$", content):

@@ -21,7 +21,7 @@ from lora_recipes.recipe.recipe import Recipe
 
 
 def load(resolved: Resolved, local_files_only: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer that training and serving use, with model.chat_template and train.eos_token applied.
+    """The tokenizer that training and serving use, with model.chat_template and the tokens of train: applied.
 
     `local_files_only`: look in the folder and the cache, never on the hub.
     """
@@ -44,13 +44,13 @@ def load(resolved: Resolved, local_files_only: bool = False) -> PreTrainedTokeni
         result.chat_template = chat_template(
             template, recipe.at("model", "chat_template"), recipe.path.parent
         )
-    if eos := recipe.train.eos_token:
-        if eos not in result.get_vocab():
-            do = f"the tokenizer's own is {result.eos_token!r}"
-            raise RecipeError(
-                Problem(recipe.at("train", "eos_token"), f"{eos!r} is not in the vocabulary", do)
-            )
-        result.eos_token = eos
+    for name in ("eos_token", "pad_token"):
+        token = getattr(recipe.train, name)
+        if token and token not in result.get_vocab():
+            do = f"the tokenizer's own is {getattr(result, name)!r}"
+            raise RecipeError(Problem(recipe.at("train", name), f"{token!r} is not in the vocabulary", do))
+        if token:
+            setattr(result, name, token)
     new_tokens.add(result, recipe)
     return result
 

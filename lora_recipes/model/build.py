@@ -144,18 +144,19 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
     """`trl.SFTConfig` of the recipe's `train:` section, its keys handed over as they are, and what the
     launcher owns.
     """
-    stopping = {
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-    }
+    # Which way a metric is better, TrainingArguments knows from its name.
+    stopping = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     # The labels already leave out what train.assistant_only_loss leaves out; TRL accepts the flag only with
     # raw conversations.
-    owned = {"output_dir": str(folder.checkpoints), "assistant_only_loss": False, **precision(recipe)[0]}
+    owned = {
+        "output_dir": str(folder.checkpoints),
+        "assistant_only_loss": False,
+        "logging_nan_inf_filter": False,
+        **precision(recipe)[0],
+    }
     fields: dict[str, Any] = {
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
-        "logging_nan_inf_filter": False,
     }
     if recipe.method == "lora":
         # Every A and B has a gradient in every step; looking for those without costs a pass over the graph.

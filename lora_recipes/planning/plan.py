@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, get_scheduler
+from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, pack_dataset
 
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
@@ -27,7 +28,7 @@ from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices, memory
 from lora_recipes.memory.fits import Memory, gib
 from lora_recipes.model import build, embeddings, freeze, probes, rates, targets
-from lora_recipes.planning import adapter_facts, space
+from lora_recipes.planning import adapter_facts, machine, space
 from lora_recipes.planning import processes as layouts
 from lora_recipes.planning.processes import Sizes
 from lora_recipes.planning.steps import Steps, chart
@@ -106,9 +107,8 @@ def make(
     raise_if(rules.of_layout(recipe, layout))
     arguments = build.sft_config(recipe, resolved.folder)
     model, config = build.meta_model(resolved.base), build.peft_config(recipe)
-    raise_if(
-        rules.problems(recipe, _facts(resolved, model, arguments, layout)) + _named(model, config, recipe)
-    )
+    known = _facts(resolved, model, arguments, layout)
+    raise_if(rules.problems(recipe, known) + _named(model, config, recipe))
     plan = Plan(rows(resolved, network), layout)
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))
@@ -137,25 +137,39 @@ def make(
     _steps(plan, recipe, arguments, layout.processes)
     if plan.facts.steps:
         build.peft_config(recipe, plan.facts.steps.total)  # does AdaLoRA's schedule fit into the steps?
+        plan.warnings += _by_steps(recipe, known, plan.facts.steps)
     plan.say("example", gate.example(plan.gate, recipe))
-    plan.warnings += plan.gate.warnings
+    plan.warnings += rules.warnings(recipe, replace(known, steps=None)) + plan.gate.warnings
     return plan
 
 
 def _facts(resolved: Resolved, model: PreTrainedModel, arguments: SFTConfig, layout: Layout) -> rules.Facts:
     """What the rules need to know beside the recipe."""
-    warm = resolved.warm
+    warm, config = resolved.warm, model.config.get_text_config()
     return rules.Facts(
         layout,
         has_bias=any(name.endswith(".bias") for name, _ in model.named_parameters()),
-        linear_attention="linear_attention"
-        in (getattr(model.config.get_text_config(), "layer_types", None) or []),
+        linear_attention="linear_attention" in (getattr(config, "layer_types", None) or []),
         has_sdpa=model._supports_sdpa,
         causal_conv1d=importlib.util.find_spec("causal_conv1d") is not None,
         plain_optimizer=resolved.recipe.learning_rates is None or rates.plain(arguments),
         warm=warm.recipe if warm else None,
         same_base=warm is None or warm.base.weights == resolved.base.weights,
+        optimizer=machine.optimizer(arguments),
+        reporting=machine.reporting(arguments, resolved.recipe),
+        liger=machine.liger(),
+        ignored=machine.ignored(arguments, resolved.recipe),
+        router=hasattr(config, "output_router_logits"),
+        conv1d=any(isinstance(module, Conv1D) for module in model.modules()),
+        accelerator=torch.accelerator.is_available() and not resolved.recipe.train.use_cpu,
     )
+
+
+def _by_steps(recipe: Recipe, known: rules.Facts, steps: StepFacts) -> list[str]:
+    """Warnings about settings that the number of steps makes idle. RecipeError for what it makes vain."""
+    counted = replace(known, steps=steps.total, per_epoch=steps.per_epoch, warmup=steps.warmup)
+    raise_if(rules.problems(recipe, counted))
+    return rules.warnings(recipe, counted)
 
 
 def _named(model: PreTrainedModel, config: PeftConfig | None, recipe: Recipe) -> list[Problem]:

@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.validators import extend
 
-from lora_recipes.core.errors import nearest
+from lora_recipes.core.errors import MOST, nearest
 from lora_recipes.core.yamlfile import Key, dotted
 from lora_recipes.recipe.other_tools import OTHER_NAMES, OWNED
 
@@ -66,13 +67,13 @@ def faults(sections: dict[str, Any]) -> list[Fault]:
     found = [
         (key, "not a finite number", "it would pass every limit; write a plain number") for key in endless
     ]
-    refused = [
+    refused = (
         fault
         for error in _validator().iter_errors(sections)
         for one in _meant(error)
         for fault in _explained(one)
-    ]
-    return found + list(dict.fromkeys(f for f in refused if f[0] not in endless))
+    )
+    return found + list(dict.fromkeys(f for f in islice(refused, MOST) if f[0] not in endless))
 
 
 def elsewhere(word: str) -> tuple[str, str] | None:
@@ -126,8 +127,7 @@ def _explained(error: Any) -> list[Fault]:
     if error.validator == "additionalProperties":
         return [
             ((*key, word), *_unknown(word, key, limits["properties"]))
-            for word in value
-            if word not in limits["properties"]
+            for word in islice((word for word in value if word not in limits["properties"]), MOST)
         ]
     if error.validator == "required":
         # Without its peft_type nothing says which other keys `peft:` takes: then any type's are right.

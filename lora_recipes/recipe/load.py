@@ -105,6 +105,8 @@ def _override(sections: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[
 def _malformed(text: str) -> str:
     """What to write instead, where the override `text` is not section.key=value; empty where it is."""
     key, equals, value = text.partition("=")
+    if strange := yamlfile.invisible(key):
+        return f"{strange} stands in it, which cannot be seen: type it anew"
     section, *names = key.strip().split(".")
     if not names and (known := check.elsewhere(section)):
         return known[1]

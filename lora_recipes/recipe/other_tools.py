@@ -74,7 +74,18 @@ class Nothing:
         return f"nothing to set here: {self.reason}"
 
 
-Answer = Write | Run | Environment | Nothing
+@dataclass(frozen=True)
+class Without:
+    """A field of the library that is not taken here, and why: at best it would do nothing."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        """The answer in words."""
+        return f"remove it: {self.reason}"
+
+
+Answer = Write | Run | Environment | Nothing | Without
 
 _METHOD = Write(
     "lora:", also=("peft:", "freeze:", "full:"), note="one of these sections says what is trained"
@@ -120,6 +131,13 @@ _NO_CACHE = Nothing("rows are read and made into tokens anew each time")
 _SFT = Nothing("supervised fine-tuning is the only kind of training here")
 _WRITTEN = "PEFT writes it from model.name_or_path"
 _TRAINS = "an adapter that is trained is never in inference mode"
+# What TRL would upload: a repository named "checkpoints", TRL's own card, a pickle, no provenance.json.
+_UPLOAD = Without("nothing is uploaded while training; then `hf upload NAME outputs/<recipe name>/adapter`")
+_LOSS_ONLY = Without("an evaluation keeps the loss and no logits, there is no metric that would read them")
+_VERB = Without("the verb says it: make train, make eval")
+_FULL_EVAL = Without("the evaluation after training would round the trained weights, and then they are saved")
+_JOINED = Without("the processes join each other before the trainer reads it, with accelerate's own")
+_UNTRIED = "a variant of LoRA that was not shown here to be saved, merged and served as it was trained"
 
 # A key of another tool (or of an older release) -> what to write here. Axolotl, LLaMA-Factory, torchtune,
 # Unsloth, older TRL and transformers, TRL's command line, the QLoRA script.
@@ -187,7 +205,7 @@ OTHER_NAMES: dict[str, Answer] = {
     "grad_accum": Write("train.gradient_accumulation_steps"),
     "group_by_length": Write("train.train_sampling_strategy", "group_by_length"),
     "hf_use_auth_token": _TOKEN,
-    "include_inputs_for_metrics": Write("train.include_for_metrics"),
+    "include_inputs_for_metrics": _LOSS_ONLY,
     "include_tokens_per_second": Write("train.include_num_input_tokens_seen"),
     "instruction_template": _ASSISTANT,
     "learning_rate_scheduler": _SCHEDULE,
@@ -248,7 +266,7 @@ OTHER_NAMES: dict[str, Answer] = {
     "plot_loss": Nothing("loss.png is always drawn"),
     "preprocessing_num_workers": _PROCESSES,
     "pure_bf16": Write("model.dtype", "bfloat16"),
-    "push_to_hub_model_id": Write("train.hub_model_id"),
+    "push_to_hub_model_id": _UPLOAD,
     "push_to_hub_token": _TOKEN,
     "qlora": _NF4,
     "quant_method": _NF4,
@@ -315,6 +333,50 @@ OWNED: dict[str, Answer] = {
     "train.chat_template_path": Write("model.chat_template", note="so that the plan renders with it too"),
     "train.dataset_kwargs": Nothing("rows are prepared and checked before the trainer sees them"),
     "train.local_rank": Nothing("accelerate launch sets it"),
+    "train.activation_checkpointing": Write(
+        "train.gradient_checkpointing", note="TRL's own name for it, which the plan reads"
+    ),
+    "train.activation_checkpointing_kwargs": Write("train.gradient_checkpointing_kwargs"),
+    "train.auto_find_batch_size": Without("another batch size would be other steps than were planned"),
+    "train.batch_eval_metrics": _LOSS_ONLY,
+    "train.bf16_full_eval": _FULL_EVAL,
+    "train.ddp_backend": _JOINED,
+    "train.ddp_timeout": _JOINED,
+    "train.disable_tqdm": Without("a bar is drawn on a terminal only; each logging step has its line"),
+    "train.do_eval": _VERB,
+    "train.do_predict": _VERB,
+    "train.do_train": _VERB,
+    "train.enable_jit_checkpoint": Without(
+        "its checkpoints have no checksums, and RESUME=1 takes whole ones only: set train.save_steps"
+    ),
+    "train.eval_accumulation_steps": _LOSS_ONLY,
+    "train.eval_do_concat_batches": _LOSS_ONLY,
+    "train.eval_use_gather_object": _LOSS_ONLY,
+    "train.fp16_full_eval": _FULL_EVAL,
+    "train.hub_always_push": _UPLOAD,
+    "train.hub_model_id": _UPLOAD,
+    "train.hub_private_repo": _UPLOAD,
+    "train.hub_revision": _UPLOAD,
+    "train.hub_strategy": _UPLOAD,
+    "train.include_for_metrics": _LOSS_ONLY,
+    "train.label_names": Without("the trainer is given the column `labels`, made from the rows"),
+    "train.length_column_name": Without("the rows have no such column: their tokens are counted"),
+    "train.logging_nan_inf_filter": Without("a loss that is no number is never hidden: training stops at it"),
+    "train.prediction_loss_only": _LOSS_ONLY,
+    "train.push_to_hub": _UPLOAD,
+    "train.remove_unused_columns": Without("the rows reach the trainer as `input_ids` and `labels` alone"),
+    "train.trust_remote_code": Without("no code out of a checkpoint is run: transformers' own classes are"),
+    "train.use_cache": Without("training keeps no cache; with one, packed rows would see each other"),
+    "lora.auto_mapping": Without("PEFT writes it, for classes that it does not know"),
+    "lora.kasa_config": Without(_UNTRIED),
+    "lora.lora_ga_config": Without("lora_ga needs gradients before training, which are not computed here"),
+    "lora.megatron_core": Without("needs Megatron-LM"),
+    "lora.monteclora_config": Without(_UNTRIED),
+    "lora.peft_version": Without("PEFT writes its own"),
+    "lora.qalora_group_size": Without("read with use_qalora alone, which has no effect here"),
+    "lora.revision": Write("model.revision"),
+    "lora.runtime_config": Without("no part of the base is offloaded here"),
+    "lora.velora_config": Without(_UNTRIED),
     "train.hub_token": _TOKEN,
     "lora.peft_type": Write("lora:", also=("peft:",), note="lora: is of type LORA; peft: takes the others"),
     "peft.task_type": Nothing("SFTTrainer trains causal language models"),

@@ -4,15 +4,17 @@ One table, `RULES`. Loading a recipe applies the rows that are `early`, a plan a
 written from it. What a single key may hold is the schema's; what a model has is seen by planning. No torch.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lora_recipes.core import cli
-from lora_recipes.core.errors import Problem
+from lora_recipes.core.errors import Problem, nearest
 from lora_recipes.recipe import check
 from lora_recipes.recipe.layout import DDP, FSDP2, ONE, SINGLE, ZERO2, ZERO3, Layout
 from lora_recipes.recipe.recipe import METHODS, MUTATE, Recipe, initialisation
+from lora_recipes.recipe.sections import Train
 
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 DEPTHS = ("last", "middle", "early", "embeddings")
@@ -27,7 +29,12 @@ class Facts:
     its attention a form for torch's scaled_dot_product_attention (sdpa); `causal_conv1d`: is that package
     here; `plain_optimizer`: does train.optim take parameter groups. `warm`: the recipe of
     warm_start.from_recipe, and `same_base`: is its base this recipe's? `doubtful`: sections with a fault
-    that is told already, "" being the file as a whole."""
+    that is told already, "" being the file as a whole.
+
+    Of the libraries: what they say against train.optim, train.report_to and train.use_liger_kernel on this
+    machine ("": nothing), and `ignored`, the keys that this optimizer does not read. Of the model: has it
+    router logits (experts), has it a Conv1D of GPT-2's kind? `accelerator`: has this machine one? `steps`,
+    `per_epoch`, `warmup`: optimizer steps, once they are counted."""
 
     layout: Layout = SINGLE
     has_bias: bool = True
@@ -38,6 +45,16 @@ class Facts:
     warm: Recipe | None = None
     same_base: bool = True
     doubtful: frozenset[str] = frozenset()
+    optimizer: str = ""
+    reporting: str = ""
+    liger: str = ""
+    ignored: tuple[str, ...] = ()
+    router: bool = True
+    conv1d: bool = True
+    accelerator: bool = True
+    steps: int | None = None
+    per_epoch: int = 1
+    warmup: int = 0
 
 
 Words = dict[str, Any]  # what {names} in a rule's texts stand for, besides {method} and {layout}
@@ -50,7 +67,8 @@ class Rule:
 
     `broken` says whether a recipe breaks it, or what the names stand for where it does. `early`: is the
     recipe alone enough to know, and everything else in vain until it is mended? `sections`: those that it
-    reads: not asked while one of them has a fault of its own."""
+    reads: not asked while one of them has a fault of its own. `counted`: is it asked once the steps are
+    counted? `warns`: does the run go on, and the plan says it?"""
 
     key: str
     against: str
@@ -59,6 +77,8 @@ class Rule:
     broken: Broken = field(repr=False)
     early: bool = False
     sections: tuple[str, ...] = ()
+    counted: bool = False
+    warns: bool = False
 
 
 def at_load(recipe: Recipe, doubtful: set[str | int]) -> list[Problem]:
@@ -71,8 +91,21 @@ def at_load(recipe: Recipe, doubtful: set[str | int]) -> list[Problem]:
 
 
 def problems(recipe: Recipe, facts: Facts) -> list[Problem]:
-    """Every other rule that `recipe` breaks."""
-    return list(_problems([r for r in RULES if not r.early], recipe, facts))
+    """Every other rule that `recipe` breaks: those about the number of steps where `facts` has it, else the
+    rest.
+    """
+    return list(_problems(_asked(facts, warns=False), recipe, facts))
+
+
+def warnings(recipe: Recipe, facts: Facts) -> list[str]:
+    """What goes on, but hardly as it was meant: asked as `problems` is, a line for each."""
+    found = _problems(_asked(facts, warns=True), recipe, facts)
+    return [f"{problem.where}: {problem.found}; {problem.do}" for problem in found]
+
+
+def _asked(facts: Facts, warns: bool) -> list["Rule"]:
+    counted = facts.steps is not None
+    return [r for r in RULES if not r.early and r.warns == warns and r.counted == counted]
 
 
 def of_layout(recipe: Recipe, layout: Layout) -> list[Problem]:
@@ -761,4 +794,693 @@ _LAYOUT = [
     ),
 ]
 
-RULES: tuple[Rule, ...] = (*_FIRST, *_LORA, *_PEFT, *_BASE, *_RATES, *_WARM, *_LAYOUT)
+
+# ---- settings of train: and lora: that do nothing, or fail when the model is loaded already. What was found
+# is what transformers 5.23, trl 1.16 and peft 0.21 do
+
+
+def _says(recipe: Recipe, name: str) -> bool:
+    """Does train: say `name`, and not what it would be anyway?"""
+    default = next(f.default for f in fields(Train) if f.name == name)
+    return recipe.train.given.get(name, default) not in (None, default)
+
+
+def _idle(name: str, against: str, found: str, do: str, read: Callable[[Recipe], bool]) -> Rule:
+    """train.`name` is not read by anything unless `read`."""
+    return Rule(f"train.{name}", against, found, do, lambda r, f: _says(r, name) and not read(r), warns=True)
+
+
+def _keeps_best(recipe: Recipe) -> bool:
+    """Is the model after training the best of its evaluations?"""
+    asked: bool = recipe.train.given.get("load_best_model_at_end", recipe.early_stopping is not None)
+    return asked
+
+
+def _reads_metric(recipe: Recipe) -> bool:
+    schedule = recipe.train.lr_scheduler_type
+    return (
+        _keeps_best(recipe)
+        or recipe.early_stopping is not None
+        or recipe.train.save_strategy == "best"
+        or schedule in ("reduce_lr_on_plateau", "greedy")
+    )
+
+
+def _reports(recipe: Recipe, to: str = "") -> bool:
+    asked = recipe.train.report_to
+    names = [asked] if isinstance(asked, str) else asked or []
+    return bool(set(names) & {to, "all"}) if to else bool(set(names) - {"none"})
+
+
+# What SFTTrainer.evaluate returns; aux_loss where there are experts.
+METRICS: tuple[str, ...] = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
+METRICS += ("runtime", "samples_per_second", "steps_per_second")
+# What torch.utils.checkpoint.checkpoint takes and YAML can hold; `selective` is TRL's.
+CHECKPOINTING: tuple[str, ...] = (
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "early_stop",
+    "debug",
+)
+CHECKPOINTING += ("selective",)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# accelerate.utils.DynamoBackend, without "no"
+COMPILERS = {
+    *("eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt"),
+    *("onnxrt", "tensorrt", "aot_torchxla_trace_once", "torchxla_trace_once", "tvm", "hpu_backend", "neuron"),
+}
+# Not read by every optimizer, with what they are where nothing is said.
+OPTIMIZER_KEYS = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "optim_args": None,
+    "optim_target_modules": None,
+}
+
+
+def _metric(recipe: Recipe) -> str:
+    return (recipe.train.metric_for_best_model or "loss").removeprefix("eval_")
+
+
+def _no_metric(recipe: Recipe, facts: Facts) -> Words | None:
+    known = [m for m in METRICS if m != "aux_loss" or facts.router]
+    if not recipe.train.metric_for_best_model or _metric(recipe) in known:
+        return None
+    close = nearest(_metric(recipe), known)
+    return {"metric": _metric(recipe), "close": close, "all": ", ".join(f"eval_{m}" for m in known)}
+
+
+def _wrong_way(recipe: Recipe, facts: Facts) -> Words | None:
+    best = {"loss": False, "aux_loss": False, "entropy": False, "mean_token_accuracy": True}
+    metric, said = _metric(recipe), recipe.train.greater_is_better
+    if said is None or metric not in best or said == best[metric] or not _reads_metric(recipe):
+        return None
+    return {"metric": metric, "said": str(said).lower(), "worst": "greatest" if said else "smallest"}
+
+
+def _unknown_option(recipe: Recipe, facts: Facts) -> Words | None:
+    given = recipe.train.gradient_checkpointing_kwargs
+    names = given if isinstance(given, dict) else {}
+    unknown = [name for name in names if name not in CHECKPOINTING]
+    return {"unknown": ", ".join(unknown), "known": ", ".join(CHECKPOINTING)} if unknown else None
+
+
+def _compiler(recipe: Recipe, facts: Facts) -> Words | None:
+    name = recipe.train.torch_compile_backend
+    if not name or name.lower() in COMPILERS:
+        return None
+    return {"name": name, "close": nearest(name, COMPILERS), "all": ", ".join(sorted(COMPILERS))}
+
+
+def _tokens_seen(recipe: Recipe, facts: Facts) -> Words | None:
+    said = recipe.train.include_num_input_tokens_seen
+    return {"said": said} if isinstance(said, str) and said not in ("all", "non_padding", "no") else None
+
+
+def _compile_mode(recipe: Recipe, facts: Facts) -> Words | None:
+    mode = recipe.train.torch_compile_mode
+    return (
+        {"mode": mode, "close": nearest(mode, COMPILE_MODES)} if mode and mode not in COMPILE_MODES else None
+    )
+
+
+def _saves_less(recipe: Recipe) -> bool:
+    """Is there an evaluation in whose step nothing is saved?"""
+    train = recipe.train
+    every = train.eval_steps or train.logging_steps
+    return (
+        _keeps_best(recipe)
+        and (train.eval_strategy, train.save_strategy) == ("steps", "steps")
+        and every != train.save_steps
+    )
+
+
+_TRAIN = [
+    Rule(
+        "train.metric_for_best_model",
+        "what an evaluation does not measure",
+        "no evaluation measures {metric!r}: it would fail at the first one",
+        "eval_{close}? It measures {all}",
+        _no_metric,
+    ),
+    Rule(
+        "train.greater_is_better",
+        "a metric that is better the other way",
+        "{said} with {metric}: the {worst} is the worst, and would be kept",
+        "remove it",
+        _wrong_way,
+    ),
+    Rule(
+        "train.load_best_model_at_end",
+        "eval_strategy: 'no'",
+        "without evaluations there is no best one",
+        "set eval_strategy and data.eval, or remove it",
+        lambda r, f: _keeps_best(r) and not _evaluates(r),
+    ),
+    Rule(
+        "train.save_strategy",
+        "best with eval_strategy: 'no'",
+        "without evaluations there is no best one: nothing would be saved",
+        "set eval_strategy and data.eval, or save_strategy: steps",
+        lambda r, f: r.train.save_strategy == "best" and not _evaluates(r),
+    ),
+    Rule(
+        "train.save_strategy",
+        "best without metric_for_best_model",
+        "best of what is not said",
+        "set metric_for_best_model: eval_loss",
+        lambda r, f: (
+            r.train.save_strategy == "best"
+            and _evaluates(r)
+            and not r.train.metric_for_best_model
+            and not _keeps_best(r)
+        ),
+    ),
+    Rule(
+        "train.eval_on_start",
+        "no data.eval",
+        "there is nothing to evaluate on",
+        "set data.eval, or remove it",
+        lambda r, f: r.train.eval_on_start and not r.data.eval,
+    ),
+    Rule(
+        "train.padding_free",
+        "max_length without packing",
+        "TRL does not cut rows that are neither padded nor packed, and refuses a max_length",
+        "set train.packing: true, or max_length: null",
+        lambda r, f: r.train.padding_free and not r.train.packing and r.train.max_length is not None,
+    ),
+    Rule(
+        "train.gradient_checkpointing_kwargs",
+        "names that torch does not take",
+        "torch.utils.checkpoint has no {unknown}",
+        "it takes {known}",
+        _unknown_option,
+    ),
+    Rule(
+        "train.torch_compile_backend",
+        "other words",
+        "accelerate has no compiler {name!r}",
+        "{close}? They are {all}",
+        _compiler,
+    ),
+    Rule(
+        "train.include_num_input_tokens_seen",
+        "other words",
+        "{said!r} would count them all, padding too",
+        "all, non_padding or no",
+        _tokens_seen,
+    ),
+    Rule(
+        "train.label_smoothing_factor",
+        "loss_type: dft",
+        "the loss of loss_type: dft is not smoothed",
+        "remove one of the two",
+        lambda r, f: _says(r, "label_smoothing_factor") and r.train.loss_type == "dft",
+    ),
+    Rule(
+        "train.activation_offloading",
+        "a CPU",
+        "offloads from an accelerator: training would fail on this machine, which has none",
+        "remove it, or train on a GPU",
+        lambda r, f: r.train.activation_offloading and not f.accelerator,
+        warns=True,
+    ),
+    Rule(
+        "train.torch_compile_mode",
+        "other words",
+        "torch.compile has no mode {mode!r}",
+        "{close}?",
+        _compile_mode,
+    ),
+    *(
+        Rule(
+            f"train.{name}",
+            "dataloader_num_workers: 0",
+            "needs processes that load the rows",
+            "set dataloader_num_workers, or remove it",
+            lambda r, f, name=name: _says(r, name) and not r.train.dataloader_num_workers,  # type: ignore[misc]
+        )
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
+    ),
+    Rule(
+        "train.optim",
+        "a package or a key that is missing",
+        "{said}",
+        "install it, or write another optimizer: adamw_torch is always there",
+        lambda r, f: {"said": f.optimizer} if f.optimizer else None,
+    ),
+    Rule(
+        "train.report_to",
+        "a package that is missing, or another word",
+        "{said}",
+        "install it, or remove it: metrics.jsonl and loss.png are always written",
+        lambda r, f: {"said": f.reporting} if f.reporting else None,
+    ),
+    Rule(
+        "train.use_liger_kernel",
+        "a missing package",
+        "{said}",
+        "install it, or remove it",
+        lambda r, f: {"said": f.liger} if f.liger and r.train.use_liger_kernel else None,
+    ),
+    Rule(
+        "train.liger_kernel_config",
+        "fused_linear_cross_entropy: true",
+        "TRL computes the loss in pieces by itself, and refuses Liger's",
+        "remove fused_linear_cross_entropy",
+        lambda r, f: bool((r.train.liger_kernel_config or {}).get("fused_linear_cross_entropy")),
+    ),
+    Rule(
+        "train.router_aux_loss_coef",
+        "a model without experts",
+        "the model has no router whose loss could be weighed",
+        "remove it",
+        lambda r, f: bool(r.train.router_aux_loss_coef) and not f.router,
+    ),
+    *(
+        Rule(
+            f"train.{name}",
+            "an optimizer that does not read it",
+            "{optim} does not read it",
+            "remove it, or write an optimizer that does",
+            lambda r, f, name=name: {"optim": r.train.optim} if name in f.ignored else None,  # type: ignore[misc]
+            warns=True,
+        )
+        for name in OPTIMIZER_KEYS
+    ),
+    Rule(
+        "train.save_only_model",
+        "RESUME",
+        "checkpoints without the optimizer: this run cannot be resumed",
+        "remove it, if that is not meant",
+        lambda r, f: r.train.save_only_model and r.train.save_strategy != "no",
+        warns=True,
+    ),
+    Rule(
+        "train.save_steps",
+        "other eval_steps, where the best is kept",
+        "evaluations in whose step nothing is saved: the best of them would be lost, and an earlier one kept",
+        "set save_steps to the same as eval_steps",
+        lambda r, f: _saves_less(r),
+        warns=True,
+    ),
+    Rule(
+        "train.neftune_noise_alpha",
+        "packing and padding_free",
+        "NEFTune divides the noise by the length of the packed row, not of each text in it: less noise than"
+        " the number says",
+        "set packing and padding_free to false, if it is to be the paper's",
+        lambda r, f: bool(r.train.neftune_noise_alpha) and (r.train.packing or r.train.padding_free),
+        warns=True,
+    ),
+    Rule(
+        "train.truncation_mode",
+        "packing",
+        "packing cuts rows at their end, whatever this says",
+        "remove it, or set packing: false",
+        lambda r, f: r.train.truncation_mode == "keep_end" and r.train.packing,
+        warns=True,
+    ),
+    *(
+        _idle(
+            name,
+            f"eval_strategy other than {'steps' if name == 'eval_steps' else 'steps or epoch'}",
+            found,
+            "set eval_strategy, or remove it",
+            read,
+        )
+        for name, found, read in (
+            (
+                "eval_steps",
+                "nothing is evaluated every so many steps",
+                lambda r: r.train.eval_strategy == "steps",
+            ),
+            ("eval_delay", "nothing is evaluated while training", _evaluates),
+        )
+    ),
+    *(
+        _idle(
+            name,
+            "no data.eval",
+            "there is nothing to evaluate on",
+            "set data.eval, or remove it",
+            lambda r: bool(r.data.eval),
+        )
+        for name in ("per_device_eval_batch_size", "eval_packing")
+    ),
+    _idle(
+        "save_steps",
+        "save_strategy other than steps",
+        "nothing is saved every so many steps",
+        "set save_strategy: steps, or remove it",
+        lambda r: r.train.save_strategy == "steps",
+    ),
+    *(
+        _idle(
+            name,
+            "save_strategy: 'no'",
+            "no checkpoint is saved",
+            "set save_strategy, or remove it",
+            lambda r: r.train.save_strategy != "no",
+        )
+        for name in ("save_total_limit", "save_on_each_node")
+    ),
+    _idle(
+        "logging_steps",
+        "logging_strategy other than steps",
+        "nothing is logged every so many steps",
+        "set logging_strategy: steps, or remove it",
+        lambda r: r.train.logging_strategy == "steps",
+    ),
+    *(
+        _idle(
+            name,
+            "nothing that asks for the best",
+            "nothing asks which evaluation is the best",
+            "set load_best_model_at_end or early_stopping:, or remove it",
+            _reads_metric,
+        )
+        for name in ("metric_for_best_model", "greater_is_better")
+    ),
+    _idle(
+        "packing_strategy",
+        "packing: false",
+        "nothing is packed",
+        "set packing: true, or remove it",
+        lambda r: r.train.packing or bool(r.train.eval_packing),
+    ),
+    _idle(
+        "gradient_checkpointing_kwargs",
+        "gradient_checkpointing: false",
+        "nothing is checkpointed",
+        "set gradient_checkpointing: true, or remove it",
+        lambda r: r.train.gradient_checkpointing,
+    ),
+    _idle(
+        "liger_kernel_config",
+        "use_liger_kernel: false",
+        "Liger's kernels are not used",
+        "set use_liger_kernel: true, or remove it",
+        lambda r: r.train.use_liger_kernel,
+    ),
+    _idle(
+        "run_name",
+        "no report_to",
+        "only report_to reads it: the run folder has the recipe's name",
+        "set report_to, or remove it",
+        _reports,
+    ),
+    *(
+        _idle(
+            name,
+            "report_to without trackio",
+            "only trackio reads it",
+            "set report_to: trackio, or remove it",
+            lambda r: _reports(r, "trackio"),
+        )
+        for name in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+    ),
+    *(
+        Rule(
+            f"lora.{name}_config",
+            f"init_lora_weights other than {name}",
+            f"init_lora_weights is not {name}: PEFT does not read it",
+            f"set init_lora_weights: {name}, or remove it",
+            lambda r, f, name=name: (  # type: ignore[misc]
+                r.lora is not None
+                and bool(getattr(r.lora, f"{name}_config"))
+                and initialisation(r.lora) != name
+            ),
+        )
+        for name in ("eva", "corda", "loftq")
+    ),
+    Rule(
+        _INIT,
+        "false",
+        "A and B both begin at random: before the first step the model is another one than its base",
+        "remove it: B begins at zero",
+        lambda r, f: r.lora is not None and r.lora.init_lora_weights is False,
+        warns=True,
+    ),
+    Rule(
+        "lora.fan_in_fan_out",
+        "a model without Conv1D",
+        "for GPT-2's Conv1D; PEFT sets it back to false for the linear layers of this model",
+        "remove it",
+        lambda r, f: r.lora is not None and r.lora.fan_in_fan_out and not f.conv1d,
+        warns=True,
+    ),
+]
+
+
+# ---- the same, once the steps are counted
+
+
+def _every(said: float, total: int) -> int:
+    """The steps between two; below 1 it is a share of all (TrainerState.compute_steps)."""
+    return max(math.ceil(total * said), 1) if said < 1 else int(said)
+
+
+def evaluations(recipe: Recipe, total: int, per_epoch: int) -> int:
+    """How often a run of `total` steps evaluates (transformers' DefaultFlowCallback, which also does it in
+    the last step).
+    """
+    train = recipe.train
+    if train.eval_strategy == "epoch":
+        ends = range(1, math.ceil(total / per_epoch) + 1)
+        return sum(train.eval_delay <= min(epoch, total / per_epoch) for epoch in ends)
+    if train.eval_strategy != "steps":
+        return 0
+    every, first = _every(train.eval_steps or train.logging_steps, total), max(math.ceil(train.eval_delay), 1)
+    return total // every - (first - 1) // every + bool(total % every) if first <= total else 0
+
+
+def _too_few(recipe: Recipe, facts: Facts) -> Words | None:
+    total = facts.steps or 0
+    found = evaluations(recipe, total, facts.per_epoch)
+    if not _keeps_best(recipe) or not _evaluates(recipe) or found > 1:
+        return None
+    said = "evaluates once, in the last step" if found else "never evaluates"
+    by_steps = recipe.train.eval_strategy == "steps"
+    do = "" if by_steps else "set eval_strategy: steps and "
+    return {"total": total, "said": said, "do": do, "half": max(total // 2, 1)}
+
+
+def _impatient(recipe: Recipe, facts: Facts) -> Words | None:
+    total = facts.steps or 0
+    found = evaluations(recipe, total, facts.per_epoch)
+    stopping = recipe.early_stopping
+    if stopping is None or found < 2 or found > stopping.early_stopping_patience + 1:
+        return None
+    return {"found": found, "patience": stopping.early_stopping_patience}
+
+
+def _beyond(name: str, strategy: str) -> Broken:
+    """train.`name`, said, is more than there are steps."""
+
+    def found(recipe: Recipe, facts: Facts) -> Words | None:
+        said, total = getattr(recipe.train, name), facts.steps or 0
+        if getattr(recipe.train, strategy) != "steps" or not said or _every(said, total) <= total:
+            return None
+        return {"said": int(said), "total": total}
+
+    return found
+
+
+def _no_log(recipe: Recipe, facts: Facts) -> Words | None:
+    train, total = recipe.train, facts.steps or 0
+    if train.logging_first_step or (train.logging_strategy == "epoch"):
+        return None
+    if train.logging_strategy == "steps" and _every(train.logging_steps, total) <= total:
+        return None
+    said = f"every {train.logging_steps:g} steps" if train.logging_strategy == "steps" else "never"
+    return {"said": said, "total": total}
+
+
+def _long_warmup(recipe: Recipe, facts: Facts) -> Words | None:
+    total, warmup = facts.steps or 0, facts.warmup
+    if warmup < total or recipe.train.lr_scheduler_type in ("constant", "reduce_lr_on_plateau"):
+        return None
+    peak = recipe.train.learning_rate
+    return {"warmup": warmup, "total": total, "rate": peak, "reached": peak * (total - 1) / max(warmup, 1)}
+
+
+_AT_ONCE = "{said} is beyond the last of {total} steps"
+_COUNTED = [
+    Rule(
+        "train.eval_strategy",
+        "one evaluation or none, where the best is kept (load_best_model_at_end, early_stopping:)",
+        "a run of {total} steps {said}: there is nothing to choose from",
+        "{do}eval_steps of {half} or less (save_steps the same); or keep the last: remove"
+        " load_best_model_at_end and early_stopping:",
+        _too_few,
+        counted=True,
+    ),
+    Rule(
+        "early_stopping.early_stopping_patience",
+        "too few evaluations",
+        "{found} evaluations: {patience} without improvement are over no earlier than the run",
+        "evaluate more often, or a smaller patience",
+        _impatient,
+        counted=True,
+        warns=True,
+    ),
+    Rule(
+        "train.eval_steps",
+        "fewer steps",
+        f"{_AT_ONCE}: it evaluates once, at the end",
+        "a smaller number",
+        lambda r, f: None if _keeps_best(r) else _beyond("eval_steps", "eval_strategy")(r, f),
+        counted=True,
+        warns=True,
+    ),
+    Rule(
+        "train.save_steps",
+        "fewer steps",
+        f"{_AT_ONCE}: it saves once, at the end",
+        "a smaller number, or save_strategy: 'no'",
+        lambda r, f: _beyond("save_steps", "save_strategy")(r, f) if _says(r, "save_steps") else None,
+        counted=True,
+        warns=True,
+    ),
+    Rule(
+        "train.eval_delay",
+        "fewer steps",
+        "{delay:g} is beyond the end: nothing is evaluated while training",
+        "a smaller number",
+        lambda r, f: (
+            {"delay": r.train.eval_delay}
+            if _evaluates(r) and not _keeps_best(r) and not evaluations(r, f.steps or 0, f.per_epoch)
+            else None
+        ),
+        counted=True,
+        warns=True,
+    ),
+    Rule(
+        "train.logging_steps",
+        "fewer steps",
+        "{said}, in a run of {total}: no training loss is logged, and none that is no number is seen",
+        "a smaller number, or logging_first_step: true",
+        _no_log,
+        counted=True,
+        warns=True,
+    ),
+    Rule(
+        "train.warmup_steps",
+        "fewer steps",
+        "the warm-up takes {warmup} steps, the run {total}: the rate ends at {reached:.2g}, not {rate:g}",
+        "a smaller number; below 1 it is a share of all steps",
+        _long_warmup,
+        counted=True,
+        warns=True,
+    ),
+]
+
+
+# ---- numbers far from what is usual: a slip of the finger, most often
+
+
+def _usual(key: str, low: float, high: float, source: str, methods: tuple[str, ...] = METHODS) -> Rule:
+    """A number is said that is not between `low` and `high`, which `source` makes usual."""
+    section, name = key.split(".")
+
+    def found(recipe: Recipe, facts: Facts) -> Words | None:
+        value = recipe.sections.get(section, {}).get(name)
+        counts = name != "num_train_epochs" or recipe.train.max_steps < 0  # else max_steps decides
+        if not isinstance(value, int | float) or recipe.method not in methods or not counts:
+            return None
+        if low <= value <= high:
+            return None
+        return {"value": value}
+
+    against = f"numbers outside {low:g} to {high:g}"
+    if methods != METHODS:
+        against += f" ({', '.join(f'{m}:' for m in methods)})"
+    return Rule(
+        key,
+        against,
+        f"{{value:g}} is far from what is usual, {low:g} to {high:g} ({source})",
+        "is it what you mean?",
+        found,
+        warns=True,
+    )
+
+
+def _scaled(recipe: Recipe, facts: Facts) -> Words | None:
+    lora = recipe.lora
+    if lora is None:
+        return None
+    scaling = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+    return None if 1 / 32 <= scaling <= 32 else {"scaling": scaling}
+
+
+def _weighed(recipe: Recipe, facts: Facts) -> Words | None:
+    sources = recipe.data.train if isinstance(recipe.data.train, list) else []
+    weights = [s["weight"] for s in sources if isinstance(s, dict) and "weight" in s]
+    far = [w for w in weights if not 0.001 <= w <= 10]
+    return {"weight": far[0]} if far else None
+
+
+_FULL_RATE = (
+    1e-7,
+    5e-3,
+    "1e-6 to 5e-5 for a trained model, 6e-4 and more for a new small one: arXiv 2005.14165",
+)
+_NUMBERS = [
+    _usual(
+        "train.learning_rate",
+        1e-6,
+        3e-2,
+        "LoRA 1e-4 to 2e-3, arXiv 2106.09685; QLoRA 1e-4 to 2e-4, arXiv 2305.14314; tiny models more",
+        ("lora",),
+    ),
+    _usual("train.learning_rate", *_FULL_RATE, ("full", "freeze")),
+    _usual("train.learning_rate", 1e-6, 1, "prompt tuning 0.3, arXiv 2104.08691; others less", ("peft",)),
+    *(_usual(f"learning_rates.{depth}", *_FULL_RATE) for depth in DEPTHS),
+    _usual("learning_rates.loraplus_lr_ratio", 1, 64, "16: arXiv 2402.12354"),
+    _usual("learning_rates.loraplus_lr_embedding", 0, 1e-2, "PEFT's default 1e-6"),
+    _usual("train.num_train_epochs", 0, 100, "few; after 4 a repeated row gives ever less: arXiv 2305.16264"),
+    _usual("train.weight_decay", 0, 0.3, "0 to 0.1: arXiv 1711.05101, 2005.14165"),
+    _usual("train.max_grad_norm", 0, 10, "transformers 1, QLoRA 0.3; 0 does not clip"),
+    _usual("train.label_smoothing_factor", 0, 0.3, "0.1: arXiv 1512.00567"),
+    _usual("train.neftune_noise_alpha", 0, 30, "5 to 15: arXiv 2310.05914"),
+    _usual("train.router_aux_loss_coef", 0, 0.1, "0.001 to 0.01: arXiv 2101.03961"),
+    _usual("train.adam_beta1", 0.5, 0.99, "transformers 0.9"),
+    _usual("train.adam_beta2", 0.8, 0.9999, "transformers 0.999, arXiv 2005.14165 0.95"),
+    _usual("train.adam_epsilon", 1e-12, 1e-4, "transformers 1e-8"),
+    _usual("lora.lora_dropout", 0, 0.5, "0 to 0.1: arXiv 2106.09685, 2305.14314"),
+    _usual("early_stopping.early_stopping_threshold", 0, 1, "transformers 0; a loss in nats a token"),
+    Rule(
+        "lora.lora_alpha",
+        "a scaling outside 1/32 to 32",
+        "with r it scales the adapter by {scaling:.3g}; usual is 0.25 to 2 (QLoRA 16/64, LoRA alpha = r,"
+        " others 2 r)",
+        "is it what you mean?",
+        _scaled,
+        warns=True,
+    ),
+    Rule(
+        "data.train",
+        "a weight outside 0.001 to 10",
+        "the weight {weight:g} takes each row {weight:g} times; after 4 times one gives ever less (arXiv"
+        " 2305.16264)",
+        "is it what you mean?",
+        _weighed,
+        warns=True,
+    ),
+]
+
+SETTINGS: tuple[Rule, ...] = (*_TRAIN, *_COUNTED, *_NUMBERS)
+RULES: tuple[Rule, ...] = (
+    *_FIRST,
+    *_LORA,
+    *_PEFT,
+    *_BASE,
+    *_RATES,
+    *_WARM,
+    *_LAYOUT,
+    *SETTINGS,
+)

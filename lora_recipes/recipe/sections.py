@@ -75,9 +75,6 @@ class Lora(Section):
         Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
         | None
     ) = None
-    auto_mapping: dict[str, Any] | None = None
-    peft_version: str | None = None
-    revision: str | None = None
     r: int
     target_modules: list[str] | str | None
     exclude_modules: list[str] | str | None = None
@@ -93,25 +90,18 @@ class Lora(Section):
     rank_pattern: dict[str, Any] | None = field(default_factory=dict)
     alpha_pattern: dict[str, Any] | None = field(default_factory=dict)
     megatron_config: dict[str, Any] | None = None
-    megatron_core: str | None = "megatron.core"
     trainable_token_indices: dict[str, Any] | list[int] | None = None
     loftq_config: dict[str, Any] = field(default_factory=dict)
     eva_config: dict[str, Any] | None = None
     corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
     use_dora: bool = False
-    velora_config: dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
     layer_replication: list[list[Any]] | None = None
-    runtime_config: dict[str, Any] | None = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     use_bdlora: dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
 
@@ -204,11 +194,7 @@ class Train(Section):
     label_smoothing_factor: float = 0.0
     bf16: bool | None = None
     fp16: bool = False
-    bf16_full_eval: bool = False
-    fp16_full_eval: bool = False
     tf32: bool | None = None
-    activation_checkpointing: bool | None = None
-    activation_checkpointing_kwargs: dict[str, Any] | str | None = None
     gradient_checkpointing: bool = True
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = None
     torch_compile: bool = False
@@ -216,21 +202,17 @@ class Train(Section):
     torch_compile_mode: str | None = None
     use_liger_kernel: bool = False
     liger_kernel_config: dict[str, Any] | None = None
-    use_cache: bool = False
     neftune_noise_alpha: float | None = None
     torch_empty_cache_steps: int | None = None
-    auto_find_batch_size: bool = False
     logging_strategy: Literal["no", "steps", "epoch"] = "steps"
     logging_steps: float = 10
     logging_first_step: bool = False
     log_on_each_node: bool = True
-    logging_nan_inf_filter: bool = True
     include_num_input_tokens_seen: bool | str = "no"
     log_level: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"] = "passive"
     log_level_replica: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"] = (
         "warning"
     )
-    disable_tqdm: bool | None = None
     report_to: list[str] | str | None = "none"
     run_name: str | None = None
     project: str = "huggingface"
@@ -241,25 +223,12 @@ class Train(Section):
     eval_steps: float | None = None
     eval_delay: float = 0
     per_device_eval_batch_size: int = 8
-    prediction_loss_only: bool = False
     eval_on_start: bool = False
-    eval_do_concat_batches: bool = True
-    eval_use_gather_object: bool = False
-    eval_accumulation_steps: int | None = None
-    include_for_metrics: list[str] = field(default_factory=list)
-    batch_eval_metrics: bool = False
     save_only_model: bool = False
     save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
     save_steps: float = 500
     save_on_each_node: bool = False
     save_total_limit: int | None = None
-    enable_jit_checkpoint: bool = False
-    push_to_hub: bool = False
-    hub_private_repo: bool | None = None
-    hub_model_id: str | None = None
-    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = "every_save"
-    hub_always_push: bool = False
-    hub_revision: str | None = None
     load_best_model_at_end: bool = False
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
@@ -278,25 +247,16 @@ class Train(Section):
     dataloader_prefetch_factor: int | None = None
     dataloader_multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = None
     dataloader_in_order: bool = True
-    remove_unused_columns: bool = True
-    label_names: list[str] | None = None
     train_sampling_strategy: Literal["random", "sequential", "group_by_length", "batch_rebalance"] = "random"
-    length_column_name: str = "length"
     ddp_find_unused_parameters: bool | None = None
     ddp_bucket_cap_mb: int | None = None
     ddp_broadcast_buffers: bool | None = None
     ddp_static_graph: bool | None = None
-    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None = None
-    ddp_timeout: int = 1800
     fsdp: str | None = None
     fsdp_config: dict[str, Any] | str | None = None
     deepspeed: dict[str, Any] | str | None = None
     debug: list[Literal["underflow_overflow", "tpu_metrics_debug"]] | str = ""
     skip_memory_metrics: bool = True
-    do_train: bool = False
-    do_eval: bool = False
-    do_predict: bool = False
-    trust_remote_code: bool = False
     router_aux_loss_coef: float | None = None
     dataset_text_field: str = "text"
     dataset_num_proc: int | None = None

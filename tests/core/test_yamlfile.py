@@ -1,6 +1,8 @@
 """Reading YAML: scalars of version 1.2, lines, and every fault of a file answered with its line."""
 
 import math
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -197,6 +199,8 @@ TEXTS += [
     "\u00e4",
     "\U0001f600",
     "a" * 300,
+    "a\u00a0b",
+    "\u201ca\u201d",
 ]
 
 
@@ -229,3 +233,63 @@ def test_paths_are_shown_from_here(tmp_path, monkeypatch):
     assert yamlfile.shown(tmp_path / "x.yaml") == "../x.yaml"
     monkeypatch.chdir(tmp_path / "a" / "b" / "c")
     assert yamlfile.shown(tmp_path / "x.yaml") == str(tmp_path / "x.yaml")
+
+
+# ---- characters that cannot be seen, and files that are no settings
+
+
+UNSEEN = {
+    "no-break space for a space": ("a: 1\nb:\u00a02\n", "x.yaml:2", "non-breaking space (U+00A0)"),
+    "no-break space after a number": ("a: 1\nb: 0.001\u00a0\n", "x.yaml:2 b", "non-breaking space (U+00A0)"),
+    "no-break space as indentation": ("a:\n\u00a0 b: 1\n", "x.yaml:2", "non-breaking space (U+00A0)"),
+    "zero width space in a key": ("lora:\n  r\u200b: 8\n", "x.yaml:2", "zero width space (U+200B)"),
+    "byte order mark in the middle": ("a: 1\n\ufeffb: 2\n", "x.yaml:2", "byte order mark (U+FEFF)"),
+    "soft hyphen in a word": ("a: [q_proj, v\u00ad_proj]\n", "x.yaml:1 a[1]", "soft hyphen (U+00AD)"),
+    "direction mark at the end": ("a: 'x\u200e'\n", "x.yaml:1 a", "left-to-right mark (U+200E)"),
+    "wide space": ("a:\u30001\n", "x.yaml:1", "ideographic space (U+3000)"),
+    "quotation marks": ("a: \u201cq_proj\u201d\n", "x.yaml:1 a", "would be part of the value"),
+    "other quotation marks": ("a: [\u00abx\u00bb]\n", "x.yaml:1 a[0]", "would be part of the value"),
+}
+
+
+@pytest.mark.parametrize("text, where, found", UNSEEN.values(), ids=UNSEEN)
+def test_a_character_that_cannot_be_seen_is_named_with_its_line(text, where, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as error:
+        yamlfile.load(Path("x.yaml"))
+    told = [p for p in error.value.problems if p.where.startswith(where) and found in p.found]
+    assert told and told[0].do, str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: '10\u00a0000 F'\n", "a: |\n  caf\u00e9\u00a0!\n", "a: 'x' # \u00a0\n", 'a: "\u201cyes\u201d"\n'],
+)
+def test_such_a_character_that_is_meant_is_taken(text, tmp_path):
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    assert yamlfile.load(tmp_path / "x.yaml")[0]["a"]
+
+
+HUGE = {
+    "many keys": "".join(f"key_{i}: {i}\n" for i in range(600_000)),
+    "one list": f"a: [{', '.join(['q_proj'] * 1_300_000)}]\n",
+    "one text": f"a: {'x' * 10_000_000}\n",
+}
+
+
+@pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
+def test_a_file_of_megabytes_is_refused_at_once(text, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    began = time.monotonic()
+    with pytest.raises(RecipeError, match="bytes are too many for a file of settings"):
+        yamlfile.load(tmp_path / "x.yaml")
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{b: " * 30_000, "- " * 60_000, "&a [" + "*a, " * 9])
+def test_lists_in_lists_without_end_are_one_error(text):
+    began = time.monotonic()
+    with pytest.raises(RecipeError, match=r"in each other|anchor"):
+        yamlfile.parse(text, "x.yaml")
+    assert time.monotonic() - began < 5

@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -825,3 +826,27 @@ def test_the_scripts_answer_with_the_problem_and_exit_code_2():
         " lora.r\n"
     )
     assert done.stdout == ""
+
+
+# ---- large
+
+
+LARGE = {
+    "unknown keys": "".join(f"  wrong_key_{i}: 1\n" for i in range(10_000)),
+    "wrong items": f"  report_to: [{', '.join(['1'] * 60_000)}]\n",
+    "a long key": f"  {'x' * 150_000}: 1\n",
+    "one key again and again": "  seed: 1\n" * 20_000,
+}
+
+
+@pytest.mark.parametrize("lines", LARGE.values(), ids=LARGE)
+def test_a_large_file_full_of_mistakes_is_told_within_seconds_and_not_at_length(lines, refused):
+    began = time.monotonic()
+    told = refused(GOOD + lines)
+    assert time.monotonic() - began < 10
+    assert len(told) < 30_000 and "x.yaml:1" in told
+
+
+def test_a_key_with_a_character_that_cannot_be_seen_is_told_in_an_override_too(refused):
+    assert "zero width space (U+200B)" in refused(GOOD, "lora.r\u200b=4")
+    assert "non-breaking space (U+00A0)" in refused(changed("r: 8", "r: 8\u00a0"))

@@ -1,0 +1,63 @@
+"""What the libraries of this machine say against settings that they would refuse only with the model loaded:
+the optimizer, the trackers, Liger.
+"""
+
+import copy
+import importlib.util
+
+from transformers import Trainer
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from trl import SFTConfig
+
+from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.rules import OPTIMIZER_KEYS
+
+
+def optimizer(arguments: SFTConfig) -> str:
+    """Why train.optim cannot be made; empty where it can, as far as that is known without a model."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ValueError, ImportError, TypeError, RuntimeError) as error:
+        # GaLore, Apollo and LOMO look at the model last, when all else is there.
+        return "" if "to pass a" in str(error) and "model" in str(error) else str(error).splitlines()[0]
+    return ""
+
+
+def ignored(arguments: SFTConfig, recipe: Recipe) -> tuple[str, ...]:
+    """The keys of train: that this optimizer does not read: it is the same without them."""
+    found = []
+    for name, usual in OPTIMIZER_KEYS.items():
+        if recipe.train.given.get(name, usual) in (usual, None):
+            continue
+        without = copy.copy(arguments)
+        setattr(without, name, usual)
+        if _made(without) == _made(arguments):
+            found.append(name)
+    return tuple(found)
+
+
+def _made(arguments: SFTConfig) -> object:
+    """What is known of the optimizer: its class and options, or why it is none."""
+    try:
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ValueError, ImportError, TypeError, RuntimeError) as error:
+        return str(error)
+    return cls, options
+
+
+def reporting(arguments: SFTConfig, recipe: Recipe) -> str:
+    """Why one of train.report_to cannot be made; empty where all can."""
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ValueError, ImportError, RuntimeError, AttributeError) as error:
+        return str(error).splitlines()[0]
+    asked = recipe.train.report_to
+    return "no tracker is installed here" if asked in ("all", ["all"]) and not arguments.report_to else ""
+
+
+def liger() -> str:
+    """Why train.use_liger_kernel cannot be; empty where it can."""
+    return (
+        "" if importlib.util.find_spec("liger_kernel") else "the package liger-kernel is not installed here"
+    )
