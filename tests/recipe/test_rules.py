@@ -166,7 +166,7 @@ CASES = [
     Case(
         "train.padding_free",
         "tiny_facts",
-        "train.padding_free=true",
+        "train.padding_free=true train.max_length=null",
         "",
         CONV,
         CONV | {"causal_conv1d": True},
@@ -370,7 +370,7 @@ def test_what_does_not_go_together_is_told_at_its_line_and_the_remedy_helps(case
 
 
 def test_every_rule_is_broken_by_one_of_the_cases(tmp_path):
-    """Those that loading applies are broken in test_recipe.py, those of rules.SETTINGS in test_settings.py."""
+    """Those that loading applies are broken in test_recipe.py, rules.SETTINGS in test_settings.py."""
     broken = set()
     for i, case in enumerate(CASES):
         recipe = written(case, tmp_path / f"{i}.yaml", case.change)
