@@ -5,6 +5,7 @@ A verb is parsed and its recipe checked before anything slow is imported: those 
 """
 
 import json
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -33,9 +34,26 @@ def main(words: Sequence[str] | None = None) -> int:
     extra: list[str] = []
     if verb == "serve" and "--" in rest:
         rest, extra = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
-    given = verbs[verb].parse_intermixed_args(rest)  # overrides may stand anywhere among the options
+    # Overrides may stand anywhere among the options.
+    given = verbs[verb].parse_intermixed_args(_apart(verbs[verb], rest))
     given.extra = extra
     return cli.run(lambda: given.action(given), given.traceback, getattr(given, "outputs", None))
+
+
+def _apart(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
+    """`words` with the overrides before an option that takes as many words as follow: it would take them
+    too.
+    """
+    greedy = {name for action in parser._actions for name in action.option_strings if action.nargs == "+"}
+    moved: list[str] = []
+    kept: list[str] = []
+    inside = False
+    for word in words:
+        inside = word in greedy if word.startswith("--") else inside
+        override = inside and re.fullmatch(r"[a-z_]+\.\w+=.*", word, re.DOTALL)
+        (moved if override else kept).append(word)
+    first = next((i for i, word in enumerate(kept) if word.startswith("-")), len(kept))
+    return [*kept[:first], *moved, *kept[first:]]
 
 
 def _tree() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:

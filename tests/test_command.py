@@ -317,3 +317,38 @@ def test_an_installed_package_lists_copies_and_plans_from_an_empty_folder(tmp_pa
     done = run("serve", "tiny_facts")
     assert done.returncode == 2 and "python3 -m venv .venv-serve && " in done.stderr
     assert "make " not in done.stderr
+
+
+# ---- overrides among the options
+
+
+RATE = "train.learning_rate=7e-3"
+WHERE = {
+    "after an option": (
+        "train",
+        ["X", "--resume", RATE],
+        {"recipe": "X", "overrides": [RATE], "resume": True},
+    ),
+    "before one": ("plan", ["X", RATE, "--devices", "2"], {"overrides": [RATE], "devices": 2}),
+    "between two": ("eval", ["X", "--adapter", "d", RATE, "--traceback"], {"overrides": [RATE]}),
+    "after seeds": (
+        "ablate",
+        ["X", "--seeds", "1", "2", "lora.r=2,4"],
+        {"over": ["lora.r=2,4"], "seeds": [1, 2]},
+    ),
+    "between seeds and jobs": (
+        "ablate",
+        ["X", "lora.r=2,4", "--seeds", "1", "lora.lora_alpha=3,4", "--jobs", "1"],
+        {"over": ["lora.r=2,4", "lora.lora_alpha=3,4"], "seeds": [1], "jobs": 1},
+    ),
+    "after names of arms": ("ablate", ["X", "--only", "a", "b/s1", "lora.r=2"], {"only": ["a", "b/s1"]}),
+}
+
+
+@pytest.mark.parametrize("verb, words, expected", WHERE.values(), ids=WHERE)
+def test_an_override_may_stand_after_any_option(verb, words, expected, monkeypatch):
+    seen: dict[str, object] = {}
+    options, _, told = VERBS[verb]
+    monkeypatch.setitem(VERBS, verb, (options, lambda given: seen.update(vars(given)), told))
+    assert main([verb, *words]) == 0
+    assert {key: seen[key] for key in expected} == expected

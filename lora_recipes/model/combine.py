@@ -33,6 +33,8 @@ from lora_recipes.recipe import load as recipes
 from lora_recipes.serving import export, rules
 from lora_recipes.serving.live import GENERAL
 
+# Task arithmetic scales by 0.3 to 1 (arXiv 2212.04089); extrapolation goes a little beyond.
+USUAL_WEIGHT = 3
 METHODS = typing.get_args(typing.get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 ONE_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # these add A to A and B to B
 EXACT = 1e-5  # relative: what float32 may lose in a sum of deltas or a singular value decomposition
@@ -390,8 +392,11 @@ def report(record: CombinedRecord, folder: Path) -> str:
     done = record.combined
     parts = " + ".join(f"{w:g} x {name}" for w, name in zip(done.weights, done.adapters, strict=True))
     cat = f"{' + '.join(map(str, done.ranks))} = " if done.combination_type == "cat" else ""
+    far = [f"{w:g}" for w in done.weights if abs(w) > USUAL_WEIGHT]
+    warned = [f"WARNING     a weight of {', '.join(far)} is far from what is usual, -1 to 1; is it meant?"]
     return "\n".join(
         [
+            *(warned if far else []),
             (
                 f"{parts}, {done.combination_type}: rank {cat}{done.rank}, vLLM needs --max-lora-rank"
                 f" {done.max_lora_rank}"

@@ -14,7 +14,7 @@ from lora_recipes.core.files import now, replace_folder
 from lora_recipes.core.locate import local
 from lora_recipes.core.provenance import Provenance, Question
 from lora_recipes.core.record import FinishedRun, Probes, ResumeFacts, Run
-from lora_recipes.core.run_folder import RunFolder
+from lora_recipes.core.run_folder import RunFolder, logged
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.memory.fits import Memory
 from lora_recipes.model import answers, probes
@@ -136,6 +136,27 @@ def _provenance(session: Session) -> Provenance:
     return answers.provenance(model, session.start, session.plan.gate, session.resolved, rows, whole)
 
 
+def worse(logs: list[dict[str, Any]], recipe: Recipe) -> list[str]:
+    """What the losses in `logs` (metrics.jsonl) say against the run: it ends worse than it began.
+
+    The held-out loss is of the same rows each time: any rise counts. The training loss differs from batch to
+    batch: the means of the first and the last fifth of its logs are compared, and a rise of 5 % counts."""
+    found = []
+    do = f"lower {recipe.at('train', 'learning_rate')}, or look at the rows"
+    train = [log["loss"] for log in logs if "loss" in log]
+    fifth = max(len(train) // 5, 1)
+    first, last = sum(train[:fifth]) / fifth if train else 0, sum(train[-fifth:]) / fifth if train else 0
+    if len(train) > 1 and last > 1.05 * first:
+        found.append(
+            f"training ends worse than it began: loss {first:.4f} at first, {last:.4f} at last; {do}"
+        )
+    held = [log["eval_loss"] for log in logs if "eval_loss" in log]
+    if len(held) > 1 and held[-1] > held[0]:
+        do = "fewer epochs, or keep the best (load_best_model_at_end, early_stopping:)"
+        found.append(f"held-out loss ends higher, {held[-1]:.4f}, than at first, {held[0]:.4f}; {do}")
+    return found
+
+
 def report(session: Session, run: FinishedRun) -> None:
     """What came of it, for a person."""
     metrics = run.metrics
@@ -163,3 +184,5 @@ def report(session: Session, run: FinishedRun) -> None:
         f"\n{shown(final)}/  {run.result_bytes:,} bytes;  beside it run.json, metrics.jsonl, loss.png,"
         " recipe.yaml"
     )
+    for line in worse(logged(session.folder.metrics), session.recipe):
+        say(f"WARNING     {line}")

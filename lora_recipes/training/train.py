@@ -229,6 +229,10 @@ def _checkpoint(
         do = "the trainer would ignore it and go on with the old value: set it back, or"
         do += f" {cli.command(FORCE=True)} to begin anew"
         raise RecipeError([Problem(shown(folder.path), line, do) for line in changed])
+    if recipe.train.save_only_model:  # their files are as asked for, and none would be found whole
+        found = "the checkpoints were saved without the optimizer, as it says: no run can go on from them"
+        do = f"{cli.command(FORCE=True)} begins anew; without it a later run can be resumed"
+        raise RecipeError(Problem(recipe.at("train", "save_only_model"), found, do))
     checkpoint, said = newest_whole(folder.checkpoints, PartialState().num_processes)
     for line in said:
         say(f"WARNING     {line}")

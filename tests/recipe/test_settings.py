@@ -153,13 +153,14 @@ FAR = {"lora_dropout": 0.9, "label_smoothing_factor": 0.9, "adam_beta1": 0.1, "a
 def breaks(rule):
     """A recipe that breaks `rule`, and the facts beside it."""
     name = "tiny_facts"
+    facts: dict = {}
     if rule.against.startswith("numbers outside"):  # the highest is said in it
         high = re.search(r"outside \S+ to (\S+)", rule.against)
         assert high
         method = next((m for m in ("full", "peft") if f"{m}:" in rule.against), "lora")
         name = {"full": "tiny_full", "peft": "tiny_ia3", "lora": "tiny_facts"}[method]
         value = FAR.get(rule.key.split(".")[1], 30 * float(high[1]) + 1)
-        words, facts = f"{rule.key}={value}", {}
+        words = f"{rule.key}={value}"
         if "threshold" in rule.key:
             words += f" {EVALUATES} early_stopping.early_stopping_patience=1"
     else:
