@@ -93,7 +93,7 @@ def test_one_row_a_turn_makes_an_unfaithful_chat_faithful(write_recipe, tmp_path
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"messages": chat}) + "\n")
     data = {"train": str(file), "chat_template_kwargs": {"enable_thinking": False}}
-    path = write_recipe("tiny_qwen35_style", data=data, train__eval_strategy="no")
+    path = write_recipe("tiny_qwen35_style", data=data, train__eval_strategy="no", train__logging_steps=1)
     planned = made(path, tmp_path)
     assert any(
         "50.0 % of the trained turns stand after tokens that no server renders" in w for w in planned.warnings
