@@ -132,7 +132,7 @@ def test_rows_that_bring_their_end_themselves_count_as_closed(passed):
         {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
         for q, a in [("Where?", "Here.<|im_end|>"), ("When?", "Now.<|im_end|>")]
     ]
-    found, _ = passed(end="", rows=rows)
+    found, _ = passed(end="", rows=rows, data__permit=["control_tokens"])
     assert found.stops.facts().trained == ["<|im_end|>"] and found.counts.open_turns == 0
 
 
