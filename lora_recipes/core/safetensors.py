@@ -28,6 +28,14 @@ class Tensor:
     end: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """A tensor in its file."""
+
+    path: Path
+    tensor: Tensor
+
+
 def header(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. ValueError says what is wrong with a file that is cut, empty
     or no such file.
@@ -67,16 +75,13 @@ def values(path: Path, tensor: Tensor) -> np.ndarray:
 
 
 def files(folder: Path) -> list[Path]:
-    """The weight files of a model folder: those that model.safetensors.index.json names, or
-    model.safetensors.
+    """The weight files of a model folder: model.safetensors where it is there (transformers looks no
+    further), else those that model.safetensors.index.json names. ValueError, KeyError: it names none.
     """
-    index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if index.is_file()
-        else ["model.safetensors"]
-    )
-    return [folder / name for name in names]
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -86,6 +91,23 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 WHOLE = "sha256:"  # begins a fingerprint of every byte; those of earlier versions are of the ends alone
 _STEP = 2**22  # bytes read at once
+
+
+def alike(one: Place, two: Place, pieces: int = 64) -> bool:
+    """Do two tensors hold the same bytes? Compared are `pieces` of 4,096 bytes, evenly apart, the first and
+    the last among them."""
+    if (one.tensor.dtype, one.tensor.shape) != (two.tensor.dtype, two.tensor.shape):
+        return False
+    size = one.tensor.end - one.tensor.start
+    steps = [max(size - 4096, 0) * i // (pieces - 1) for i in range(pieces)]
+    with one.path.open("rb") as first, two.path.open("rb") as second:
+        for step in sorted(set(steps)):
+            first.seek(one.tensor.start + step)
+            second.seek(two.tensor.start + step)
+            length = min(4096, size - step)
+            if first.read(length) != second.read(length):
+                return False
+    return True
 
 
 def whole(known: str | None) -> bool:

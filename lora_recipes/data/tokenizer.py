@@ -15,7 +15,7 @@ from lora_recipes.core.files import ROOT
 from lora_recipes.data import new_tokens
 from lora_recipes.data.render import chat_template
 from lora_recipes.data.stand_in import Characters
-from lora_recipes.recipe.base import Resolved
+from lora_recipes.recipe.base import Resolved, unread
 from lora_recipes.recipe.contract import Contract
 from lora_recipes.recipe.recipe import Recipe
 
@@ -58,12 +58,13 @@ def load(resolved: Resolved, local_files_only: bool = False) -> PreTrainedTokeni
 def _pretrained(recipe: Recipe, path: str, local_files_only: bool) -> PreTrainedTokenizerBase:
     revision = "main" if recipe.model.tokenizer else recipe.model.revision or "main"
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=local_files_only)
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision, local_files_only=local_files_only, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        found = f"the tokenizer of {path} cannot be loaded: {str(error).splitlines()[0]}"
-        raise RecipeError(
-            Problem(recipe.at("model"), found, "check the name, the network and the login")
-        ) from None
+        where = recipe.at("model", "tokenizer") if recipe.model.tokenizer else recipe.at("model")
+        do = "check the name, the network and the login"
+        raise RecipeError(Problem(where, *unread(error, f"the tokenizer of {path}", do))) from None
 
 
 def stand_in(resolved: Resolved) -> Characters:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, name2qmap, quantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftConfig, get_peft_model
 from peft.tuners.lora import dora
 from torch import nn
@@ -67,7 +65,7 @@ def base(
     """
     options = {"attn_implementation": attention} if attention else {}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     if quantize:
         model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantize)
         model.is_loaded_in_4bit = True
@@ -78,12 +76,13 @@ def adapted(model: PreTrainedModel, config: PeftConfig | None, dtype: torch.dtyp
     """`model` with its adapter, whose parameters train in `dtype`; None leaves them as PEFT makes them."""
     if config is None:
         return model
-    # DoRA measures each weight at the start, on a copy; a 4-bit weight on the meta device is not packed yet,
-    # and cannot be copied.
-    with (
-        replaced(Params4bit, "__deepcopy__", lambda weight, memo: weight),
-        replaced(dora, "dequantize_module_weight", _whole),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(dora, "dequantize_module_weight", _whole))
+        packed = next((module.weight for module in model.modules() if in_4bit(module)), None)
+        if packed is not None:
+            # DoRA measures each weight at the start, on a copy; a 4-bit weight on the meta device is not
+            # packed yet, and cannot be copied.
+            stack.enter_context(replaced(type(packed), "__deepcopy__", lambda weight, memo: weight))
         peft_model: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
     for parameter in peft_model.parameters():
         if dtype and parameter.requires_grad:
@@ -93,8 +92,17 @@ def adapted(model: PreTrainedModel, config: PeftConfig | None, dtype: torch.dtyp
 
 def _whole(module: Any) -> torch.Tensor:
     """PEFT's dequantize_module_weight, which knows a 4-bit weight by its class; a fake tensor has its own."""
-    state = getattr(module.weight, "quant_state", None)
-    return dequantize_4bit(module.weight, state) if state is not None else module.weight
+    if (state := getattr(module.weight, "quant_state", None)) is None:
+        return module.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole: torch.Tensor = dequantize_4bit(module.weight, state)
+    return whole
+
+
+def in_4bit(module: Any) -> bool:
+    """Is it a linear module of bitsandbytes? Asked by name, as that package need not be installed."""
+    return type(module).__name__ == "Linear4bit"
 
 
 def materialise(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> list[torch.Tensor]:
@@ -108,10 +116,12 @@ def materialise(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> l
         int, tuple[torch.Tensor, torch.Tensor]
     ] = {}  # the original too: an id is only unique among the living
     statistics: list[torch.Tensor] = []
-    name2qmap.setdefault(
-        "dynamic", create_dynamic_map()
-    )  # bitsandbytes computes it when it first needs it, from real numbers
     module: Any
+    if any(in_4bit(module) for module in model.modules()):
+        from bitsandbytes.functional import create_dynamic_map, name2qmap
+
+        # It computes this when it first needs it, from real numbers.
+        name2qmap.setdefault("dynamic", create_dynamic_map())
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in list(tensors.items()):
@@ -121,7 +131,7 @@ def materialise(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> l
                     with mode:
                         made[id(tensor)] = _fake(tensor, dtype, statistics), tensor
                 tensors[name] = made[id(tensor)][0]
-        if isinstance(module, Linear4bit):
+        if in_4bit(module):
             weight: Any = module.weight
             module.quant_state = weight.quant_state
             module.support_avx512bf16_for_cpu = False
@@ -132,17 +142,20 @@ def _fake(tensor: torch.Tensor, dtype: torch.dtype, statistics: list[torch.Tenso
     plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     if not isinstance(tensor, nn.Parameter):
         return plain
-    if not isinstance(tensor, Params4bit):
+    given: Any = tensor
+    if type(given).__name__ != "Params4bit":
         return nn.Parameter(plain, requires_grad=tensor.requires_grad)
+    from bitsandbytes.functional import quantize_4bit
+
     kind = {
-        "compress_statistics": tensor.compress_statistics,
-        "quant_type": tensor.quant_type,
-        "quant_storage": tensor.quant_storage,
+        "compress_statistics": given.compress_statistics,
+        "quant_type": given.quant_type,
+        "quant_storage": given.quant_storage,
     }
-    packed, state = quantize_4bit(plain.to(dtype), blocksize=tensor.blocksize, **kind)
+    packed, state = quantize_4bit(plain.to(dtype), blocksize=given.blocksize, **kind)
     weight: Any = nn.Parameter(packed, requires_grad=False)  # a Params4bit would quantise it again
     vars(weight).update(
-        kind, quant_state=state, bnb_quantized=True, blocksize=tensor.blocksize, module=tensor.module
+        kind, quant_state=state, bnb_quantized=True, blocksize=given.blocksize, module=given.module
     )
     nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
     statistics += [state.absmax, state.code, *nested]

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from transformers import PreTrainedConfig
 from trl import pack_dataset
 
@@ -222,7 +221,8 @@ def rehearsed(setup: Setup) -> Memory:
 def closed(setup: Setup, why: str) -> Memory:
     """The usual arithmetic, for a step that could not be run."""
     base = fake.base(setup.config, setup.dtype, setup.attention, setup.quantize)
-    linear = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit))
+    packed: list[Any] = [m for m in base.modules() if fake.in_4bit(m)]
+    linear = sum(m.in_features * m.out_features for m in packed)
     whole = sum(p.numel() for p in base.parameters())
     trainable = whole if setup.freeze is None else freeze.apply(base, setup.freeze)
     if setup.peft_config:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.optim.optimizer import Optimizer2State
 from peft import PeftConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -192,7 +191,7 @@ def _optimizer(model: Any, trained: list[nn.Parameter], setup: Setup) -> tuple[A
         options = options | {"foreach": True}  # PyTorch's default for CUDA tensors
     with unset_fake_temporarily():  # bitsandbytes computes the tables of its 8-bit states here
         optimizer = kind(trained, **options)
-    if isinstance(optimizer, Optimizer2State):
+    if any(base.__name__ == "Optimizer2State" for base in kind.__mro__):  # bitsandbytes' own
         return optimizer, _bitsandbytes(optimizer, model, setup)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)

@@ -24,7 +24,9 @@ def base(folder: Path, known: Provenance | None) -> PreTrainedModel:
     """
     dtype = getattr(torch, known.dtype) if known else "auto"
     options = {"quantization_config": build.nf4(known.dtype)} if known and known.quantize else {}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, **options
+    )
     if torch.cuda.is_available() and not options:  # bitsandbytes has placed 4-bit weights itself
         loaded = loaded.to("cuda")
     return build.trainable_4bit(loaded).eval()
@@ -84,6 +86,7 @@ def stops(result: Path, tokenizer: Any, model: Any) -> list[int]:
 def tokenizer(result: Path, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that training saved in `result`; that of the base in `folder` where it saved none."""
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        result if (result / "tokenizer_config.json").is_file() else folder
+        result if (result / "tokenizer_config.json").is_file() else folder,
+        trust_remote_code=False,
     )
     return found

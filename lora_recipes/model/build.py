@@ -3,6 +3,7 @@ peft and trl.
 """
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import Dataset
 from peft import EvaConfig, LoraConfig, PeftConfig, PromptTuningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import CordaConfig
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,26 +37,32 @@ from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import new_tokens
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.render import Example
-from lora_recipes.model import embeddings, freeze, initialise, peft_callbacks, rates
+from lora_recipes.model import checkpoint, embeddings, freeze, initialise, peft_callbacks, rates
 from lora_recipes.model.initialise import Start
-from lora_recipes.recipe.base import Base, Resolved
+from lora_recipes.recipe.base import Base, Resolved, unread
 from lora_recipes.recipe.contract import Contract
 from lora_recipes.recipe.recipe import Recipe, initialisation
 
 
-def contract_differences(base: Base, real: PreTrainedConfig) -> list[str]:
+def contract_differences(base: Base, real: PreTrainedConfig) -> list[Problem]:
     """Where the checkpoint's config (`real`) departs from the contract; empty when they agree or there is
     none."""
     if base.contract is None or base.recipe.model.weights == "random":
         return []
-    return base.contract.differences(real.get_text_config().to_dict())
+    where, do = base.recipe.at("model", "contract"), "correct the contract, or name_or_path"
+    found = base.contract.differences(real.get_text_config().to_dict())
+    return [Problem(where, f"the plan describes another model: {line}", do) for line in found]
 
 
 def meta_model(base: Base) -> PreTrainedModel:
     """The text model on the meta device, as AutoModelForCausalLM will build it. Takes no memory."""
-    with torch.device("meta"):
-        dtype = getattr(torch, base.recipe.model.dtype)
-        model = AutoModelForCausalLM.from_config(base.text_config(), dtype=dtype)
+    config, dtype = base.text_config(), getattr(torch, base.recipe.model.dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        do = "name a checkpoint that continues text (its class ends in ForCausalLM)"
+        raise RecipeError(Problem(base.at, *unread(error, base.name, do))) from None
     if contract := base.contract:
         found = contract.departures({name: parameter.shape for name, parameter in model.named_parameters()})
         where, do = base.recipe.at("model", "contract"), f"correct configs/models/{contract.name}.yaml"
@@ -229,7 +237,11 @@ def published_class(contract: Contract) -> type[PreTrainedModel]:
 
 
 def nf4(dtype: str) -> BitsAndBytesConfig:
-    """NF4 with double quantisation, computed in `dtype` (QLoRA, arXiv 2305.14314)."""
+    """NF4 with double quantisation, computed in `dtype` (QLoRA, arXiv 2305.14314). RecipeError without
+    bitsandbytes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        found = "a base in NF4 needs the package bitsandbytes, which is not installed"
+        raise RecipeError(Problem("model.quantize", found, "pip install 'lora-recipes[bitsandbytes]'"))
     compute = getattr(torch, dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -243,25 +255,32 @@ def model(resolved: Resolved) -> PreTrainedModel:
     """The base model with its weights, frozen or not as the trainer will have it, in the recipe's dtype or in
     NF4.
     """
-    recipe, path = resolved.recipe, resolved.base.weights
+    recipe, base, path = resolved.recipe, resolved.base, resolved.base.weights
+    raise_if(checkpoint.unfit(base, config := base.real_config()))
     given = recipe.model.given
     options: dict[str, Any] = {k: given[k] for k in ("revision", "attn_implementation") if k in given}
     if recipe.model.quantize == "nf4":
         options["quantization_config"] = nf4(recipe.model.dtype)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, recipe.model.dtype), **options
+        # Another shape would stop it in the middle; so it is reported with all else that is wrong.
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, recipe.model.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        attention = recipe.model.attn_implementation is not None and "attn" in str(error)
+        where = recipe.at("model", "attn_implementation") if attention else base.at
         do = "check the name, the network, the login and attn_implementation"
-        key = (
-            "attn_implementation"
-            if recipe.model.attn_implementation is not None and "attn" in str(error)
-            else "name_or_path"
-        )
-        raise RecipeError(
-            Problem(recipe.at("model", key), f"{path} cannot be loaded: {str(error).splitlines()[0]}", do)
-        ) from None
+        raise RecipeError(Problem(where, *unread(error, base.name, do))) from None
+    loaded, report = found
+    raise_if(checkpoint.faults(base, config, loaded, report) + checkpoint.in_codes(base))
+    raise_if(checkpoint.untied(base, loaded))
     if getattr(loaded, "_hf_peft_config_loaded", False) or hasattr(loaded, "peft_config"):
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
         raise RecipeError(Problem(recipe.at("model", "name_or_path"), f"{path} carries an adapter", do))

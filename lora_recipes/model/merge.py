@@ -114,7 +114,7 @@ class Job:
     @property
     def architecture(self) -> str:
         """The class that the checkpoint names; a two-part one holds more than the text model that trains."""
-        return str(AutoConfig.from_pretrained(self.source).architectures[0])
+        return str(AutoConfig.from_pretrained(self.source, trust_remote_code=False).architectures[0])
 
     @property
     def tokens(self) -> list[int]:
@@ -253,7 +253,7 @@ def _writer(folder: Path) -> int | None:
 
 
 def _dtype(source: Path) -> str:
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
@@ -290,7 +290,9 @@ def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
     the checkpoint names; read that back, and hold it against all three.
     """
     has_own = (job.adapter.path / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(job.adapter.path if has_own else job.source)
+    tokenizer = AutoTokenizer.from_pretrained(
+        job.adapter.path if has_own else job.source, trust_remote_code=False
+    )
     wanted = _wanted(job, tokenizer)
     facts: dict[str, Any] = {
         "adapter": shown(job.adapter.path),
@@ -321,7 +323,10 @@ def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
 
 def _wanted(job: Job, tokenizer: Any) -> Wanted:
     """What the merged model must answer, and the base's own weights with the adapter, not merged yet."""
-    chance = torch.randint(0, len(tokenizer), (1, 16), generator=torch.Generator().manual_seed(0))
+    # A tokenizer may have tokens that the embedding has no row for.
+    config = AutoConfig.from_pretrained(job.source, trust_remote_code=False).get_text_config()
+    rows = min(len(tokenizer), config.vocab_size)
+    chance = torch.randint(0, rows, (1, 16), generator=torch.Generator().manual_seed(0))
     probes = [chance, *(tokenizer(text, return_tensors="pt")["input_ids"] for text in PROBES)]
     if job.known is None:
         attached = _attach(_load(job.source, job.arithmetic, job), job)
@@ -377,7 +382,7 @@ def _load(folder: Path, dtype: str, job: Job) -> PreTrainedModel:
     names are those of the two-part class, that class.
     """
     options = {"dtype": getattr(torch, dtype)}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     names = dict(model.named_modules())
     if any(module not in names for module in job.adapter.modules):
         model = getattr(transformers, job.architecture).from_pretrained(folder, **options)

@@ -14,6 +14,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -47,15 +48,19 @@ class Coverage:
 
     def __str__(self) -> str:
         """E.g. `full_attention 8 layers: q_proj, v_proj (not: k_proj, o_proj)`; a kind without an adapted
-        token mixer is told apart.
+        token mixer is told apart, and so are routed experts, which names of modules do not reach.
         """
         head = f"{self.kind} {self.layers} layers: "
-        names = ", ".join(map(_leaf, self.adapted))
-        untouched = ", ".join(_leaf(name) for name in self.left if not name.startswith("mlp."))
+        names = ", ".join(map(_label, self.adapted))
+        untouched = ", ".join(
+            _label(name) for name in self.left if not name.startswith("mlp.") and not _routed(name)
+        )
+        frozen = ", ".join(_label(name) for name in self.left if _routed(name))
+        tail = f"; routed experts frozen: {frozen}" if frozen else ""
         if untouched and all(name.startswith("mlp.") for name in self.adapted):
-            whole = "nothing" if not names else names if "(" in names else "mlp only"
-            return f"{head}{whole} - no token mixer adapted ({untouched} exist)"
-        return head + names + (f" (not: {untouched})" if untouched else "")
+            whole = "nothing" if not names else names if "(" in names or "." in names else "mlp only"
+            return f"{head}{whole} - no token mixer adapted ({untouched} exist){tail}"
+        return head + names + (f" (not: {untouched})" if untouched else "") + tail
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -78,6 +83,24 @@ def matched(model: PreTrainedModel, config: Any) -> list[str]:
     return [n for n in names if check_target_module_exists(config, n)]
 
 
+def experts(model: PreTrainedModel) -> list[str]:
+    """The parameters that hold all routed experts of a layer in one: lora.target_parameters reaches them, no
+    name of a module does."""
+    return [
+        f"{name}.{leaf}"
+        for name, module in modules(model).items()
+        if _routed(f"{name}.") and not isinstance(module, ADAPTABLE)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+
+
+def matched_parameters(model: PreTrainedModel, config: Any) -> list[str]:
+    """The names of the parameters that `target_parameters` adapts."""
+    entries = getattr(config, "target_parameters", None) or []
+    return [n for n, _ in model.named_parameters() if any(_ends(n, entry) for entry in entries)]
+
+
 def problems(model: PreTrainedModel, config: Any, recipe: Recipe) -> list[Problem]:
     """Every entry of `config` that matches nothing on `model`, and every target that would be refused or go
     wrong later.
@@ -89,16 +112,18 @@ def problems(model: PreTrainedModel, config: Any, recipe: Recipe) -> list[Proble
     if not found:
         # Only with right targets can the others be judged: they choose among the modules that the targets
         # match.
-        found = [*_excludes(model, config, recipe), *_layers(model, config, recipe)] or list(
-            _emptied(model, config, recipe)
+        found = (
+            list(_rewritten(model, config, recipe))
+            or [*_excludes(model, config, recipe), *_layers(model, config, recipe)]
+            or list(_emptied(model, config, recipe))
         )
         found += _patterns(model, config, recipe) if not found else []
     return [*found, *_refused(model, config, recipe), *_elsewhere(model, config, recipe)]
 
 
 def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]:
-    """For each kind of layer (transformers' `layer_types`) which of its linear modules are adapted, and which
-    are not.
+    """For each kind of layer (transformers' `layer_types`) which of its linear modules, and of its routed
+    experts, are adapted (`adapted`: names of modules and parameters), and which are not.
 
     A module that is adapted in only some layers of its kind stands with the count: `q_proj (3 of 8)`. Token
     mixers come first, and in each block the projections in before the one out.
@@ -106,8 +131,9 @@ def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     have: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for name, module in modules(model).items():
-        if (match := _LAYER.match(name)) and isinstance(module, ADAPTABLE):
+    linear = [name for name, module in modules(model).items() if isinstance(module, ADAPTABLE)]
+    for name in [*linear, *experts(model)]:
+        if match := _LAYER.match(name):
             have[types[int(match.group(1))]][match.group(2)].append(name in adapted)
     result = []
     for kind, done in have.items():
@@ -121,6 +147,17 @@ def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]
 
 def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
+
+
+def _label(name: str) -> str:
+    """The last part of a name; with the experts that it belongs to, as `gate_proj` may mean several."""
+    parts = name.split(".")
+    of = next((i for i, part in enumerate(parts[:-1]) if "expert" in part), len(parts) - 1)
+    return ".".join(parts[of:])
+
+
+def _routed(name: str) -> bool:
+    return "experts" in name.split(".")[:-1]
 
 
 def _all_linear(entries: Any) -> bool:
@@ -214,8 +251,52 @@ def _targets(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Pr
                 f"{entry!r} in a list is no module's name",
                 "write target_modules: all-linear, without the list",
             )
+        elif reached := _meant_experts(model, entry):
+            do = f"the routed experts are parameters here: lora.target_parameters: [{listed(reached)}]"
+            yield Problem(where, f"{entry!r} matches no module of this model", do)
         else:
             yield _nothing(where, entry, names)
+
+
+def _meant_experts(model: PreTrainedModel, entry: str) -> list[str]:
+    """The parameters of routed experts that `entry` may mean: gate_proj stands in gate_up_proj, w1 is what
+    Mixtral's were called."""
+    words = set(_leaf(entry).split("_"))
+    names = dict.fromkeys(m.group(2) for n in experts(model) if (m := _LAYER.match(n)))
+    if "expert" in entry or re.fullmatch(r"w\d", _leaf(entry)):
+        return list(names)
+    return [name for name in names if words <= set(_leaf(name).split("_"))]
+
+
+def _rewritten(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    """Names that PEFT takes for others: on some mixtures of experts `gate_proj` becomes the routed experts'
+    gate_up_proj, and no longer means the shared expert or a dense layer
+    (peft/utils/transformers_weight_conversion.py, for adapters that transformers 4 trained).
+    """
+    if config.peft_type != "LORA":
+        return
+    named = matched(model, config)
+    taken = {leaf for leaf in map(_leaf, named) if _taken(model, config, {leaf})}
+    if not taken and not _taken(model, config, config.target_modules):
+        return
+    lost = dict.fromkeys(_label(name) for name in named if _leaf(name) in taken)
+    stay = dict.fromkeys(_leaf(name) for name in named if _leaf(name) not in taken)
+    reached = dict.fromkeys(m.group(2) for n in experts(model) if (m := _LAYER.match(n)))
+    out = f", not for {listed(lost, 4)}" if lost else ""
+    found = f"on {model.config.model_type} PEFT takes names here for the routed experts{out}"
+    do = f"write what it leaves as it is, [{listed(stay)}]" if stay else "remove them"
+    do += f"; for the routed experts target_parameters: [{listed(reached)}]"
+    yield Problem(recipe.at("lora", "target_modules"), found, do)
+
+
+def _taken(model: PreTrainedModel, config: Any, names: Any) -> bool:
+    """Would PEFT make parameters of experts of `names`?"""
+    other = copy.deepcopy(_with(config, target_modules=names))
+    try:
+        convert_peft_config_for_transformers(other, model=model, conversions=None)
+    except ValueError:  # gate_proj without up_proj, which are one there
+        return True
+    return bool(set(other.target_parameters or ()) - set(config.target_parameters or ()))
 
 
 def _excludes(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:

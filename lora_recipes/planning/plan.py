@@ -27,7 +27,7 @@ from lora_recipes.data import gate, new_tokens
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices, memory
 from lora_recipes.memory.fits import Memory, gib
-from lora_recipes.model import build, embeddings, freeze, probes, rates, targets
+from lora_recipes.model import build, checkpoint, embeddings, freeze, probes, rates, reach, targets
 from lora_recipes.planning import adapter_facts, machine, space
 from lora_recipes.planning import processes as layouts
 from lora_recipes.planning.processes import Sizes
@@ -107,11 +107,14 @@ def make(
     raise_if(rules.of_layout(recipe, layout))
     arguments = build.sft_config(recipe, resolved.folder)
     model, config = build.meta_model(resolved.base), build.peft_config(recipe)
+    of_base = checkpoint.check(resolved.base, model)
     known = _facts(resolved, model, arguments, layout)
     raise_if(rules.problems(recipe, known) + _named(model, config, recipe))
     plan = Plan(rows(resolved, network), layout)
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))
+    new = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
+    plan.warnings += of_base + reach.check(model, new, plan.gate, recipe)
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
     plan.say("recipe", f"{recipe.name}{changed}")
     if layout != SINGLE:
@@ -152,6 +155,7 @@ def _facts(resolved: Resolved, model: PreTrainedModel, arguments: SFTConfig, lay
         linear_attention="linear_attention" in (getattr(config, "layer_types", None) or []),
         has_sdpa=model._supports_sdpa,
         causal_conv1d=importlib.util.find_spec("causal_conv1d") is not None,
+        bitsandbytes=importlib.util.find_spec("bitsandbytes") is not None,
         plain_optimizer=resolved.recipe.learning_rates is None or rates.plain(arguments),
         warm=warm.recipe if warm else None,
         same_base=warm is None or warm.base.weights == resolved.base.weights,
@@ -254,7 +258,8 @@ def _model(
     if config:
         config = embeddings.training(config, model, indices)
         adapted = [] if config.is_prompt_learning else targets.matched(model, config)
-        found = targets.coverage(model, adapted) if adapted else []
+        parameters = targets.matched_parameters(model, config)
+        found = targets.coverage(model, [*adapted, *parameters]) if adapted or parameters else []
         trainable, total, size = adapter_facts.counts(model, config, recipe)
     share = 100 * trainable / total
     facts = ModelFacts(

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora_recipes.core import locate
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
@@ -13,6 +14,25 @@ from lora_recipes.recipe import contract as contracts
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.contract import Contract
 from lora_recipes.recipe.recipe import Recipe
+
+OWN_CODE = (
+    "brings Python code of its own (auto_map), which is never run here: plan, memory, merge and vLLM would"
+    " each have to trust it"
+)
+WITHOUT_CODE = (
+    "name a checkpoint of a class that transformers has; where it is one under another name, write that"
+    " model_type into its config.json and remove auto_map"
+)
+
+
+def unread(error: Exception, what: str, do: str) -> tuple[str, str]:
+    """What to say of `what` (a config, a tokenizer, a model), which transformers cannot load because of
+    `error`: what was found, and what to do (`do`, unless the reason is code of its own)."""
+    if "trust_remote_code" in str(error):
+        return f"{what} {OWN_CODE}", WITHOUT_CODE
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    first += f" {more[0].strip()}" if first.endswith(":") and more else ""
+    return f"{what} cannot be loaded: {first}", do
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,22 @@ class Base:
     def revision(self) -> str | None:
         """Branch, tag or commit on the hub."""
         return self.recipe.model.revision
+
+    @property
+    def at(self) -> str:
+        """Where the recipe names it."""
+        return self.recipe.at("model", "from_recipe" if self.maker else "name_or_path")
+
+    @property
+    def name(self) -> str:
+        """The folder or hub id, to be read by people."""
+        return shown(Path(self.weights)) if Path(self.weights).is_dir() else self.weights
+
+    @property
+    def folder(self) -> Path | None:
+        """Its weights on this machine: a folder, or the cache's; None where they would have to be fetched, or
+        made."""
+        return locate.local(self.weights, self.revision)
 
     def text_config(self) -> Any:
         """The transformers.PreTrainedConfig of the text model: from the contract where there is one (no
@@ -54,14 +90,18 @@ class Base:
 
     def real_config(self) -> Any:
         """The transformers.PreTrainedConfig of the weights themselves: the folder's, or the hub's."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.weights, revision=self.revision or "main")
-        except (OSError, ValueError) as error:
+            return AutoConfig.from_pretrained(
+                self.weights, revision=self.revision or "main", trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
             do = "check the name, the network and the login; with model.contract a plan needs neither"
-            found = f"the config of {self.weights} cannot be read: {str(error).splitlines()[0]}"
-            raise RecipeError(Problem(self.recipe.at("model", "name_or_path"), found, do)) from None
+            if Path(self.weights).is_dir():
+                do = "its config.json is not one that transformers reads: fetch the checkpoint anew"
+            raise RecipeError(Problem(self.at, *unread(error, f"the config of {self.name}", do))) from None
 
 
 @dataclass(frozen=True)

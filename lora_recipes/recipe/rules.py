@@ -26,8 +26,8 @@ class Facts:
     """What rules need to know beside the recipe.
 
     `layout`: where it will run. Of the model: has any module a bias, has it linear-attention layers, and has
-    its attention a form for torch's scaled_dot_product_attention (sdpa); `causal_conv1d`: is that package
-    here; `plain_optimizer`: does train.optim take parameter groups. `warm`: the recipe of
+    its attention a form for torch's scaled_dot_product_attention (sdpa); `causal_conv1d`, `bitsandbytes`: is
+    that package here; `plain_optimizer`: does train.optim take parameter groups. `warm`: the recipe of
     warm_start.from_recipe, and `same_base`: is its base this recipe's? `doubtful`: sections with a fault
     that is told already, "" being the file as a whole.
 
@@ -42,6 +42,7 @@ class Facts:
     has_sdpa: bool = True
     causal_conv1d: bool = True
     plain_optimizer: bool = True
+    bitsandbytes: bool = True
     warm: Recipe | None = None
     same_base: bool = True
     doubtful: frozenset[str] = frozenset()
@@ -442,7 +443,17 @@ _INSTALL = (
     "install causal-conv1d (CUDA), or set train.packing: false; packing_strategy: wrapped runs, but lets"
     " rows see each other"
 )
+_BNB = "pip install 'lora-recipes[bitsandbytes]'"
 _BASE = [
+    Rule(
+        "model.quantize",
+        "no bitsandbytes",
+        "{quantize} needs the package bitsandbytes, which is not installed",
+        _BNB,
+        lambda r, f: (
+            {"quantize": r.model.quantize} if r.model.quantize is not None and not f.bitsandbytes else None
+        ),
+    ),
     Rule(
         "model.quantize",
         "full: and freeze:",

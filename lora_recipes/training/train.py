@@ -82,9 +82,7 @@ def _train(
     expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
     say(plan.short(f"{shown(folder.path / PLAN)}, or {cli.command('plan', RECIPE=recipe.name)}"))
     real = resolved.base.real_config()
-    if wrong := build.contract_differences(resolved.base, real):
-        do = "the plan describes another model: correct the contract, or name_or_path"
-        raise RecipeError([Problem(recipe.at("model", "contract"), line, do) for line in wrong])
+    raise_if(build.contract_differences(resolved.base, real))
     arguments = build.sft_config(recipe, folder)
     before = folder.run if resume else None
     facts = resume_facts(plan, resolved, real, before)

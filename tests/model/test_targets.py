@@ -12,7 +12,14 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GptOssConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
 
 from lora_recipes.core.errors import Problem
 from lora_recipes.model import targets
@@ -662,3 +669,103 @@ def test_coverage_adds_up_to_the_matched_modules() -> None:
     found = targets.matched(real, LoraConfig(target_modules="all-linear"))
     assert sum(c.layers * len(c.adapted) for c in targets.coverage(real, found)) == len(found) == 31
     assert sum(c.layers * len(c.left) for c in targets.coverage(real, [])) == 31
+
+
+# ---- mixtures of experts
+
+
+def mixture(name: str, bases) -> PreTrainedModel:
+    """A tiny one of tests/cases, or one made from a config, without weights."""
+    made = {"mixtral": MixtralConfig, "glm4_moe": Glm4MoeConfig, "gpt_oss": GptOssConfig}
+    config = made[name](**EXPERTS[name]) if name in made else AutoConfig.from_pretrained(bases(name))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "num_experts_per_tok": 2}
+GROUPS = {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 24, "n_group": 1}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": TINY | {"num_local_experts": 4},
+    "gpt_oss": TINY | {"num_local_experts": 4},
+    "glm4_moe": TINY | GROUPS | {"topk_group": 1, "first_k_dense_replace": 1},
+}
+
+
+def trained_by_peft(of: PreTrainedModel, **lora: Any) -> set[str]:
+    """Where PEFT really puts A and B, cut to what follows the layer's number."""
+    peft_model = get_peft_model(of, LoraConfig(task_type="CAUSAL_LM", r=4, **lora), low_cpu_mem_usage=True)
+    names = (n for n, p in peft_model.named_parameters() if p.requires_grad and ".lora_A." in n)
+    return {n.split(".layers.")[1].split(".", 1)[1].split(".lora_A")[0] for n in names}
+
+
+def test_a_shared_expert_is_named_as_one_and_the_routed_ones_are_said_to_be_frozen(bases, tmp_path):
+    of, wanted = mixture("qwen2_moe", bases), ["q_proj", *MLP]
+    assert problems(tmp_path, of, target_modules=wanted) == []
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=wanted)
+    (covered,) = targets.coverage(of, targets.matched(of, lora))
+    shared = "shared_expert.gate_proj, shared_expert.up_proj, shared_expert.down_proj"
+    assert str(covered) == (
+        f"full_attention 2 layers: q_proj, {shared} (not: k_proj, v_proj, o_proj);"
+        " routed experts frozen: experts.gate_up_proj, experts.down_proj"
+    )
+    assert trained_by_peft(of, target_modules=wanted) == {
+        "self_attn.q_proj",
+        *(f"mlp.shared_expert.{name}" for name in MLP),
+    }
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("entry", "parameter"), [("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj"), ("down_proj",) * 2]
+)
+def test_a_name_that_only_an_expert_has_is_answered_by_target_parameters(
+    name, entry, parameter, bases, tmp_path
+):
+    of = mixture(name, bases)
+    (found,) = problems(tmp_path, of, target_modules=["q_proj", entry])
+    assert found.where.endswith("lora.target_modules[1]") and f"{entry!r} matches no module" in found.found
+    assert f"lora.target_parameters: [mlp.experts.{parameter}]" in found.do
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_experts_that_are_trained_stand_in_the_coverage(name, bases, tmp_path):
+    of, entries = mixture(name, bases), ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": entries}
+    assert problems(tmp_path, of, **lora) == []
+    config = LoraConfig(task_type="CAUSAL_LM", **lora)
+    adapted = [*targets.matched(of, config), *targets.matched_parameters(of, config)]
+    for covered in targets.coverage(of, adapted):
+        assert set(covered.adapted) == {"self_attn.q_proj", *entries} and "frozen" not in str(covered)
+    assert {n.partition(".experts")[0] for n in trained_by_peft(of, **lora)} == {"self_attn.q_proj", "mlp"}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("glm4_moe", ["q_proj", *MLP]),
+        ("glm4_moe", ["q_proj", "shared_experts.gate_proj", "shared_experts.up_proj"]),
+        ("glm4_moe", "all-linear"),
+        ("mixtral", "all-linear"),
+        ("qwen3_moe", "all-linear"),
+        ("glm4_moe", r".*\.(gate_proj|up_proj)"),
+        ("glm4_moe", ["q_proj", "gate_proj"]),
+    ],
+)
+def test_names_that_peft_takes_for_the_experts_are_refused(name, wanted, bases, tmp_path):
+    """PEFT rewrites them for adapters of transformers 4; what it then trains is not what the names match."""
+    of = mixture(name, bases)
+    (found,) = problems(tmp_path, of, target_modules=wanted)
+    assert "PEFT takes names here for the routed experts" in found.found
+    assert "target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]" in found.do
+    meant = LoraConfig(task_type="CAUSAL_LM", target_modules=wanted)
+    named = {n.split(".layers.")[1].split(".", 1)[1] for n in targets.matched(of, meant)}
+    try:
+        assert trained_by_peft(of, target_modules=wanted) != named, "then it need not be refused"
+    except ValueError as error:
+        assert "because they are fused" in str(error)
+    if "write what it leaves" in found.do:
+        remedy = found.do.partition("[")[2].partition("]")[0].split(", ")
+        assert problems(tmp_path, mixture(name, bases), target_modules=remedy) == []
+    else:
+        assert isinstance(wanted, str) and "remove them" in found.do, "the pattern names nothing else"

@@ -80,6 +80,15 @@ CASES = [
     *without("lora.use_qalora lora.alora_invocation_tokens lora.layer_replication lora.use_bdlora"),
     *without("lora.arrow_config lora.ensure_weight_tying lora.megatron_config"),
     Case("lora.task_type", "tiny_facts", "lora.task_type=SEQ_CLS", "lora.task_type=CAUSAL_LM"),
+    Case(
+        "model.quantize",
+        "tiny_facts",
+        "model.quantize=nf4",
+        "",
+        {"bitsandbytes": False},
+        {"bitsandbytes": True},
+        r"pip install 'lora-recipes\[bitsandbytes\]'",
+    ),
     Case("lora.bias", "tiny_facts", "lora.bias=all", "lora.bias=none", {"has_bias": False}),
     *(
         Case(
