@@ -134,7 +134,7 @@ _TRAINS = "an adapter that is trained is never in inference mode"
 # What TRL would upload: a repository named "checkpoints", TRL's own card, a pickle, no provenance.json.
 _UPLOAD = Without("nothing is uploaded while training; then `hf upload NAME outputs/<recipe name>/adapter`")
 _LOSS_ONLY = Without("an evaluation keeps the loss and no logits, there is no metric that would read them")
-_VERB = Without("the verb says it: make train, make eval")
+_VERB = Without("the verb that is called says it: train, eval or plan")
 _FULL_EVAL = Without("the evaluation after training would round the trained weights, and then they are saved")
 _JOINED = Without("the processes join each other before the trainer reads it, with accelerate's own")
 _UNTRIED = "a variant of LoRA that was not shown here to be saved, merged and served as it was trained"
@@ -347,7 +347,7 @@ OWNED: dict[str, Answer] = {
     "train.do_predict": _VERB,
     "train.do_train": _VERB,
     "train.enable_jit_checkpoint": Without(
-        "its checkpoints have no checksums, and RESUME=1 takes whole ones only: set train.save_steps"
+        "its checkpoints have no checksums, and only whole ones are resumed from: set train.save_steps"
     ),
     "train.eval_accumulation_steps": _LOSS_ONLY,
     "train.eval_do_concat_batches": _LOSS_ONLY,
