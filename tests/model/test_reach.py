@@ -34,6 +34,8 @@ def test_tokens_that_no_row_uses_are_a_warning(case):
 def test_tokens_in_the_eval_rows_are_found_too(case):
     path = case("bigger_tokenizer", train__eval_strategy="steps", train__eval_steps=2)
     row = json.loads((path.parent / "ids_beyond.jsonl").read_text().splitlines()[2])
+    row["prompt"][0]["content"] = "Which of the old lamps hides a spare key under its foot?"
+    row["completion"][0]["content"] = "Only that green one beside our window <extra_190>"
     (path.parent / "held.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(RecipeError, match=r"held.jsonl:1: its token '<extra_190>'"):
         warnings(path, f"data.eval={path.parent / 'held.jsonl'}")
