@@ -388,6 +388,7 @@ class Run(Record):
     metrics: Annotated[dict[str, float] | None, "the trainer's last, under its names; losses: nats"] = None
     memory: Annotated[MemoryUse | None, "memory used; as steps"] = None
     result_bytes: Annotated[int | None, "size of the saved weights, bytes; when finished"] = None
+    result_files: Annotated[list[str] | None, "the files of adapter/ or model/; when finished"] = None
     not_servable: Annotated[list[str] | None, "why vLLM cannot serve the adapter; empty where it can"] = None
 
 
@@ -406,13 +407,16 @@ class FinishedRun(Run):
     result_bytes: int = field()
 
 
-def finished(run: Run, ended: str, result_bytes: int, not_servable: list[str] | None) -> FinishedRun:
+def finished(
+    run: Run, ended: str, result_bytes: int, result_files: list[str], not_servable: list[str] | None
+) -> FinishedRun:
     """`run` at its good end. Training has filled in all else of its outcome."""
     known = {f.name: getattr(run, f.name) for f in fields(Run)}
     known |= {
         "status": "finished",
         "ended": ended,
         "result_bytes": result_bytes,
+        "result_files": result_files,
         "not_servable": not_servable,
     }
     open_ = [name for name in FinishedRun.__annotations__ if known[name] is None]

@@ -120,6 +120,20 @@ class RunFolder:
         """Give back what `reserve` took."""
         self.reserved.unlink(missing_ok=True)
 
+    def foreign(self) -> list[Path]:
+        """What lies in the folders of the result and of the merged model, and no run and no merge wrote."""
+        known = self.record
+        files = known.result_files if isinstance(known, Run) else None
+        return [
+            folder / name
+            for folder, wrote in [
+                (self.path / "adapter", files),
+                (self.path / "model", files),
+                (self.path / "merged", merged_files(self.path / "merged")),
+            ]
+            for name in foreign(folder, wrote)
+        ]
+
     def clear(self) -> None:
         """Make room for a new run: a finished run moves to `.replaced/`, an unfinished one goes; other
         people's files stay.
@@ -144,6 +158,28 @@ class RunFolder:
     def write_record(self, new: Record) -> None:
         """Write run.json in one move."""
         write(self.path / "run.json", record.dumps(new))
+
+
+def merged_files(folder: Path) -> list[str] | None:
+    """The names that merge.json lists in a merged model's folder; None where an earlier version kept no
+    list.
+    """
+    try:
+        return [*json.loads((folder / "merge.json").read_text(encoding="utf-8"))["files"], "merge.json"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def foreign(folder: Path, wrote: list[str] | None) -> list[str]:
+    """The names in `folder` that are none of those that the program `wrote` there; None: unknown, and what
+    has the name of a model's file passes.
+    """
+    if not folder.is_dir():
+        return []
+    names = {p.name for p in folder.iterdir()}
+    if wrote is None:
+        wrote = [n for n in names if Path(n).suffix in (".json", ".jinja", ".safetensors", ".model", ".md")]
+    return sorted(names - set(wrote))
 
 
 def run_name(word: str) -> str:

@@ -33,6 +33,7 @@ from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
 from lora_recipes.core.provenance import Probe, Provenance
+from lora_recipes.core.run_folder import foreign, merged_files
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.model import answers, attach, embeddings, stored
 from lora_recipes.recipe.rules import PROMPTS
@@ -216,7 +217,7 @@ def _place(output: Path, force: bool) -> list[str]:
             raise RecipeError(
                 Problem(shown(output), "is already there", f"{cli.command(FORCE=True)} replaces it")
             )
-        if own := _foreign(output):
+        if own := foreign(output, merged_files(output)):
             found = f"holds what no merge wrote: {listed(own, 3)}"
             raise RecipeError(Problem(shown(output), found, "move it away: the folder is replaced whole"))
     notes = []
@@ -227,17 +228,6 @@ def _place(output: Path, force: bool) -> list[str]:
         shutil.rmtree(folder, ignore_errors=True)
         notes.append(f"{shown(folder)} was left by a merge that was killed, and is gone")
     return notes
-
-
-def _foreign(output: Path) -> list[str]:
-    """The names in a merged model's folder that the merge did not write."""
-    try:
-        names = json.loads((output / "merge.json").read_text(encoding="utf-8"))["files"]
-    except (ValueError, TypeError, KeyError):  # of an earlier version, which kept no list
-        names = [
-            p.name for p in output.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".model")
-        ]
-    return sorted({p.name for p in output.iterdir()} - {*names, "merge.json"})
 
 
 def _writer(folder: Path) -> int | None:

@@ -105,7 +105,8 @@ def finish(session: Session) -> FinishedRun:
             )
             not_servable = [f"{fault.found}: {fault.do}" for fault in faults]
         size = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
-        done = record.finished(session.run, now(), size, not_servable)
+        files = sorted({"README.md", *(p.name for p in temporary.iterdir())})
+        done = record.finished(session.run, now(), size, files, not_servable)
         card.write(temporary, recipe, done)
         replace_folder(temporary, final)
         watch.draw(folder)

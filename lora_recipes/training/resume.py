@@ -35,6 +35,11 @@ def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
             Problem(where, "there is no checkpoint to resume from", f"run without {cli.command(RESUME=True)}")
         )
     if force:
+        if own := folder.foreign():
+            do = f"move it away: {cli.command(FORCE=True)} replaces these folders whole"
+            raise RecipeError(
+                [Problem(shown(path), "was written by no run and no merge", do) for path in own]
+            )
         return
     if folder.finished:
         do = (

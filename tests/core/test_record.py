@@ -113,10 +113,10 @@ def test_a_run_that_failed_keeps_what_was_known_and_needs_no_outcome():
 
 def test_only_a_whole_outcome_finishes_a_run():
     run: Any = record.loads(changed(lambda r: r.update(status="running")), "run.json")
-    done = record.finished(run, "2026-01-01T00:00:00+00:00", 7, [])
+    done = record.finished(run, "2026-01-01T00:00:00+00:00", 7, ["a"], [])
     assert (done.status, done.result_bytes, done.steps) == ("finished", 7, 40)
     with pytest.raises(AssertionError, match="seconds"):
-        record.finished(dataclasses.replace(run, seconds=None), "2026-01-01T00:00:00+00:00", 7, [])
+        record.finished(dataclasses.replace(run, seconds=None), "2026-01-01T00:00:00+00:00", 7, ["a"], [])
 
 
 def test_a_combination_is_no_run(tmp_path):
