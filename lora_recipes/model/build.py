@@ -44,16 +44,6 @@ from lora_recipes.recipe.contract import Contract
 from lora_recipes.recipe.recipe import Recipe, initialisation
 
 
-def contract_differences(base: Base, real: PreTrainedConfig) -> list[Problem]:
-    """Where the checkpoint's config (`real`) departs from the contract; empty when they agree or there is
-    none."""
-    if base.contract is None or base.recipe.model.weights == "random":
-        return []
-    where, do = base.recipe.at("model", "contract"), "correct the contract, or name_or_path"
-    found = base.contract.differences(real.get_text_config().to_dict())
-    return [Problem(where, f"the plan describes another model: {line}", do) for line in found]
-
-
 def meta_model(base: Base) -> PreTrainedModel:
     """The text model on the meta device, as AutoModelForCausalLM will build it. Takes no memory."""
     config, dtype = base.text_config(), getattr(torch, base.recipe.model.dtype)

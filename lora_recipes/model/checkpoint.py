@@ -45,6 +45,7 @@ def check(base: Base, planned: PreTrainedModel) -> list[str]:
         return []
     config = base.real_config()
     raise_if(unfit(base, config))
+    raise_if(contract_differences(base, config))
     tensors = _tensors(base)
     if tensors is None:
         return []
@@ -53,6 +54,16 @@ def check(base: Base, planned: PreTrainedModel) -> list[str]:
     raise_if(faults(base, config, model, report))
     raise_if(_other_model(base, model, planned) + _untied(base, model, tensors))
     return _dtypes(base, config, tensors)
+
+
+def contract_differences(base: Base, real: PreTrainedConfig) -> list[Problem]:
+    """Where the checkpoint's config (`real`) departs from the contract; empty when they agree or there is
+    none."""
+    if base.contract is None or base.recipe.model.weights == "random":
+        return []
+    where, do = base.recipe.at("model", "contract"), "correct the contract, or name_or_path"
+    found = base.contract.differences(real.get_text_config().to_dict())
+    return [Problem(where, f"the plan describes another model: {line}", do) for line in found]
 
 
 def unfit(base: Base, config: PreTrainedConfig) -> list[Problem]:

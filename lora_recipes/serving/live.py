@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from lora_recipes.core import cli
 from lora_recipes.core.provenance import Probe, Provenance, Question
 from lora_recipes.serving.endpoint import Endpoint
 
@@ -75,7 +76,7 @@ class Proof:
         if self.runs_on:
             return (
                 f"never stops: training ended a reply with {', '.join(self.runs_on)}, this server goes on"
-                " there: make serve starts one that does not (--generation-config)"
+                f" there: {cli.command('serve')} starts one that does not (--generation-config)"
             )
         if self.question and self.question.ended and not self.ended:
             return (

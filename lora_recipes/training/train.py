@@ -25,6 +25,7 @@ from lora_recipes.data import gate, read
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory.fits import Memory
 from lora_recipes.model import answers, build, probes
+from lora_recipes.model.checkpoint import contract_differences
 from lora_recipes.planning import plan as plans
 from lora_recipes.planning import space
 from lora_recipes.planning.plan import Plan
@@ -82,7 +83,7 @@ def _train(
     expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
     say(plan.short(f"{shown(folder.path / PLAN)}, or {cli.command('plan', RECIPE=recipe.name)}"))
     real = resolved.base.real_config()
-    raise_if(build.contract_differences(resolved.base, real))
+    raise_if(contract_differences(resolved.base, real))
     arguments = build.sft_config(recipe, folder)
     before = folder.run if resume else None
     facts = resume_facts(plan, resolved, real, before)
