@@ -55,6 +55,16 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """An outputs folder with the base of smollm2_style: a real language model, from its package."""
+    from lora_recipes.model import package
+
+    outputs = tmp_path_factory.mktemp("real")
+    package.base(resolve(recipes.load("smollm2_style"), outputs))
+    return outputs
+
+
+@pytest.fixture(scope="session")
 def bases(tmp_path_factory):
     """`bases("llama3")` is the folder of that tiny checkpoint of tests/cases/bases.py, made once."""
     from tests.cases.bases import make

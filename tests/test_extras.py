@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("bitsandbytes", "deepspeed", "docs", "lm-eval")
+EXTRAS = ("bitsandbytes", "deepspeed", "docs", "gguf", "lm-eval")
 # Also required by torch.
 NEEDED = {"setuptools"}
 

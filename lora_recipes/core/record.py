@@ -63,7 +63,8 @@ class LayoutFacts:
 class ModelFacts:
     """The model and how much of it is trained."""
 
-    name_or_path: Annotated[str, "the base as the recipe names it, or `random weights`"]
+    name_or_path: Annotated[str, "the base as the recipe names it, or what it is where it has no name"]
+    licence: Annotated[str | None, "of the base's weights, where the contract states it"] = None
     class_: Annotated[str, "its class in transformers"]
     dtype: Annotated[str, "dtype of the base's weights, before any quantisation"]
     base: Annotated[int, "parameters of the base, without new tokens"]

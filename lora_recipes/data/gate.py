@@ -231,7 +231,7 @@ def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
     counts, rows = gate.counts, gate.splits["train"].rows
     said = [("data", f"train {counts.rows:,} rows ({rows[0].format}), eval {len(gate.evaluation):,} rows")]
     if counts.tokens is None:
-        name = recipe.model.tokenizer or recipe.model.name_or_path
+        name = recipe.model.tokenizer or recipe.model.name_or_path or recipe.model.contract
         said.append(
             (
                 "tokens",

@@ -244,13 +244,13 @@ def _model(
     plan.warnings += (
         new_tokens.unseen(plan.gate.train, indices, recipe) if plan.gate.counts.tokens is not None else []
     )
-    named = recipe.model.name_or_path or recipe.model.from_recipe
-    source = "random weights" if recipe.model.weights == "random" or not named else named
     words, why = build.precision(recipe)
     compute = next((k for k, on in words.items() if on), "float32")
     known = f", contract {contract.name}" if contract else ""
     weights = recipe.model.quantize or recipe.model.dtype
-    plan.say("base", f"{source}{known}: {kind}, weights in {weights}, compute in {compute} ({why})")
+    plan.say(
+        "base", f"{resolved.base.said}{known}: {kind}, weights in {weights}, compute in {compute} ({why})"
+    )
     total = trainable = model.num_parameters()
     size, found, adapted = 0, [], []
     if recipe.freeze:
@@ -263,7 +263,8 @@ def _model(
         trainable, total, size = adapter_facts.counts(model, config, recipe)
     share = 100 * trainable / total
     facts = ModelFacts(
-        name_or_path=source,
+        name_or_path=resolved.base.said,
+        licence=contract.package.licence if contract and contract.package else None,
         class_=kind,
         dtype=recipe.model.dtype,
         base=base,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import locate
-from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.recipe import contract as contracts
@@ -45,6 +45,18 @@ class Base:
     weights: str
     contract: Contract | None = None
     maker: "Resolved | None" = None
+
+    @property
+    def said(self) -> str:
+        """The base as the recipe names it, in words where it has no name."""
+        model = self.recipe.model
+        if model.weights == "random":
+            return "random weights"
+        if model.weights == "package":
+            assert self.contract and self.contract.package, "_weights asks for it"
+            package = self.contract.package
+            return f"{package.holds}, of the package {package.name} {package.version}"
+        return model.name_or_path or model.from_recipe or self.weights
 
     @property
     def revision(self) -> str | None:
@@ -151,6 +163,12 @@ def _resolve(recipe: Recipe, outputs: Path, chain: list[str]) -> Resolved:
         warm = _resolve(
             recipes.load(recipe.warm_start.from_recipe, beside=recipe.path.parent), outputs, chain
         )
+    if model.weights == "package" and not (contract and contract.package):
+        have = [name for name in contracts.names() if contracts.load(name).package]
+        found = f"the contract {model.contract} names no package"
+        raise RecipeError(
+            Problem(recipe.at("model", "weights"), found, f"those that do: {listed(have)}; or name_or_path")
+        )
     return Resolved(
         recipe, outputs, Base(recipe, _weights(recipe, outputs, maker), contract, maker), tokenizer, warm
     )
@@ -177,7 +195,7 @@ def _weights(recipe: Recipe, outputs: Path, maker: Resolved | None) -> str:
     model = recipe.model
     if maker:
         return str(maker.result)
-    if model.weights == "random":
+    if model.weights != "pretrained":
         return str(outputs / "_bases" / f"{model.contract}-{model.dtype}")
     assert model.name_or_path is not None, "rules.py asks for one of the three"
     path = recipe.file(model.name_or_path)

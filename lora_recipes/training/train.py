@@ -24,7 +24,7 @@ from lora_recipes.core.yamlfile import dump, shown
 from lora_recipes.data import gate, read
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory.fits import Memory
-from lora_recipes.model import answers, build, probes
+from lora_recipes.model import answers, build, package, probes
 from lora_recipes.model.checkpoint import contract_differences
 from lora_recipes.planning import plan as plans
 from lora_recipes.planning import space
@@ -148,16 +148,16 @@ def _save(folder: RunFolder, run: Run) -> None:
 
 
 def prepare_base(resolved: Resolved) -> None:
-    """Make what the recipe builds on: a random checkpoint from the contract, or the model of another
-    recipe.
+    """Make what the recipe builds on: a checkpoint from the contract or from a package, or the model of
+    another recipe.
     """
     recipe, maker = resolved.recipe, resolved.base.maker
-    if recipe.model.weights == "random":
+    if make := {"random": build.random_base, "package": package.base}.get(recipe.model.weights):
         with contextlib.ExitStack() as stack:
             stack.enter_context(PartialState().main_process_first())
             if PartialState().is_main_process:  # another run may be making it
                 stack.enter_context(lock.held(Path(resolved.base.weights), "makes this base", wait=True))
-            build.random_base(resolved)
+            make(resolved)
     if maker is None:
         return
     base, folder = maker.recipe, maker.folder

@@ -26,8 +26,9 @@ from tests.typed import there
 # name: hidden, intermediate, layers, heads, KV heads, head dim, vocab, tied, biases on q/k/v, norms on q/k,
 # total. Figures: the models' published config.json. Totals: the hub's safetensors index of each (Qwen3-4B,
 # Qwen3-8B, Qwen2.5-0.5B, Qwen2.5-7B, Llama-2-7b-hf, Llama-2-13b-hf, Llama-3.2-3B); hidden 896, head dim 64,
-# vocab 151,936 of Qwen2.5-Coder-0.5B also in SOURCES.md S2. tiny_qwen3 and its German twin are ours: their
-# total was added up on paper, 192 x 64 + 2 x (4 x 64 x 64 + 3 x 64 x 128 + 2 x 64 + 2 x 32) + 64.
+# vocab 151,936 of Qwen2.5-Coder-0.5B also in SOURCES.md S2; SmolLM2-135M: the header of its GGUF file.
+# tiny_qwen3 and its German twin are ours: their total was added up on paper,
+# 192 x 64 + 2 x (4 x 64 x 64 + 3 x 64 x 128 + 2 x 64 + 2 x 32) + 64.
 DENSE = {
     "llama2_7b": (4096, 11008, 32, 32, 32, 128, 32000, False, False, False, 6_738_415_616),
     "llama2_13b": (5120, 13824, 40, 40, 40, 128, 32000, False, False, False, 13_015_864_320),
@@ -36,6 +37,7 @@ DENSE = {
     "qwen25_coder_7b": (3584, 18944, 28, 28, 4, 128, 152064, False, True, False, 7_615_616_512),
     "qwen3_4b": (2560, 9728, 36, 32, 8, 128, 151936, True, False, True, 4_022_468_096),
     "qwen3_8b": (4096, 12288, 36, 32, 8, 128, 151936, False, False, True, 8_190_735_360),
+    "smollm2_135m": (576, 1536, 30, 9, 3, 64, 49152, True, False, False, 134_515_008),
     "tiny_qwen3": (64, 128, 2, 2, 2, 32, 192, True, False, True, 94_656),
     "tiny_qwen3_de": (64, 128, 2, 2, 2, 32, 192, True, False, True, 94_656),
 }
