@@ -122,8 +122,10 @@ class RunFolder:
 
     def foreign(self) -> list[Path]:
         """What lies in the folders of the result and of the merged model, and no run and no merge wrote."""
-        known = self.record
-        files = known.result_files if isinstance(known, Run) else None
+        try:
+            files = known.result_files if isinstance(known := self.record, Run) else None
+        except RecipeError:  # FORCE=1 is what its message asks for
+            files = None
         return [
             folder / name
             for folder, wrote in [

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 
 from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.yamlfile import shown
 
 WORDS = {str(i): i for i in range(30_000)}
 WRITERS = {
@@ -33,7 +34,7 @@ def test_a_full_disk_is_one_clear_word_whoever_writes(small_disk, writer):
     with pytest.raises(RecipeError) as error, files.writing(disk, "while saving", lambda: "nothing is lost"):
         WRITERS[writer](disk / "file")
     (problem,) = error.value.problems
-    assert problem.where.startswith(str(disk)) and problem.found.startswith("the disk is full (")
+    assert problem.where.startswith(shown(disk)) and problem.found.startswith("the disk is full (")
     assert problem.found.endswith("MiB free) while saving"), problem.found
     assert problem.do == "free some space; nothing is lost"
 

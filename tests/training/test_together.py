@@ -31,9 +31,9 @@ def outputs(trained, tmp_path):
 @pytest.fixture
 def at_work(outputs):
     """A run that takes its time, after its first steps; the outputs folder and its process."""
-    words = ["train.max_steps=1000000", "train.save_strategy=steps", "train.save_steps=2"]
+    words = ["train.max_steps=1000000", "train.save_strategy=steps", "train.save_steps=20"]
     process = subprocess.Popen(
-        [*TRAIN, *words, "train.save_total_limit=2", "--outputs", str(outputs)],
+        [*TRAIN, *words, "--outputs", str(outputs)],  # each checkpoint stays: a test names one
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
