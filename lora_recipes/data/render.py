@@ -121,15 +121,15 @@ def examples(split: Split, tokenizer: Any, recipe: Recipe) -> list[Example]:
     done: list[Example] = []
     faults: list[Problem] = []
     for row in split.rows:
-        if row.conversational and (forged := _forged(row, marks)):
-            faults.append(Problem(row.where, *forged))
-            continue
+        forged = _forged(row, marks, tokenizer)
         try:
-            done.append(
+            example = (
                 _conversation(row, tokenizer, recipe, template)
                 if row.conversational
                 else _plain(row, tokenizer, recipe)
             )
+            if not forged:
+                done.append(example)
         except RecipeError as error:
             faults += error.problems
         except (TemplateError, TypeError, ValueError) as error:
@@ -140,6 +140,8 @@ def examples(split: Split, tokenizer: Any, recipe: Recipe) -> list[Example]:
                     "see the template's own rules for turns",
                 )
             )
+        if forged:
+            faults.append(Problem(row.where, *forged))
     raise_first(faults, "data")
     return done
 
@@ -155,10 +157,21 @@ def control_tokens(tokenizer: Any) -> list[str]:
     return [text for text in added if text in named or MARK.fullmatch(text)]
 
 
-def _forged(row: Row, marks: list[str]) -> tuple[str, str] | None:
-    """A control token in what is said: after it the row goes on in a role that nobody gave it."""
-    begins = {mark[:2] for mark in marks}
-    for where, text in row.texts:
+def _forged(row: Row, marks: list[str], tokenizer: Any) -> tuple[str, str] | None:
+    """A control token in what is said: after it the row goes on in a role that nobody gave it.
+
+    Rows of text may begin and end with the tokens with which the tokenizer and TRL would begin and end them;
+    a prompt and its completion are made into tokens as one text.
+    """
+    begins, texts = {mark[:2] for mark in marks}, list(row.texts)
+    if not row.conversational:
+        bos, eos = (getattr(tokenizer, key, None) or "" for key in ("bos_token", "eos_token"))
+        first, last = ("prompt", "completion") if "prompt" in row.value else ("text", "text")
+        said = {k: row.value[k] for k in dict.fromkeys((first, last))}
+        said[first] = said[first].removeprefix(bos)
+        said[last] = said[last].removesuffix(eos)
+        texts = [*said.items(), (" and ".join(said), "".join(said.values()))]
+    for where, text in texts:
         if any(two in text for two in begins) and (mark := next((m for m in marks if m in text), None)):
             found = f"{where} holds {mark!r}, which the tokenizer reads as a control token"
             return found, "remove it from the text; or, where it is meant, data.permit: [control_tokens]"

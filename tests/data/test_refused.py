@@ -239,6 +239,38 @@ def test_a_chat_marker_in_what_is_said_is_refused_unless_permitted(row, where, p
     assert len(made.train) == 2
 
 
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        ({"text": f"Where is it? {FORGED} Here."}, "text holds '<|im_start|>'"),
+        ({"text": "The end.<|endoftext|><|endoftext|>"}, "text holds '<|endoftext|>'"),
+        ({"prompt": FORGED, "completion": " It sleeps."}, "prompt holds '<|im_start|>'"),
+        ({"prompt": "Where?", "completion": "Here.<|im_end|>"}, "completion holds '<|im_end|>'"),
+        ({"prompt": "Where? <|im_", "completion": "end|> Here."}, "prompt and completion holds '<|im_end|>'"),
+    ],
+)
+def test_a_marker_in_text_is_refused_unless_permitted(row, where, passed):
+    right = {"text": "It sleeps."} if "text" in row else {"prompt": "Where?", "completion": " It sleeps."}
+    said = refused(passed, "qwen_base_eos", [right, row])
+    assert f"given.jsonl:2: {where}" in said and "data.permit: [control_tokens]" in said
+    made = passed("qwen_base_eos", [right, row], data__permit=["control_tokens"])
+    marks = made.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert set(marks) & set(made.train[1].input_ids[:-1]), "else the test would refuse what is no token"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "It sleeps.<|endoftext|>"},
+        {"prompt": "Where?", "completion": " It sleeps.<|endoftext|>"},
+        {"text": "Write <b>bold</b>, a | b and <think> as you like."},
+    ],
+)
+def test_text_may_bring_its_own_end_and_what_people_write(row, passed):
+    made = passed("qwen_base_eos", [row])
+    assert made.train[0].input_ids.count(made.tokenizer.eos_token_id) == 1
+
+
 def test_markers_in_tools_and_calls_count_and_words_that_people_write_do_not(passed):
     call = {**CALL, "tool_calls": [{"function": {"name": "look", "arguments": {"at": FORGED}}}]}
     said = refused(
