@@ -11,7 +11,7 @@ given = $(if $(filter command,$(origin $(1))),$($(1)))
 quoted = '$(subst ','\'',$(1))'
 named = $(foreach o,$(1),$(if $(call given,$(o)),--$(shell echo $(o) | tr A-Z_ a-z-) $(call quoted,$($(o)))))
 SERVE_OPTIONS = $(call named,OUTPUTS BASE HOST PORT DTYPE CHECK ADD REMOVE MAX_LORA_RANK) $(if $(call on,DYNAMIC),--dynamic) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,DRY),--dry-run)
-COMBINE_OPTIONS = $(call named,NAME METHOD DENSITY SEED OUTPUTS BASE SVD_RANK) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(call on,FORCE),--force)
+COMBINE_OPTIONS = $(call named,NAME METHOD DENSITY SEED OUTPUTS BASE SVD_RANK) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(call on,FORCE),--force) $(if $(call on,UNPROVEN),--unproven)
 ABLATE_OPTIONS = $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only $(ONLY)) $(if $(ON),--on $(ON)) $(if $(call on,DRY),--dry-run) $(if $(call on,REPORT),--report) $(if $(call on,FORCE),--force)
 LAYOUT = $(if $(ACCELERATE),--accelerate $(call quoted,$(ACCELERATE)))
 SERVE  := .venv-serve/.ready
@@ -57,7 +57,7 @@ merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged,
 eval: $(READY)  ## base against adapter of RECIPE: held-out loss, probes, what was forgotten (SET=data.kept=FILE, ADAPTER=folder, BASE=)
 	@$(PY) scripts/evaluate.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(ADAPTER),--adapter $(call quoted,$(ADAPTER))) $(if $(BASE),--base $(call quoted,$(BASE)))
 
-combine: $(READY)  ## several adapters as one: outputs/NAME/adapter (ADAPTERS="a=folder b=folder" WEIGHTS="0.7 0.3" METHOD=cat, DENSITY=, SVD_RANK=, SEED=, FORCE=1)
+combine: $(READY)  ## several adapters as one: outputs/NAME/adapter (ADAPTERS="a=folder b=folder" WEIGHTS="0.7 0.3" METHOD=cat, DENSITY=, SVD_RANK=, SEED=, FORCE=1, UNPROVEN=1)
 	@$(PY) scripts/combine.py $(ADAPTERS) $(COMBINE_OPTIONS)
 
 serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, UNPROVEN=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")

@@ -106,7 +106,8 @@ def _unproven(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--unproven",
         action="store_true",
-        help="take an adapter without provenance.json: that it is what was trained is then not proven",
+        help="take an adapter without provenance.json, or a combination of such: that it is what was trained"
+        " is then not proven",
     )
 
 
@@ -328,6 +329,7 @@ def _combine(parser: ArgumentParser) -> None:
     _outputs(parser)
     _base(parser)
     parser.add_argument("--force", action="store_true", help="replace a combination of that name")
+    _unproven(parser)
 
 
 def combine(given: Namespace) -> None:
@@ -335,7 +337,9 @@ def combine(given: Namespace) -> None:
     from lora_recipes.model import combine
 
     asked = combine.Combination(given.weights, given.method, given.density, given.svd_rank, given.seed)
-    record = combine.combine(given.adapters, asked, given.name, given.outputs, given.base, given.force)
+    record = combine.combine(
+        given.adapters, asked, given.name, given.outputs, given.base, given.force, given.unproven
+    )
     print(combine.report(record, given.outputs / given.name / "adapter"))
 
 

@@ -1,6 +1,7 @@
-"""An adapter folder: reading it, and its rank. Imports no torch."""
+"""An adapter folder: reading it, its rank, and the scaling of a module. Imports no torch."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,22 @@ def rank(config: dict[str, Any]) -> int:
     """
     ranks: list[int] = [config["r"], *(config.get("rank_pattern") or {}).values()]
     return max(ranks)
+
+
+def matched(pattern: dict[str, Any], module: str) -> Any:
+    """What a rank_pattern or alpha_pattern says of `module`, by PEFT's rule (get_pattern_key), which is
+    vLLM's too; None when nothing.
+    """
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
+def scaling(config: dict[str, Any], module: str) -> float:
+    """The factor of B A in `module` (as PEFT named it), from an adapter_config.json alone: alpha / r, and
+    with use_rslora alpha / sqrt(r) (arXiv 2312.03732).
+    """
+    r, alpha = (matched(config.get(f"{key}_pattern") or {}, module) for key in ("rank", "alpha"))
+    r, alpha = config["r"] if r is None else r, config["lora_alpha"] if alpha is None else alpha
+    return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
 
 
 @dataclass(frozen=True)

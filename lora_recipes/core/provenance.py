@@ -59,7 +59,8 @@ class Provenance:
     `dtype`: of the probes. `files`: SHA-256 of each file that was saved beside it; `adapter_config`: what
     that file said. Both are empty where the version that trained did not record them yet. `stops`: the tokens
     that ended a reply in training, by id; `stop_text`: what ended it where that was no token. `question`:
-    None where no reply was trained, or training could not ask.
+    None where no reply was trained, or training could not ask. `unproven`: of a combination, the adapters in
+    it that were not proven, and what of each was not.
     """
 
     recipe: str
@@ -75,6 +76,12 @@ class Provenance:
     question: Question | None = None
     files: dict[str, str] = field(default_factory=dict)
     adapter_config: dict[str, Any] = field(default_factory=dict)
+    unproven: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def made_of(self) -> str:
+        """Which of the adapters in a combination were not proven, for a person."""
+        return f"it was combined of adapters that were not proven: {', '.join(self.unproven)}"
 
     def sealed(self, folder: Path) -> "Provenance":
         """With the hashes of the files in `folder`, so that a later edit of one is named. The model card is
@@ -142,22 +149,32 @@ def edited(folder: Path, known: Provenance) -> list[Problem]:
     return found
 
 
-def not_proven(folder: Path, known: Provenance | None, asked: bool, does: str) -> list[str]:
+def not_proven(
+    folder: Path, known: Provenance | None, asked: bool, does: str, only_hashes: bool = False
+) -> list[str]:
     """What cannot be said of the adapter in `folder`, for a person, where `known` says too little.
 
-    RecipeError where there is no provenance at all and nobody `asked` for what is not proven; `does` is what
-    would be done with it.
+    RecipeError where nobody `asked` for what is not proven: there is no provenance at all, or it is a
+    combination of adapters that were not proven, or it came without hashes and `only_hashes` would tell a
+    change here. `does` is what would be done with it.
     """
+    found, do = [], ""
     if known is None:
-        found = f"no {FILE} beside it: that nothing was changed since training, and that this is its base,"
-        found += " is not proven; names, ranks and shapes fit, no more"
-        if not asked:
-            do = f"copy the adapter with its {FILE}, or {cli.command(UNPROVEN=True)} {does} it as it is"
-            raise RecipeError(Problem(shown(folder), found, do))
-        return [found]
-    if not known.files:
-        return [
+        do = f"copy the adapter with its {FILE}"
+        found.append(
+            f"no {FILE} beside it: that nothing was changed since training, and that this is its base,"
+            " is not proven; names, ranks and shapes fit, no more"
+        )
+    elif known.unproven:
+        do = "combine adapters that are proven"
+        found.append(known.made_of)
+    if known and not known.files:
+        do = do or ("train it anew with this version" if only_hashes else "")
+        found.append(
             f"{FILE} is of an earlier version, without hashes: a change since training that hardly moves the"
             " answers is not seen"
-        ]
-    return []
+        )
+    if do and not asked:
+        do = f"{do}, or {cli.command(UNPROVEN=True)} {does} it as it is"
+        raise RecipeError(Problem(shown(folder), "; ".join(found), do))
+    return found

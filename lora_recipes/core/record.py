@@ -343,6 +343,13 @@ class Combined:
     bytes: Annotated[int, "size of its weights, bytes"]
     from_sum: Annotated[float, "relative distance from the weighted sum of deltas (Frobenius norm)"]
     reloaded_logits: Annotated[float, "largest logit difference after saving and loading"]
+    recomputed: Annotated[
+        float | None,
+        "relative distance from the same, computed anew from the adapters' files; none: not done",
+    ] = None
+    not_proven: Annotated[dict[str, str], "name: what is not proven of that adapter"] = field(
+        default_factory=dict
+    )
 
 
 Status = Literal["running", "failed", "finished"]

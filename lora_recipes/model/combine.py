@@ -12,11 +12,12 @@ import shutil
 import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file
 
 from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import cli, environment, locate, lock, provenance, stops
@@ -37,7 +38,10 @@ from lora_recipes.serving.live import GENERAL
 USUAL_WEIGHT = 3
 METHODS = typing.get_args(typing.get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 ONE_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # these add A to A and B to B
-EXACT = 1e-5  # relative: what float32 may lose in a sum of deltas or a singular value decomposition
+# The methods whose result is computed anew here, and how far PEFT's may be from that, relative: what float32
+# may lose in a sum, and in a singular value decomposition.
+RECOMPUTED = {"cat": 1e-5, "linear": 1e-5, "svd": 1e-4}
+NOTHING = 1e-5  # relative: a combination that is smaller than that beside its parts
 RELOADED = 1e-4  # largest logit difference between the combined model and the saved adapter on a fresh base
 
 
@@ -113,20 +117,24 @@ def combine(
     outputs: Path,
     base: Path | None = None,
     force: bool = False,
+    unproven: bool = False,
 ) -> CombinedRecord:
     """Combine the adapters `words` (name=folder, a folder or a recipe's name) into outputs/<name>/adapter;
     returns its run.json.
 
-    `base` replaces the base that the adapters name. RecipeError when they do not belong together, when the
-    result is not what PEFT was asked for, or when vLLM could not serve it; then nothing is left behind.
+    `base` replaces the base that the adapters name; `unproven` takes adapters that nothing proves, and the
+    result then says which. RecipeError when they do not belong together, when the result is not what PEFT was
+    asked for, or when vLLM could not serve it; then nothing is left behind.
     """
     chosen, run = locate.named(words, outputs), RunFolder(outputs / name)
     raise_if(asked.problems(len(chosen)) + _place(run, chosen, force))
     with lock.runs(chosen.values(), "combines", run.path):
-        return _into(run, chosen, asked, base)
+        return _into(run, chosen, asked, base, unproven)
 
 
-def _into(run: RunFolder, chosen: dict[str, Path], asked: Combination, base: Path | None) -> CombinedRecord:
+def _into(
+    run: RunFolder, chosen: dict[str, Path], asked: Combination, base: Path | None, unproven: bool
+) -> CombinedRecord:
     """Combine the adapters `chosen` into `run`, which is free for them."""
     name = run.path.name
     read = {key: adapters.read(folder) for key, folder in chosen.items()}
@@ -134,10 +142,16 @@ def _into(run: RunFolder, chosen: dict[str, Path], asked: Combination, base: Pat
     source = locate.base_of(read, base)
     raise_if([fault for key, a in read.items() for fault in export.check(a, source, known[key])])
     raise_if(_together(read, known, asked))
+    # No answers are held against a record here: of an adapter without hashes nothing is known.
+    notes = {
+        key: provenance.not_proven(folder, known[key], unproven, "combines", only_hashes=True)
+        for key, folder in chosen.items()
+    }
+    lacking = {key: "; ".join(said) for key, said in notes.items() if said}
     temporary = run.path / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        facts = _combine(read, known, source, asked, name, temporary)
+        facts = _combine(read, known, source, asked, name, temporary, lacking)
         record = CombinedRecord(
             status="finished",
             recipe=name,
@@ -147,7 +161,10 @@ def _into(run: RunFolder, chosen: dict[str, Path], asked: Combination, base: Pat
             command=environment.command(),
             hardware=environment.hardware(),
             combined=Combined(
-                adapters={key: shown(f) for key, f in chosen.items()}, **asdict(asked), **facts
+                adapters={key: shown(f) for key, f in chosen.items()},
+                **asdict(asked),
+                **facts,
+                not_proven=lacking,
             ),
         )
         replace_folder(temporary, run.result("lora"))
@@ -234,32 +251,20 @@ def _combine(
     asked: Combination,
     name: str,
     target: Path,
+    lacking: dict[str, str],
 ) -> dict[str, Any]:
-    """Write the combined adapter to `target`; what was measured of it."""
+    """Write the combined adapter to `target`; what was measured of it. `lacking`: which of the adapters are
+    not proven, and why.
+    """
     parts = {
         f"part{i}": adapter for i, adapter in enumerate(read.values())
     }  # names on the server may hold dots, PEFT's may not
     first = next((p for p in known.values() if p), None)
     model = attach.attach(attach.base(source, first), parts)
     _add(model, list(parts), asked)
-    off, own = _from_sum(model, list(parts), asked)
-    if not own > EXACT:
-        raise RecipeError(
-            Problem(
-                cli.command(WEIGHTS=""),
-                "the combination does nothing: the adapters cancel each other",
-                "other weights",
-            )
-        )
-    if (asked.combination_type == "cat" or len(parts) == 1) and off > EXACT:
-        raise RecipeError(
-            Problem(
-                "METHOD",
-                f"the combination is {off:.1e} from the weighted sum, and should be it",
-                "please report this",
-            )
-        )
     model.save_pretrained(str(target), selected_adapters=["default"])
+    found = measured(adapters.read(target), list(read.values()), asked)
+    _as_asked(found, asked)
     tokenizer = attach.tokenizer(next(iter(read.values())).path, source)
     tokenizer.save_pretrained(target)
     ends = [i for a in read.values() for i in attach.stops(a.path, tokenizer, model)]
@@ -278,6 +283,7 @@ def _combine(
         probes=probes,
         stops={i: token for p in known.values() if p for i, token in p.stops.items()},
         stop_text=next((p.stop_text for p in known.values() if p and p.stop_text), None),
+        unproven=lacking,
     ).sealed(target).save(target)
     saved = adapters.read(target)
     raise_if(export.check(saved, source))
@@ -289,7 +295,11 @@ def _combine(
         "max_lora_rank": rules.max_lora_rank(rank),
         "bytes": saved.file.stat().st_size,
     }
-    return facts | {"from_sum": off, "reloaded_logits": apart}
+    return facts | {
+        "from_sum": found.from_sum,
+        "recomputed": found.recomputed,
+        "reloaded_logits": apart,
+    }
 
 
 def _add(model: PeftModel, parts: list[str], asked: Combination) -> None:
@@ -327,34 +337,91 @@ def _add(model: PeftModel, parts: list[str], asked: Combination) -> None:
     model.eval()
 
 
-@runtime_checkable
-class _Delta(Protocol):
-    """What every kind of LoRA layer has of its own, and LoraLayer itself has not."""
+@dataclass(frozen=True)
+class Measured:
+    """A combination, as its files hold it, against its parts; relative Frobenius distances over all modules.
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor: ...
+    `size`: beside the root of the sum of squares of the weighted parts. `from_sum`: from the weighted sum of
+    their deltas. `recomputed`: from what the method makes of the parts, computed here; None: it was not.
+    """
+
+    size: float
+    from_sum: float
+    recomputed: float | None
 
 
 @torch.no_grad()
-def _from_sum(model: PeftModel, parts: list[str], asked: Combination) -> tuple[float, float]:
-    """How far the combination is from the weighted sum of the adapters' deltas, relative to the sum; and its
-    size, relative to the parts'.
+def measured(made: Adapter, parts: list[Adapter], asked: Combination) -> Measured:
+    """Hold the combination in the files of `made` against the files of `parts`, in float64.
 
-    Frobenius norms over all modules.
+    Nothing of PEFT's is used: A and B are read here, their scalings come from each adapter_config.json. svd
+    is the best approximation of its rank (Eckart and Young): the root of what it is farther from the sum than
+    that, squared.
     """
-    apart = whole = own = sizes = 0.0
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            assert isinstance(module, _Delta)
-            delta = module.get_delta_weight
-            deltas = [w * delta(part).float() for part, w in zip(parts, asked.weights, strict=True)]
-            total, made = torch.stack(deltas).sum(0), delta("default").float()
-            apart, whole = apart + _square(made - total), whole + _square(total)
-            own, sizes = own + _square(made), sizes + sum(map(_square, deltas))
-    return math.sqrt(apart / whole) if whole else math.inf, math.sqrt(own / sizes)
+    files = [load_file(adapter.file) for adapter in (made, *parts)]
+    apart = whole = own = sizes = off = 0.0
+    for module in made.modules:
+        (b, a, scale), *rest = (
+            _factors(adapter, tensors, module) for adapter, tensors in zip((made, *parts), files, strict=True)
+        )
+        b = scale * b
+        terms = [(w * s * left, right) for w, (left, right, s) in zip(asked.weights, rest, strict=True)]
+        total = torch.cat([left for left, _ in terms], 1), torch.cat([right for _, right in terms])
+        from_sum = _size(*_minus(total, (b, a))) ** 2
+        apart, whole, own = apart + from_sum, whole + _size(*total) ** 2, own + _size(b, a) ** 2
+        sizes += sum(_size(*term) ** 2 for term in terms)
+        if asked.combination_type == "linear":
+            roots = [(w * s, math.sqrt(abs(w * s))) for w, (_, _, s) in zip(asked.weights, rest, strict=True)]
+            left = torch.stack([r * f[0] for (_, r), f in zip(roots, rest, strict=True)]).sum(0)
+            right = torch.stack([math.copysign(r, ws) * f[1] for (ws, r), f in zip(roots, rest, strict=True)])
+            off += _size(*_minus((left, right.sum(0)), (b, a))) ** 2
+        elif asked.combination_type == "svd":
+            lost = torch.linalg.svdvals(_core(*total))[a.shape[0] :].square().sum().item()
+            off += max(from_sum - lost, 0.0)
+        else:
+            off += from_sum
+    return Measured(
+        math.sqrt(own / sizes) if sizes else 0.0,
+        math.sqrt(apart / whole) if whole else math.inf,
+        (math.sqrt(off / sizes) if sizes else math.inf) if asked.combination_type in RECOMPUTED else None,
+    )
 
 
-def _square(delta: torch.Tensor) -> float:
-    return delta.square().sum().item()
+def _factors(
+    adapter: Adapter, tensors: dict[str, torch.Tensor], module: str
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """B [out, r] and A [r, in] of `module` in float64, and the factor of their product."""
+    pair = adapter.modules[module]
+    return tensors[pair["B"]].double(), tensors[pair["A"]].double(), adapters.scaling(adapter.config, module)
+
+
+def _minus(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of a difference of products."""
+    return torch.cat([one[0], -other[0]], 1), torch.cat([one[1], other[1]])
+
+
+def _core(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A small matrix with the singular values of the product `left` [m, k] `right` [k, n]."""
+    return torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+
+
+def _size(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Frobenius norm of the product."""
+    return _core(left, right).norm().item()
+
+
+def _as_asked(found: Measured, asked: Combination) -> None:
+    """RecipeError when the combination does nothing, or is not what was asked of PEFT."""
+    if not found.size > NOTHING:
+        nothing = "the combination does nothing: the adapters cancel each other"
+        raise RecipeError(Problem(cli.command(WEIGHTS=""), nothing, "other weights"))
+    kind = asked.combination_type
+    if found.recomputed is not None and not found.recomputed <= RECOMPUTED[kind]:
+        said = f"what PEFT saved is {found.recomputed:.1e} from {kind} of the adapters' files, at most"
+        said += f" {RECOMPUTED[kind]:.0e} is rounding"
+        raise RecipeError(Problem(cli.command(METHOD=kind), said, "nothing was written; please report this"))
 
 
 def _general(tokenizer: Any) -> list[Probe]:
@@ -402,10 +469,21 @@ def report(record: CombinedRecord, folder: Path) -> str:
                 f" {done.max_lora_rank}"
             ),
             f"{100 * done.from_sum:.2g} % from the weighted sum of their deltas (Frobenius, all modules)",
+            _told(done),
             (
                 f"saved and loaded again: logits differ by at most {done.reloaded_logits:.1e}; the saved"
                 " files pass vLLM's rules"
             ),
+            *(f"NOT PROVEN  {name}: {said}" for name, said in done.not_proven.items()),
             f"{shown(folder)}/  {done.bytes:,} bytes",
         ]
     )
+
+
+def _told(done: Combined) -> str:
+    if done.recomputed is None:
+        return (
+            f"NOT PROVEN  that PEFT's {done.combination_type} is what it should be: it was not computed anew"
+        )
+    files = "computed anew from the adapters' files in float64"
+    return f"{done.recomputed:.1e} from {done.combination_type} {files} (relative)"

@@ -201,7 +201,8 @@ def export(read: dict[str, Adapter], base: Path, outputs: Path, unproven: bool =
 
 
 def _whole(name: str, folder: Path) -> Served:
-    return Served(name, folder, folder, provenance.read(folder))
+    known = provenance.read(folder)
+    return Served(name, folder, folder, known, [known.made_of] if known and known.unproven else [])
 
 
 def _address(options: Options) -> list[Problem]:

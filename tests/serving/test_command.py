@@ -340,6 +340,12 @@ def test_the_figures_decide(figures, said):
     assert ("live" if said is None else said) in table([Proof("a", **figures)])
 
 
+def test_a_live_combination_of_what_was_not_proven_says_so():
+    made_of = "it was combined of adapters that were not proven: b"
+    said = table([Proof("a", moved=0.5, effect=0.5, apart=0.0, noise=0.0, made_of=made_of)])
+    assert said.endswith("live; BUT it was combined of adapters that were not proven: b")
+
+
 @pytest.mark.parametrize(
     ("log", "said"),
     [
