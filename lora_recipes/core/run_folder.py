@@ -22,6 +22,7 @@ FILES = (
     "run.json",
     "metrics.jsonl",
     "loss.png",
+    "tensorboard",
     "adapter",
     "model",
     "checkpoints",

@@ -1,12 +1,11 @@
 """What the libraries of this machine say against settings that they would refuse only with the model loaded:
-the optimizer, the trackers, Liger.
+the optimizer, Liger.
 """
 
 import copy
 import importlib.util
 
 from transformers import Trainer
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from lora_recipes.recipe.recipe import Recipe
@@ -43,17 +42,6 @@ def _made(arguments: SFTConfig) -> object:
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         return str(error)
     return cls, options
-
-
-def reporting(arguments: SFTConfig, recipe: Recipe) -> str:
-    """Why one of train.report_to cannot be made; empty where all can."""
-    try:
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()
-    except (ValueError, ImportError, RuntimeError, AttributeError) as error:
-        return str(error).splitlines()[0]
-    asked = recipe.train.report_to
-    return "no tracker is installed here" if asked in ("all", ["all"]) and not arguments.report_to else ""
 
 
 def liger() -> str:

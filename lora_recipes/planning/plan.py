@@ -28,7 +28,7 @@ from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices, memory
 from lora_recipes.memory.fits import Memory, gib
 from lora_recipes.model import build, checkpoint, embeddings, freeze, probes, rates, reach, targets
-from lora_recipes.planning import adapter_facts, machine, space
+from lora_recipes.planning import adapter_facts, machine, space, trackers
 from lora_recipes.planning import processes as layouts
 from lora_recipes.planning.processes import Sizes
 from lora_recipes.planning.steps import Steps, chart
@@ -50,6 +50,7 @@ SHORT = (
     "turns",
     "reply ends",
     "steps",
+    "reports to",
     "memory",
 )
 
@@ -141,8 +142,12 @@ def make(
     if plan.facts.steps:
         build.peft_config(recipe, plan.facts.steps.total)  # does AdaLoRA's schedule fit into the steps?
         plan.warnings += _by_steps(recipe, known, plan.facts.steps)
+    told = list(arguments.report_to or [])
+    if trackers_said := trackers.said(recipe.train.report_to, told, resolved.folder.path):
+        plan.say("reports to", trackers_said)
     plan.say("example", gate.example(plan.gate, recipe))
     plan.warnings += rules.warnings(recipe, replace(known, steps=None)) + plan.gate.warnings
+    plan.warnings += trackers.warnings(told)
     return plan
 
 
@@ -160,7 +165,7 @@ def _facts(resolved: Resolved, model: PreTrainedModel, arguments: SFTConfig, lay
         warm=warm.recipe if warm else None,
         same_base=warm is None or warm.base.weights == resolved.base.weights,
         optimizer=machine.optimizer(arguments),
-        reporting=machine.reporting(arguments, resolved.recipe),
+        reporting=trackers.problem(resolved.recipe.train.report_to, list(arguments.report_to or [])),
         liger=machine.liger(),
         ignored=machine.ignored(arguments, resolved.recipe),
         router=hasattr(config, "output_router_logits"),

@@ -53,7 +53,7 @@ TAKEN: dict[str, str] = {
     "train.include_num_input_tokens_seen": "",
     "train.log_level": "",
     "train.log_level_replica": "",
-    "train.report_to": "none where nothing is said",
+    "train.report_to": "none where nothing is said; TensorBoard's files go into the run folder",
     "train.run_name": "",
     "train.project": "",
     "train.trackio_space_id": "",

@@ -213,7 +213,9 @@ OTHER_NAMES: dict[str, Answer] = {
     "load_in_8bit": _NO_8BIT,
     "log_every_n_steps": Write("train.logging_steps"),
     "log_peak_memory_stats": Nothing("run.json holds the memory that was used"),
-    "logging_dir": Nothing("metrics.jsonl and loss.png are in the run folder"),
+    "logging_dir": Nothing(
+        "metrics.jsonl and loss.png are in the run folder, and so are TensorBoard's files"
+    ),
     "lora_attn_modules": _MODULES,
     "lora_fan_in_fan_out": Write("lora.fan_in_fan_out"),
     "lora_layers": Write("lora.layers_to_transform"),

@@ -1053,7 +1053,7 @@ _TRAIN = [
         "train.report_to",
         "a package that is missing, or another word",
         "{said}",
-        "install it, or remove it: metrics.jsonl and loss.png are always written",
+        "mend that, or report_to: none: metrics.jsonl and loss.png are always written",
         lambda r, f: {"said": f.reporting} if f.reporting else None,
     ),
     Rule(

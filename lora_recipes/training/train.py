@@ -100,6 +100,7 @@ def _train(
     session = Session(resolved, plan, expected, trainer, start, facts, real)
     verify.as_planned(trainer, recipe, plan.facts)
     session.run = _continue(session, checkpoint) if checkpoint else _begin(session)
+    watch.tensorboard(trainer, folder, checkpoint)
     say(f"\ntraining into {shown(folder.path)}/" + (f", from {checkpoint.name}" if checkpoint else ""))
     try:
         session.run = _run(session, checkpoint, counted)

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from lora_recipes.core import cli, files
 from lora_recipes.core.checkpoints import fault, seal
@@ -20,6 +21,7 @@ from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import RunFolder, logged
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.render import Example
+from lora_recipes.planning import trackers
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.training.resume import left
 
@@ -80,6 +82,18 @@ class Record(TrainerCallback):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def tensorboard(trainer: Any, folder: RunFolder, checkpoint: Path | None) -> None:
+    """Where train.report_to has TensorBoard: into the run folder, and when it is resumed on from the
+    checkpoint's step. What was told after it is taken back, as TensorBoard does by a writer's purge_step.
+    """
+    for told in trainer.callback_handler.callbacks:
+        if isinstance(told, TensorBoardCallback):
+            told.logging_dir = str(trackers.tensorboard(folder.path))
+            if checkpoint and PartialState().is_main_process:
+                step = int(checkpoint.name.split("-")[1])
+                told.tb_writer = told._SummaryWriter(told.logging_dir, purge_step=step + 1)
 
 
 class Seal(TrainerCallback):
