@@ -308,7 +308,19 @@ def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
     if known:
         replace(known, files={}, adapter_config={}).save(target)  # the hashes are the adapter's, not these
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return facts | {"not_proven": [*notes, *wanted.notes], "max_rss_bytes": peak}
+    notes = [*notes, *wanted.notes, *_not_compared(facts["tensors_not_compared"], job)]
+    return facts | {"not_proven": notes, "max_rss_bytes": peak}
+
+
+def _not_compared(names: list[str], job: Job) -> list[str]:
+    """What the answers alone were asked of, for a person."""
+    if not names:
+        return []
+    kind = job.adapter.config["peft_type"]
+    return [
+        f"{len(names)} stored tensors were not computed here ({kind}: {listed(names, 3)}): of them only the"
+        " answers were compared, with those of base + adapter by PEFT"
+    ]
 
 
 def _wanted(job: Job, tokenizer: Any) -> Wanted:
@@ -574,10 +586,11 @@ def report(record: dict[str, Any], output: Path) -> str:
     ]
     if usual := record.get("unquantised_base"):
         lines.append(f"(on the base that was never quantised, the usual way: KL {usual['kl_mean']:.1e})")
-    lost = 100 * record["lost_in_rounding"]
+    lost, computed = 100 * record["lost_in_rounding"], record["tensors_computed"]
+    said = f" tensors are base + adapter, rounded once ({lost:.2g} % of the update lost in that)"
     lines.append(
-        f"as stored: {record['tensors_computed']} tensors are base + adapter, rounded once ({lost:.2g} % of"
-        f" the update lost in that); {record['tensors_of_the_base']} are the base's own"
+        f"as stored, computed anew in float64: {computed}{said if computed else ' tensors'};"
+        f" {record['tensors_of_the_base']} are the base's own"
     )
     if noise := record.get("noise"):
         lines.append(

@@ -1,8 +1,9 @@
 """Are the tensors of a merged model, as its files hold them, base + adapter, but for one rounding? Tensor by
 tensor, in float64.
 
-The delta is computed here from the adapter's own file; only the scaling of a module, and whether it keeps its
-matrix transposed, are what PEFT made of adapter_config.json on the class that was trained.
+What each weight becomes is computed here from the adapter's own files, by LoRA, DoRA (arXiv 2402.09353)
+and IA3 (arXiv 2205.05638); only whether a module keeps its matrix transposed is what PEFT made of them on the
+class that was trained. What other methods change is named, and left to the answers.
 """
 
 from collections.abc import Iterable
@@ -12,13 +13,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
 
 from lora_recipes.core import base_fit, safetensors
-from lora_recipes.core.adapter_folder import Adapter
+from lora_recipes.core.adapter_folder import Adapter, scaling
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.yamlfile import shown
 
@@ -27,23 +30,40 @@ ROWS = 2048  # of a matrix at once, so that a float64 copy of it stays small
 
 @dataclass(frozen=True)
 class Update:
-    """s B A of one module: the names of A and B in the adapter's file, s, and whether the weight is stored as
-    its transpose.
+    """W + s B A of one module: the names of A and B in the adapter's file, s, and whether the weight is
+    stored as its transpose. By DoRA m (W + s B A) / |W + s B A|, norms over the inputs: `magnitude` is the
+    name of m.
     """
 
     a: str
     b: str
     scaling: float
     transposed: bool
+    magnitude: str | None = None
+
+
+@dataclass(frozen=True)
+class Factor:
+    """l W of one parameter, by IA3: the name of l in the adapter's file, [out, 1] or (of inputs) [1, in]."""
+
+    l: str  # noqa: E741
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A parameter that was trained itself (modules_to_save): its name in the adapter's file."""
+
+    tensor: str
 
 
 @dataclass(frozen=True)
 class Changes:
     """What a merge changes, by parameter name of the class that was trained: `updates` that can be computed
-    here, and `others`, which only PEFT computes (DoRA, other methods, whole modules, rows), by prefix.
+    here, and `others`, which only PEFT computes (other methods, rows of embeddings), by prefix.
     """
 
-    updates: dict[str, Update]
+    updates: dict[str, Update | Factor | Whole]
     others: tuple[str, ...]
     biases: bool
 
@@ -55,18 +75,33 @@ class Changes:
 
 def changes(attached: PeftModel, adapter: Adapter) -> Changes:
     """What merging `attached`, which carries `adapter` on the class that was trained, will change."""
-    updates, others = {}, []
+    updates: dict[str, Update | Factor | Whole] = {}
+    others = []
     biases = adapter.config.get("bias", "none") != "none" or bool(adapter.config.get("lora_bias"))
     for name, module in attached.get_base_model().named_modules():
         pair = adapter.modules.get(name, {}) if adapter.config["peft_type"] == "LORA" else {}
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        at, transposed = f"base_model.model.{name}.", bool(getattr(module, "fan_in_fan_out", False))
+        if isinstance(module, ModulesToSaveWrapper):
+            updates |= {f"{name}.{n.removeprefix(at)}": Whole(n) for n in adapter.tensors if n.startswith(at)}
+        elif isinstance(module, AuxiliaryTrainingWrapper):
             others.append(name)
-        elif isinstance(module, LoraLayer) and not module.lora_variant and set(pair) == {"A", "B"}:
-            transposed = bool(getattr(module, "fan_in_fan_out", False)) or "lora_embedding" in pair["A"]
-            updates[f"{name}.weight"] = Update(pair["A"], pair["B"], module.scaling["default"], transposed)
+        elif isinstance(module, LoraLayer) and set(pair) == {"A", "B"} and _known(module):
+            magnitude = f"{at}lora_magnitude_vector" if module.lora_variant else None
+            transposed = transposed or "lora_embedding" in pair["A"]
+            factor = scaling(adapter.config, name)
+            updates[f"{name}.weight"] = Update(pair["A"], pair["B"], factor, transposed, magnitude)
+        elif isinstance(module, IA3Layer) and f"{at}ia3_l" in adapter.tensors:
+            updates[f"{name}.weight"] = Factor(f"{at}ia3_l", transposed)
+            if not module.is_feedforward and getattr(module.get_base_layer(), "bias", None) is not None:
+                updates[f"{name}.bias"] = Factor(f"{at}ia3_l", transposed)
         elif isinstance(module, BaseTunerLayer):
             others.append(name)
     return Changes(updates, tuple(others), biases)
+
+
+def _known(module: LoraLayer) -> bool:
+    """Is it LoRA or DoRA of a matrix?"""
+    return all(isinstance(variant, DoraLinearVariant) for variant in module.lora_variant.values())
 
 
 class Files:
@@ -101,16 +136,17 @@ def check(
 
     `names`: of the parameters of the class that was trained. `dequantised`: weights that the base had in
     training, by module, where they are not those of its files. Returns how many tensors were computed, how
-    many are the base's, and `lost_in_rounding`: the share of the update (Frobenius) that rounding took.
-    RecipeError names the tensors that are something else.
+    many are the base's, which were not compared, and `lost_in_rounding`: the share of the update (Frobenius)
+    that rounding took. RecipeError names the tensors that are something else.
     """
     base, made = Files(source), Files(target)
     trained = {own: name for name in names if (own := base_fit.own_name(name, base.where))}
-    wrong, same, computed, lost, size = [], 0, 0, 0.0, 0.0
+    wrong, left, same, computed, lost, size = [], [], 0, 0, 0.0, 0.0
     with safe_open(adapter.file, "pt") as pairs:
         for name in made.where:
             if name not in base.where:
-                continue  # a head that is tied no longer
+                left.append(name)  # a head that is tied no longer
+                continue
             own = trained.get(name, name)
             stored, before = made.tensor(name), dequantised.get(own.removesuffix(".weight"))
             before = base.tensor(name) if before is None else before
@@ -120,7 +156,9 @@ def check(
                 lost, size = lost + found[1], size + found[2]
                 if not found[0] <= 1:
                     wrong.append(f"{name} is off by {found[0]:.3g} times what rounding allows")
-            elif not changed.touches(own) and stored.shape == before.shape:
+            elif changed.touches(own) or stored.shape != before.shape:
+                left.append(name)
+            else:
                 same += 1
                 if not torch.equal(stored, before.to(stored.dtype)):
                     wrong.append(f"{name} is not the base's, and carries no adapter")
@@ -129,28 +167,66 @@ def check(
     if wrong:
         found_ = f"the merged model is not base + adapter: {listed(wrong, 3)}"
         raise RecipeError(Problem(shown(adapter.path), found_, "nothing was written; please report this"))
-    kept = {"tensors_computed": computed, "tensors_of_the_base": same}
+    kept = {"tensors_computed": computed, "tensors_of_the_base": same, "tensors_not_compared": left}
     return kept | {"lost_in_rounding": (lost / size) ** 0.5 if size else 0.0}
 
 
 def _updated(
+    stored: torch.Tensor, before: torch.Tensor, pairs: Any, update: Update | Factor | Whole
+) -> tuple[float, float, float]:
+    """How far `stored` is from what `update` makes of `before` at most, as a multiple of what is allowed; and
+    the squared Frobenius norms of that difference and of the update.
+
+    Allowed: half a step of the dtype in which it is stored, and what float32 may lose on the way.
+    """
+    if isinstance(update, Update):
+        return _lora(stored, before, pairs, update)
+    if isinstance(update, Whole):
+        wanted, rounded = pairs.get_tensor(update.tensor).double(), 0.0
+    else:
+        factor = pairs.get_tensor(update.l).double()
+        factor = factor.flatten() if before.ndim == 1 else factor.T if update.transposed else factor
+        wanted, rounded = before.double() * factor, torch.finfo(torch.float32).eps
+    step, apart = torch.finfo(stored.dtype), (stored.double() - wanted).abs()
+    allowed = (step.eps / 2 + rounded) * wanted.abs() + step.smallest_normal
+    off = (apart / allowed).nan_to_num(nan=torch.inf).max().item()
+    return off, apart.square().sum().item(), (wanted - before.double()).square().sum().item()
+
+
+def _lora(
     stored: torch.Tensor, before: torch.Tensor, pairs: Any, update: Update
 ) -> tuple[float, float, float]:
-    """How far `stored` is from `before` + s B A at most, as a multiple of what is allowed; and the squared
-    Frobenius norms of that difference and of s B A.
-
-    Allowed: half a step of the dtype in which it is stored, and what a sum of r products in float32 may lose.
+    """`_updated` of LoRA and DoRA. In float32: a sum of r products, and with DoRA a norm over n inputs, whose
+    error is that of its numbers and at most n / 2 roundings of its own.
     """
     a, b = pairs.get_tensor(update.a).double(), pairs.get_tensor(update.b).double()
     left, right = (a.T, b.T) if update.transposed else (b, a)
     step, single = torch.finfo(stored.dtype), torch.finfo(torch.float32).eps / 2
     off = lost = size = 0.0
+
+    def rows(i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The next rows of W, of s B A, and of the absolute numbers that were summed for it."""
+        part, was = left[i : i + ROWS], before[i : i + ROWS].double()
+        sums = was.abs() + abs(update.scaling) * (part.abs() @ right.abs())
+        return was, update.scaling * (part @ right), (len(right) + 4) * single * sums
+
+    factor, relative = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    if update.magnitude:
+        over = 0 if update.transposed else 1
+        squares = [
+            torch.stack([(was + delta).square().sum(over), lossy.square().sum(over)])
+            for was, delta, lossy in map(rows, range(0, len(left), ROWS))
+        ]
+        norms = (torch.stack(squares).sum(0) if over == 0 else torch.cat(squares, 1)).sqrt()
+        factor = pairs.get_tensor(update.magnitude).double().flatten() / norms[0]
+        relative = norms[1] / norms[0] + (before.shape[over] / 2 + 2) * single
+        factor, relative = factor.unsqueeze(over), relative.unsqueeze(over)
     for i in range(0, len(left), ROWS):
-        rows = left[i : i + ROWS]
-        was, delta = before[i : i + ROWS].double(), update.scaling * (rows @ right)
-        apart = (stored[i : i + ROWS].double() - was - delta).abs()
-        sums = was.abs() + abs(update.scaling) * (rows.abs() @ right.abs())
-        allowed = step.eps / 2 * (was + delta).abs() + (len(right) + 4) * single * sums + step.smallest_normal
+        was, delta, lossy = rows(i)
+        f, r = (x if len(x) == 1 else x[i : i + ROWS] for x in (factor, relative))
+        wanted = f * (was + delta)
+        apart = (stored[i : i + ROWS].double() - wanted).abs()
+        allowed = (step.eps / 2 + r) * wanted.abs() + f.abs() * lossy + step.smallest_normal
         off = max(off, (apart / allowed).nan_to_num(nan=torch.inf).max().item())
-        lost, size = lost + apart.square().sum().item(), size + delta.square().sum().item()
+        lost, size = lost + apart.square().sum().item(), size + (wanted - was).square().sum().item()
     return off, lost, size

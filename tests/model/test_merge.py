@@ -1,6 +1,7 @@
 """Merged models answer as base + adapter does, or are not left behind."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -10,10 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from lora_recipes.core import adapter_folder, locate, provenance
 from lora_recipes.core.errors import RecipeError
@@ -98,7 +106,8 @@ def test_the_dtype_asked_for_is_the_one_saved(trained, tmp_path, dtype):
 
 def test_dora_which_no_server_takes_as_an_adapter_merges(hybrid, tmp_path):
     folder = adapter(hybrid, tmp_path / "adapter", target_modules=["down_proj"], use_dora=True)
-    assert merge(folder, tmp_path / "merged", unproven=True)["modules"] == 4
+    record = merge(folder, tmp_path / "merged", unproven=True)
+    assert record["modules"] == record["tensors_computed"] == 4 and record["tensors_not_compared"] == []
 
 
 def test_a_merge_that_answers_otherwise_fails_and_leaves_nothing(trained, tmp_path):
@@ -364,6 +373,177 @@ def test_a_stored_tensor_that_is_not_base_and_adapter_is_named(written, tmp_path
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(RecipeError, match=r"the merged model is not base \+ adapter: model\."):
         stored.check(job.adapter, job.source, copy, changes, names, dequantised)
+
+
+# method -> its config, the weight that is broken, and in which ways
+CHANGED: dict[str, tuple[str, LoraConfig | IA3Config, str, tuple[str, ...]]] = {
+    "dora": (
+        "qwen2",
+        LoraConfig(use_dora=True, target_modules=["q_proj", "down_proj"]),
+        "model.layers.0.mlp.down_proj.weight",
+        (
+            "left as it was",
+            "by LoRA alone",
+            "the base's norms",
+            "norms over the outputs",
+            "the other layer's",
+        ),
+    ),
+    "dora, transposed": (
+        "gpt2",
+        LoraConfig(use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True),
+        "transformer.h.0.attn.c_attn.weight",
+        (
+            "left as it was",
+            "by LoRA alone",
+            "the base's norms",
+            "norms over the outputs",
+            "the other layer's",
+        ),
+    ),
+    "dora, rslora and patterns": (
+        "qwen2",
+        LoraConfig(
+            use_dora=True,
+            use_rslora=True,
+            target_modules=["v_proj", "down_proj"],
+            rank_pattern={"down_proj": 2},
+            alpha_pattern={"v_proj": 3},
+        ),
+        "model.layers.0.mlp.down_proj.weight",
+        ("by LoRA alone", "the other layer's"),
+    ),
+    "lora, transposed": (
+        "gpt2",
+        LoraConfig(target_modules=["c_attn", "wte"], fan_in_fan_out=True),
+        "transformer.h.0.attn.c_attn.weight",
+        ("left as it was", "the other layer's"),
+    ),
+    "ia3": (
+        "qwen2",
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "model.layers.0.self_attn.k_proj.bias",
+        ("left as it was", "the other layer's", "twice"),
+    ),
+    "ia3, of inputs": (
+        "qwen2",
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "model.layers.0.mlp.down_proj.weight",
+        ("left as it was", "the other layer's", "twice"),
+    ),
+    "ia3, transposed": (
+        "gpt2",
+        IA3Config(
+            target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True
+        ),
+        "transformer.h.0.attn.c_attn.weight",
+        ("left as it was", "the other layer's", "twice"),
+    ),
+    "modules_to_save": (
+        "qwen2",
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"]),
+        "model.layers.0.mlp.down_proj.weight",
+        ("left as it was", "the other layer's"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """`small("qwen2")`, with biases, or `small("gpt2")`, whose matrices are stored transposed: a base."""
+
+    @functools.cache
+    def make(kind: str) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(kind)
+        ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1}
+        if kind == "qwen2":
+            sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+            heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
+            model: Any = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **sizes, **heads, **ends))
+        else:
+            model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, **ends))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def broken(way: str, weight: str, weights: dict, base: dict, found: dict) -> torch.Tensor:
+    """The stored `weight` of a merged model, broken in that way; `found`: the adapter's tensors."""
+    at = f"base_model.model.{weight.rsplit('.', 1)[0]}."
+    if way == "left as it was":
+        return base[weight]
+    if way == "the other layer's":
+        return weights[weight.replace(".0.", ".1.")]
+    if way == "twice":
+        factor = weights[weight] / base[weight]
+        return weights[weight] * factor
+    transposed = "transformer" in weight
+    before = base[weight].T if transposed else base[weight]
+    b, a = found[f"{at}lora_B.weight"], found[f"{at}lora_A.weight"]
+    plain = before + 2 * b @ a if len(a) == 4 else before + 4 / 2**0.5 * b @ a
+    magnitude = found[f"{at}lora_magnitude_vector"][:, None]
+    if way == "the base's norms":
+        plain = magnitude / before.norm(dim=1, keepdim=True) * plain
+    elif way == "norms over the outputs":
+        plain = magnitude / plain.norm(dim=0).mean() * plain
+    return plain.T if transposed else plain
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_another_method_stores_is_computed_too_and_every_other_number_is_named(
+    small, tmp_path, name, dtype
+):
+    kind, config, weight, ways = CHANGED[name]
+    config = dataclasses.replace(config, task_type="CAUSAL_LM")
+    if isinstance(config, LoraConfig):
+        config = dataclasses.replace(
+            config, r=4, lora_alpha=4 if config.use_rslora else 8, init_lora_weights=False
+        )
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(small(kind)), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # away from where it began: norms, ones, the base's own weights
+            parameter.data = parameter.data * (1 + 0.2 * torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    job = merging.Job(adapter_folder.read(tmp_path / "adapter", anything=True), None, small(kind), dtype)
+    attached = merging._attach(merging._load(job.source, "float32", job), job)
+    changes = stored.changes(attached, job.adapter)
+    merging._write(attached, job, tmp_path / "merged", {})
+    names = list(AutoModelForCausalLM.from_pretrained(job.source).state_dict())
+    good = stored.check(job.adapter, job.source, tmp_path / "merged", changes, names, {})
+    assert good["tensors_not_compared"] == [] and good["tensors_computed"] == len(changes.updates) >= 2
+    assert weight in changes.updates and (good["lost_in_rounding"] > 0 or name == "modules_to_save")
+    merged = tmp_path / "merged" / "model.safetensors"
+    weights, base = load_file(merged), load_file(job.source / "model.safetensors")
+    exact, found = weights[weight].clone(), load_file(job.adapter.file)
+    for way in ways:
+        wrong = broken(way, weight, {n: t.float() for n, t in weights.items()}, base, found)
+        assert not torch.equal(wrong.to(exact), exact), way
+        weights[weight] = wrong.to(exact).clone().contiguous()
+        save_file(weights, merged, {"format": "pt"})
+        with pytest.raises(RecipeError, match=rf"is not base \+ adapter: {weight} is off by"):
+            stored.check(job.adapter, job.source, tmp_path / "merged", changes, names, {})
+        weights[weight] = exact
+
+
+def test_what_no_formula_here_covers_is_said_to_be_left_to_the_answers(trained, tmp_path):
+    config = LoKrConfig(r=4, alpha=8, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(trained / "tiny_base" / "model")
+    get_peft_model(base, config).save_pretrained(str(tmp_path / "adapter"))
+    record = merge(tmp_path / "adapter", tmp_path / "merged", unproven=True)
+    assert len(record["tensors_not_compared"]) == 2 and record["tensors_computed"] == 0
+    said = merging.report(record, tmp_path / "merged")
+    assert "as stored, computed anew in float64: 0 tensors; 22 are the base's own" in said
+    assert (
+        "NOT PROVEN  2 stored tensors were not computed here (LOKR: model.layers.0.self_attn.q_proj" in said
+    )
 
 
 def test_a_merge_in_bfloat16_rounds_each_tensor_once_and_says_what_that_costs(trained, tmp_path):
