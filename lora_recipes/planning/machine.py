@@ -1,10 +1,11 @@
 """What the libraries of this machine say against settings that they would refuse only with the model loaded:
-the optimizer, Liger.
+the optimizer, Liger; and an accelerator that is not CUDA's.
 """
 
 import copy
 import importlib.util
 
+import torch
 from transformers import Trainer
 from trl import SFTConfig
 
@@ -42,6 +43,14 @@ def _made(arguments: SFTConfig) -> object:
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         return str(error)
     return cls, options
+
+
+def foreign() -> str:
+    """The kind of this machine's accelerator where it is not CUDA's (Apple's GPU: mps); empty where it is, or
+    where there is none.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found is not None and found.type != "cuda" else ""
 
 
 def liger() -> str:

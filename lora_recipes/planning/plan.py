@@ -171,6 +171,7 @@ def _facts(resolved: Resolved, model: PreTrainedModel, arguments: SFTConfig, lay
         router=hasattr(config, "output_router_logits"),
         conv1d=any(isinstance(module, Conv1D) for module in model.modules()),
         accelerator=torch.accelerator.is_available() and not resolved.recipe.train.use_cpu,
+        foreign=machine.foreign(),
     )
 
 

@@ -73,7 +73,16 @@ def faults(sections: dict[str, Any]) -> list[Fault]:
         for one in _meant(error)
         for fault in _explained(one)
     )
-    return found + list(dict.fromkeys(f for f in islice(refused, MOST) if f[0] not in endless))
+    told = list(dict.fromkeys(f for f in islice(refused, MOST) if f[0] not in endless))
+    return found + told + _code(sections, {key for key, _, _ in told})
+
+
+def _code(sections: dict[str, Any], told: set[Key]) -> list[Fault]:
+    """trust_remote_code inside a mapping that is handed on as it is, where the schema does not look."""
+    name = "trust_remote_code"
+    inside = [key[: key.index(name) + 1] for key, _ in _leaves(sections) if name in key[2:]]
+    found = "cannot be set in a recipe", str(OWNED[f"train.{name}"])
+    return [(key, *found) for key in dict.fromkeys(inside) if key not in told]
 
 
 def elsewhere(word: str) -> tuple[str, str] | None:

@@ -77,7 +77,7 @@ TAKEN: dict[str, str] = {
     "train.full_determinism": "",
     "train.seed": "",
     "train.data_seed": "",
-    "train.use_cpu": "true where there is no CUDA device",
+    "train.use_cpu": "true where there is no CUDA device, also on a Mac",
     "train.dataloader_drop_last": "steps are counted with it; none left is refused",
     "train.dataloader_num_workers": "",
     "train.dataloader_pin_memory": "",

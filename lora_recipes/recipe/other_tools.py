@@ -310,7 +310,7 @@ OTHER_NAMES: dict[str, Answer] = {
     "use_gradient_checkpointing": _CHECKPOINTING,
     "use_liger": _LIGER,
     "use_mps_device": Nothing(
-        "training uses a CUDA device, or the CPU where there is none; Apple's GPU is not used"
+        "training uses a CUDA device, or the CPU where there is none, also on a Mac; Apple's GPU is not used"
     ),
     "use_peft": _METHOD,
     "use_reentrant": Write("train.gradient_checkpointing_kwargs", "{use_reentrant: false}"),

@@ -33,8 +33,9 @@ class Facts:
 
     Of the libraries: what they say against train.optim, train.report_to and train.use_liger_kernel on this
     machine ("": nothing), and `ignored`, the keys that this optimizer does not read. Of the model: has it
-    router logits (experts), has it a Conv1D of GPT-2's kind? `accelerator`: has this machine one? `steps`,
-    `per_epoch`, `warmup`: optimizer steps, once they are counted."""
+    router logits (experts), has it a Conv1D of GPT-2's kind? `accelerator`: has this machine one?
+    `foreign`: its kind where it is not CUDA's (mps, xpu). `steps`, `per_epoch`, `warmup`: optimizer steps,
+    once they are counted."""
 
     layout: Layout = SINGLE
     has_bias: bool = True
@@ -53,6 +54,7 @@ class Facts:
     router: bool = True
     conv1d: bool = True
     accelerator: bool = True
+    foreign: str = ""
     steps: int | None = None
     per_epoch: int = 1
     warmup: int = 0
@@ -1024,6 +1026,13 @@ _TRAIN = [
         "remove it, or train on a GPU",
         lambda r, f: r.train.activation_offloading and not f.accelerator,
         warns=True,
+    ),
+    Rule(
+        "train.use_cpu",
+        "false, with an accelerator that is not CUDA's",
+        "the trainer would take {device}, on which precision, NF4 and memory were never tried here",
+        "remove it: this machine then trains on its CPU",
+        lambda r, f: {"device": f.foreign} if f.foreign and r.train.given.get("use_cpu") is False else None,
     ),
     Rule(
         "train.torch_compile_mode",

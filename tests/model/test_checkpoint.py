@@ -1,6 +1,7 @@
 """A base that is not what it says stops the plan, with names; and one that is right is never refused."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
 from lora_recipes.core import safetensors
 from lora_recipes.core.errors import RecipeError
@@ -21,6 +23,7 @@ from lora_recipes.data import gate
 from lora_recipes.model import build, checkpoint
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
+from lora_recipes.recipe.other_tools import OWNED
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT / "tests" / "cases"
@@ -291,10 +294,35 @@ def test_code_beside_a_class_that_transformers_has_is_left_alone(copy, tmp_path)
     assert type(build.model(resolved(folder, tmp_path))).__module__.startswith("transformers.")
 
 
-@pytest.mark.parametrize("key", ["model.trust_remote_code", "train.trust_remote_code"])
-def test_who_asks_for_code_is_told_that_none_is_run(key):
-    with pytest.raises(RecipeError, match=r"no code out of a checkpoint is run"):
-        recipes.load(str(CASES / "qwen_base_eos.yaml"), [f"{key}=true"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model.trust_remote_code=true",
+        "train.trust_remote_code=false",
+        "lora.trust_remote_code=true",
+        "data.trust_remote_code=true",
+        "train.model_init_kwargs={trust_remote_code: true}",
+        "train.dataset_kwargs={skip_prepare_dataset: true, trust_remote_code: true}",
+        "train.lr_scheduler_kwargs={trust_remote_code: true}",
+        "data.chat_template_kwargs={enable_thinking: false, trust_remote_code: true}",
+        "data.train=[{path: rows.jsonl, trust_remote_code: true}]",
+    ],
+)
+def test_who_asks_for_code_is_told_once_that_none_is_run(text):
+    with pytest.raises(RecipeError) as error:
+        recipes.load(str(CASES / "qwen_base_eos.yaml"), [text])
+    assert str(error.value).count("no code out of a checkpoint is run") == 1
+    assert "trust_remote_code: cannot be set in a recipe" in str(error.value)
+
+
+def test_every_field_of_the_libraries_that_runs_code_is_refused():
+    """A new one (processor_kwargs, ...) is seen here first."""
+    known = {f"train.{f.name}" for f in dataclasses.fields(SFTConfig) if "remote_code" in f.name}
+    known |= {f"train.{name}" for name in ("model_init_kwargs", "dataset_kwargs")}
+    assert known <= set(OWNED)
+    handed_on = {f.name for f in dataclasses.fields(SFTConfig) if f.name.endswith("_kwargs")}
+    taken = {"gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs"}
+    assert handed_on - taken == {"model_init_kwargs", "dataset_kwargs"}
 
 
 def test_every_loading_by_name_says_that_no_code_is_run():

@@ -37,6 +37,14 @@ SETTINGS: list[tuple[tuple[str, str], str, dict]] = [
         "train.gradient_checkpointing=true train.gradient_checkpointing_kwargs={use_reentrantt: false}",
         {},
     ),
+    *(
+        (
+            ("train.use_cpu", "false, with an accelerator that is not CUDA's"),
+            "train.use_cpu=false",
+            {"foreign": kind},
+        )
+        for kind in ("mps", "xpu")
+    ),
     (("train.torch_compile_mode", "other words"), "train.torch_compile_mode=fast", {}),
     (("train.torch_compile_backend", "other words"), "train.torch_compile_backend=inductorr", {}),
     (("train.include_num_input_tokens_seen", "other words"), "train.include_num_input_tokens_seen=real", {}),
