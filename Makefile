@@ -5,7 +5,7 @@ SET    ?=
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-# A switch is on unless it is 0, no or false. HOST, PORT and the like count only when given to make: shells export some of them.
+# A switch is on unless it is 0, no or false. HOST, PORT, PUBLIC and the like count only when given to make: shells export some of them.
 on = $(filter-out 0 no false,$($(1)))
 given = $(if $(filter command,$(origin $(1))),$($(1)))
 quoted = '$(subst ','\'',$(1))'
@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan memory train ablate merge eval combine serve chat bench-serve compare test test-fast coverage lint schema docs clean
+.PHONY: help setup setup-serve plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast coverage lint schema docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -59,6 +59,9 @@ eval: $(READY)  ## base against adapter of RECIPE: held-out loss, probes, what w
 
 combine: $(READY)  ## several adapters as one: outputs/NAME/adapter (ADAPTERS="a=folder b=folder" WEIGHTS="0.7 0.3" METHOD=cat, DENSITY=, SVD_RANK=, SEED=, FORCE=1, UNPROVEN=1)
 	@$(PY) scripts/combine.py $(ADAPTERS) $(COMBINE_OPTIONS)
+
+push: $(READY)  ## publish RECIPE's adapter on the Hugging Face Hub: REPO=owner/name, HF_TOKEN in the environment (private; PUBLIC=1, DRY=1 lists, FORCE=1 replaces, UNPROVEN=1)
+	@$(PY) scripts/push.py $(RECIPE) $(call named,REPO) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(and $(call given,PUBLIC),$(call on,PUBLIC)),--public) $(if $(call on,FORCE),--force) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,DRY),--dry-run)
 
 serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, UNPROVEN=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")
 	@$(PY) scripts/serve.py $(if $(CHECK)$(REMOVE),$(ADAPTERS),$(or $(ADAPTERS),$(RECIPE))) $(SERVE_OPTIONS) $(if $(VLLM),-- $(VLLM))

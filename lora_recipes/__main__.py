@@ -7,14 +7,14 @@ A verb is parsed and its recipe checked before anything slow is imported: those 
 import json
 import re
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lora_recipes
 from lora_recipes.ablation.cluster import ENGINES
 from lora_recipes.core import cli, shipped
-from lora_recipes.core.errors import nearest
+from lora_recipes.core.errors import Problem, RecipeError, nearest
 from lora_recipes.core.files import OUTPUTS
 
 DEFAULT = "tiny_facts"
@@ -343,6 +343,35 @@ def combine(given: Namespace) -> None:
     print(combine.report(record, given.outputs / given.name / "adapter"))
 
 
+def _push(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "adapter",
+        nargs="?",
+        default=DEFAULT,
+        help=f"a recipe (name or file), or an adapter folder (default: {DEFAULT})",
+    )
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="the repository; made if it is not there")
+    parser.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
+    parser.add_argument("--force", action="store_true", help="replace another model that is there")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list files and sizes; the hub is not asked, no token needed"
+    )
+    parser.add_argument("--token", nargs="?", const="", help=SUPPRESS)  # refused, without repeating it
+    _outputs(parser)
+    _unproven(parser)
+    parser.epilog = "The token is that of the environment variable HF_TOKEN, and of nothing else."
+
+
+def push(given: Namespace) -> None:
+    """Publish."""
+    if given.token is not None:
+        do = "set HF_TOKEN in the environment; make a new token if this one was real"
+        raise RecipeError(Problem("--token", "a secret is not an option: others see a command's words", do))
+    from lora_recipes.serving.push import push
+
+    push(given.adapter, given.outputs, given.repo, given.public, given.force, given.unproven, given.dry_run)
+
+
 def _serve(parser: ArgumentParser) -> None:
     parser.epilog = "What stands after -- goes to vLLM."
     parser.add_argument(
@@ -464,6 +493,7 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         combine,
         "Combine adapters of one base into one that merges and serves like a trained one.",
     ),
+    "push": (_push, push, "Publish an adapter on the Hugging Face Hub: private, in one commit."),
     "serve": (_serve, serve, "Check adapters, start vLLM, prove that they are live, stay up."),
     "chat": (_chat, chat, "Ask base and adapter on a running server side by side."),
 }

@@ -144,7 +144,7 @@ def test_no_message_spells_a_command_itself():
     names = (
         "RECIPE SET FORCE RESUME BASE ACCELERATE PROCESSES OUTPUTS DTYPE ADAPTERS? ONLY OVER SEEDS JOBS"
         " ABLATION METHOD DENSITY SVD_RANK NAME MODEL PORT HOST CHECK ADD REMOVE DYNAMIC ON DRY FIT"
-        " COMPARE DEVICES"
+        " COMPARE DEVICES REPO PUBLIC"
     )
     written = re.compile(rf"\bmake ({'|'.join(VERBS)}|setup-serve)\b|\b({names.replace(' ', '|')})=")
     found = []

@@ -113,9 +113,7 @@ def run_folder(recipe: str, outputs: Path) -> RunFolder:
     folder = RunFolder(outputs / recipe)
     if folder.result("full").is_dir():
         raise RecipeError(
-            Problem(
-                shown(folder.path), "is a whole model: there is nothing to merge", "name a recipe with lora:"
-            )
+            Problem(shown(folder.path), "holds a whole model, no adapter", "name a recipe with lora:")
         )
     folder.outcome()
     return folder

@@ -150,20 +150,25 @@ def edited(folder: Path, known: Provenance) -> list[Problem]:
 
 
 def not_proven(
-    folder: Path, known: Provenance | None, asked: bool, does: str, only_hashes: bool = False
+    folder: Path,
+    known: Provenance | None,
+    asked: bool,
+    does: str,
+    only_hashes: bool = False,
+    looked_at: str = "names, ranks and shapes fit",
 ) -> list[str]:
     """What cannot be said of the adapter in `folder`, for a person, where `known` says too little.
 
     RecipeError where nobody `asked` for what is not proven: there is no provenance at all, or it is a
     combination of adapters that were not proven, or it came without hashes and `only_hashes` would tell a
-    change here. `does` is what would be done with it.
+    change here. `does` is what would be done with it, `looked_at` what was seen of it nevertheless.
     """
     found, do = [], ""
     if known is None:
         do = f"copy the adapter with its {FILE}"
         found.append(
             f"no {FILE} beside it: that nothing was changed since training, and that this is its base,"
-            " is not proven; names, ranks and shapes fit, no more"
+            f" is not proven; {looked_at}, no more"
         )
     elif known.unproven:
         do = "combine adapters that are proven"

@@ -15,7 +15,7 @@ from jsonschema.validators import extend
 
 from lora_recipes.core.errors import MOST, nearest
 from lora_recipes.core.yamlfile import Key, dotted
-from lora_recipes.recipe.other_tools import OTHER_NAMES, OWNED
+from lora_recipes.recipe.other_tools import OTHER_NAMES, OWNED, Environment
 
 Fault = tuple[Key, str, str]  # where, what was found, what to do
 _KINDS = {"integer": "a whole number", "number": "a number", "string": "a text", "boolean": "true or false"}
@@ -100,6 +100,12 @@ def elsewhere(word: str) -> tuple[str, str] | None:
     if word in OTHER_NAMES:
         return "another tool's name", str(OTHER_NAMES[word])
     return None
+
+
+def secret(word: str) -> bool:
+    """Does the key `word`, here or in another tool, hold a token?"""
+    answers = (OTHER_NAMES.get(word), OWNED.get(f"train.{word}"))
+    return any(isinstance(answer, Environment) and answer.variable.endswith("TOKEN") for answer in answers)
 
 
 def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:

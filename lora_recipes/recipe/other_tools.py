@@ -124,7 +124,8 @@ _MASKED = Write("train.completion_only_loss", also=("train.assistant_only_loss",
 _ASSISTANT = Write("train.assistant_only_loss", "true")
 _TOKEN = Environment(
     "HF_TOKEN",
-    "or run `hf auth login`; the recipe is copied into the run folder, and a secret would be with it",
+    "the recipe is copied into the run folder, and a secret would be with it; to read from the hub,"
+    " `hf auth login` does too",
 )
 _RESUME = Run("train", "RESUME", note="the newest whole checkpoint is found and checked")
 _NO_CACHE = Nothing("rows are read and made into tokens anew each time")
@@ -132,7 +133,9 @@ _SFT = Nothing("supervised fine-tuning is the only kind of training here")
 _WRITTEN = "PEFT writes it from model.name_or_path"
 _TRAINS = "an adapter that is trained is never in inference mode"
 # What TRL would upload: a repository named "checkpoints", TRL's own card, a pickle, no provenance.json.
-_UPLOAD = Without("nothing is uploaded while training; then `hf upload NAME outputs/<recipe name>/adapter`")
+_UPLOAD = Run("push", "REPO", "owner/name", "after training; TRL's own leaves out what proves an adapter")
+_PUBLIC = Run("push", "PUBLIC", note="the repository is private without it")
+_UPLOADS_LESS = Without("nothing is uploaded while training, and one commit holds the adapter")
 _LOSS_ONLY = Without("an evaluation keeps the loss and no logits, there is no metric that would read them")
 _VERB = Without("the verb that is called says it: train, eval or plan")
 _FULL_EVAL = Without("the evaluation after training would round the trained weights, and then they are saved")
@@ -355,11 +358,11 @@ OWNED: dict[str, Answer] = {
     "train.eval_do_concat_batches": _LOSS_ONLY,
     "train.eval_use_gather_object": _LOSS_ONLY,
     "train.fp16_full_eval": _FULL_EVAL,
-    "train.hub_always_push": _UPLOAD,
+    "train.hub_always_push": _UPLOADS_LESS,
     "train.hub_model_id": _UPLOAD,
-    "train.hub_private_repo": _UPLOAD,
-    "train.hub_revision": _UPLOAD,
-    "train.hub_strategy": _UPLOAD,
+    "train.hub_private_repo": _PUBLIC,
+    "train.hub_revision": _UPLOADS_LESS,
+    "train.hub_strategy": _UPLOADS_LESS,
     "train.include_for_metrics": _LOSS_ONLY,
     "train.label_names": Without("the trainer is given the column `labels`, made from the rows"),
     "train.length_column_name": Without("the rows have no such column: their tokens are counted"),

@@ -9,6 +9,8 @@ from lora_recipes.core.record import FinishedRun
 from lora_recipes.recipe.recipe import Recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+# Of the words of huggingface.co/docs/hub/repositories-licenses those that are to be expected of a base.
+LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "gemma", "llama2", "llama3", "llama3.1", "llama3.2")
 
 
 def write(folder: Path, recipe: Recipe, run: FinishedRun) -> None:
@@ -22,12 +24,17 @@ def sources(recipe: Recipe) -> list[str]:
     return [given] if isinstance(given, str) else [s if isinstance(s, str) else s["path"] for s in given]
 
 
+def _on_the_hub(recipe: Recipe, name: str) -> bool:
+    """Is `name` owner/name on the hub, and no path here?"""
+    return HUB_ID.fullmatch(name) is not None and not recipe.file(name).exists()
+
+
 def metadata(recipe: Recipe, run: FinishedRun) -> ModelCardData:
-    """The Hub's fields. A base or a data set that is only a folder here is named in the text instead: the Hub
-    refuses it.
+    """The Hub's fields. A base or a data set that is only a folder here, and a licence that is none of the
+    Hub's words, are named in the text instead: the Hub refuses them.
     """
     base, eval_loss = recipe.model.name_or_path or "", run.metrics.get("eval_loss")
-    results = None
+    results, licence = None, (run.plan.model.licence or "").lower()
     if eval_loss is not None:
         name = f"{recipe.name} eval"
         results = [
@@ -37,11 +44,12 @@ def metadata(recipe: Recipe, run: FinishedRun) -> ModelCardData:
         ]
     lora = [] if recipe.whole else [recipe.settings.get("peft_type", "lora").lower()]
     return ModelCardData(
-        base_model=base if HUB_ID.fullmatch(base) and recipe.model.weights == "pretrained" else None,
+        base_model=base if recipe.model.weights == "pretrained" and _on_the_hub(recipe, base) else None,
+        license=licence if licence in LICENCES else None,
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
         tags=[*lora, "sft", "trl", "lora-recipes"],
-        datasets=[s for s in sources(recipe) if HUB_ID.fullmatch(s) and not s.endswith(".jsonl")] or None,
+        datasets=[s for s in sources(recipe) if _on_the_hub(recipe, s) and not s.endswith(".jsonl")] or None,
         metrics=["loss"] if results else None,
         model_name=recipe.name,
         eval_results=results,

@@ -829,6 +829,28 @@ def test_the_scripts_answer_with_the_problem_and_exit_code_2():
     assert done.stdout == ""
 
 
+# ---- secrets
+
+
+LONG = "hf_" + "x" * 34
+SECRETS = [
+    "train.hub_token=of_mine",
+    "hub_token=of_mine",
+    "train.HUB_TOKEN=of_mine",
+    "train.hub_token.x=of_mine",
+    "use_auth_token=of_mine",
+    f"train.token={LONG}",
+    f"hub_token:{LONG}",
+    f"train.wrong={{a: {LONG}}}",
+]
+
+
+@pytest.mark.parametrize("override", SECRETS)
+def test_a_token_in_an_override_is_not_repeated(refused, override):
+    told = refused(GOOD, override)
+    assert "of_mine" not in told and LONG not in told and override.partition("_token")[0][:5] in told
+
+
 # ---- large
 
 

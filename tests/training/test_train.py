@@ -152,6 +152,20 @@ def test_a_model_card_has_the_fields_of_the_hub(trained, tmp_path):
     assert "r: 8" in written.text
 
 
+def test_a_model_card_names_the_licence_in_the_words_of_the_hub_and_no_folder_as_a_base(trained, tmp_path):
+    done = RunFolder(trained / "tiny_facts").outcome()
+    assert isinstance(done, FinishedRun)
+    (tmp_path / "bases" / "mine").mkdir(parents=True)
+    own = tmp_path / "own.yaml"
+    own.write_text(recipes.load("qwen35_4b_style").to_yaml().replace("Qwen/Qwen3.5-4B", "bases/mine"))
+    for licence, word in (("Apache-2.0", "apache-2.0"), ("My own, v2", None), (None, None)):
+        plan = replace(done.plan, model=replace(done.plan.model, licence=licence))
+        card.write(tmp_path, recipes.load(str(own)), replace(done, plan=plan))
+        written = ModelCard.load(tmp_path / "README.md")
+        assert (written.data.license, written.data.base_model) == (word, None)
+        assert licence is None or f"licence of the base: {licence}" in written.text
+
+
 # the tiny Qwen3.5
 
 
