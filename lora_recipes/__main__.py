@@ -276,9 +276,11 @@ def _merge(parser: ArgumentParser) -> None:
 def merge(given: Namespace) -> None:
     """Merge, print the figures."""
     from lora_recipes.core import locate
+    from lora_recipes.recipe import load
+
+    folder = locate.adapter(load.run_of(given.adapter, given.outputs), given.outputs)
     from lora_recipes.model import merge
 
-    folder = locate.adapter(given.adapter, given.outputs)
     beside = folder.with_name("merged" if folder.name == "adapter" else f"{folder.name}.merged")
     output = given.output or beside
     record = merge.merge(folder, output, given.base, given.dtype, given.force, given.unproven)
@@ -335,10 +337,17 @@ def _combine(parser: ArgumentParser) -> None:
 def combine(given: Namespace) -> None:
     """Combine, print the figures."""
     from lora_recipes.model import combine
+    from lora_recipes.recipe import load
 
     asked = combine.Combination(given.weights, given.method, given.density, given.svd_rank, given.seed)
     record = combine.combine(
-        given.adapters, asked, given.name, given.outputs, given.base, given.force, given.unproven
+        load.runs_of(given.adapters, given.outputs),
+        asked,
+        given.name,
+        given.outputs,
+        given.base,
+        given.force,
+        given.unproven,
     )
     print(combine.report(record, given.outputs / given.name / "adapter"))
 
@@ -407,9 +416,11 @@ def _serve(parser: ArgumentParser) -> None:
 
 def serve(given: Namespace) -> int:
     """Serve, check, add or remove."""
+    from lora_recipes.recipe import load
     from lora_recipes.serving import serve
     from lora_recipes.serving.command import Options
 
+    given.what = load.runs_of(given.what, given.outputs)
     if given.check:
         return serve.check(given.check, given.what, given.outputs)
     if given.add:
@@ -450,10 +461,11 @@ def _chat(parser: ArgumentParser) -> None:
 
 def chat(given: Namespace) -> None:
     """Ask, print."""
-    from lora_recipes.core.run_folder import run_name
+    from lora_recipes.recipe import load
     from lora_recipes.serving.chat import chat
 
-    print(chat(given.url, run_name(given.model), given.ask))
+    file = given.model.endswith((".yaml", ".yml"))
+    print(chat(given.url, load.find(given.model).stem if file else given.model, given.ask))
 
 
 def _ls(parser: ArgumentParser) -> None:

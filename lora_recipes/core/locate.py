@@ -9,7 +9,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from lora_recipes.core import cli
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError
-from lora_recipes.core.run_folder import RunFolder, run_name
+from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 
 
@@ -40,7 +40,6 @@ def named(words: list[str], outputs: Path) -> dict[str, Path]:
         name, equals, place = word.partition("=")
         if not equals or "/" in name:
             name, equals, place = "", "", word
-        place = run_name(place)
         run = RunFolder(outputs / place)
         trained = run.result("full") if run.result("full").is_dir() else run.result("lora")
         here = any((Path(place) / name).is_file() for name in ("adapter_config.json", "config.json"))
@@ -101,7 +100,6 @@ def base_of(read: dict[str, Adapter], given: Path | None) -> Path:
 
 def adapter(word: str, outputs: Path) -> Path:
     """The adapter folder that `word` means: a folder itself, or that of a recipe's finished run."""
-    word = run_name(word)
     if "/" in word or (Path(word) / "adapter_config.json").is_file():
         return Path(word).absolute()
     return run_folder(word, outputs).result("lora")
@@ -109,7 +107,6 @@ def adapter(word: str, outputs: Path) -> Path:
 
 def run_folder(recipe: str, outputs: Path) -> RunFolder:
     """The run folder of a recipe, which must hold a finished adapter."""
-    recipe = run_name(recipe)
     folder = RunFolder(outputs / recipe)
     if folder.result("full").is_dir():
         raise RecipeError(

@@ -185,11 +185,6 @@ def foreign(folder: Path, wrote: list[str] | None) -> list[str]:
     return sorted(names - set(wrote))
 
 
-def run_name(word: str) -> str:
-    """The name of a run: a recipe's own, or that of the recipe in the file `word`."""
-    return Path(word).stem if word.endswith((".yaml", ".yml")) else word
-
-
 def make_folder(outputs: Path) -> None:
     """Make the folder of all runs, if it is not there."""
     try:

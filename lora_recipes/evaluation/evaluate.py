@@ -21,7 +21,7 @@ from lora_recipes.core import base_fit, cli, files, locate, lock, provenance
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now
 from lora_recipes.core.record import Evaluation, Generation, Loss, SetLosses, Sides
-from lora_recipes.core.run_folder import RunFolder, run_name
+from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import new_tokens, read, render
 from lora_recipes.data.render import IGNORED
@@ -74,7 +74,7 @@ def evaluation(
     combination), asked on this run's data; its own run.json gets the answer. `base` replaces the base that
     the adapter names. RecipeError when anything is missing.
     """
-    name = run_name(name)
+    name = recipes.run_of(name, outputs)
     run = RunFolder(outputs / name)
     more = [run.path] if run.path.is_dir() else []
     with lock.runs([adapter] if adapter else [], "evaluates", *more):

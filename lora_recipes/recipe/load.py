@@ -9,6 +9,8 @@ from typing import Any
 
 from lora_recipes.core import cli, files, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
+from lora_recipes.core.record import Run
+from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.recipe import check, rules
 from lora_recipes.recipe.recipe import Recipe
 
@@ -45,6 +47,58 @@ def find(name: str, beside: Path | None = None) -> Path:
     )
 
 
+def run_of(word: str, outputs: Path) -> str:
+    """The name of the run that `word` means to the verbs that use what was trained: of a .yaml file its own,
+    anything else is as it was given. RecipeError when there is no such file.
+
+    Says so where the run of that name began from a recipe that the file does not hold (another file of the
+    same name, or changed since): the run is taken as it was trained.
+    """
+    if not word.endswith((".yaml", ".yml")):
+        return word
+    run = RunFolder(outputs / Path(word).stem)
+    try:
+        file = find(word)
+    except RecipeError:
+        if not run.path.is_dir():
+            raise
+        do = f"the run {yamlfile.shown(run.path)} is there: name it {run.path.name}, without .yaml"
+        raise RecipeError(Problem(cli.command(RECIPE=word), _nowhere(word, Path()), do)) from None
+    kept = run.path / "recipe.yaml"
+    if isinstance(record := run.record, Run) and kept.is_file():
+        began = Recipe(run.path.name, kept, _sections(yamlfile.read(kept)[0])).anywhere()
+        now = load(str(file), record.plan.overrides).anywhere()
+        keys = {(section, key) for said in (began, now) for section, its in said.items() for key in its}
+        other = sorted(
+            f"{section}.{key}"
+            for section, key in keys
+            if began.get(section, {}).get(key) != now.get(section, {}).get(key)
+        )
+        if other or set(began) != set(now):
+            of = f" of {listed(other or sorted(set(began) ^ set(now)))}"
+            print(
+                f"WARNING     {yamlfile.shown(run.path)} was trained from another recipe: {word} says"
+                f" otherwise{of}; what was trained is taken ({yamlfile.shown(kept)})",
+                file=sys.stderr,
+            )
+    return run.path.name
+
+
+def _sections(content: dict[str, Any]) -> dict[str, Any]:
+    """`full:` and `full: {}` are the same; a section that should hold more is then told what it lacks."""
+    return {key: {} if value is None else value for key, value in content.items()}
+
+
+def runs_of(words: Sequence[str], outputs: Path) -> list[str]:
+    """`run_of` for words that may be `name=place`."""
+    found = []
+    for word in words:
+        name, equals, place = word.partition("=")
+        named = equals and "/" not in name
+        found.append(f"{name}={run_of(place, outputs)}" if named else run_of(word, outputs))
+    return found
+
+
 def _nowhere(name: str, beside: Path) -> str:
     return ", ".join(filter(None, ["no such file", files.looked(name, beside)]))
 
@@ -58,8 +112,7 @@ def load(name: str, overrides: Sequence[str] = (), beside: Path | None = None) -
     """
     path = find(name, beside)
     content, lines, problems = yamlfile.read(path)
-    # `full:` and `full: {}` are the same; a section that should hold something is then told what it lacks.
-    sections = {key: {} if value is None else value for key, value in content.items()}
+    sections = _sections(content)
     set_by, refused = _override(sections, overrides)
     recipe = Recipe(path.stem, path, sections, lines, set_by)
     faults = check.faults(sections)
