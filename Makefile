@@ -45,8 +45,8 @@ plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, me
 memory: $(READY)  ## Llama-2 in full, by LoRA and by QLoRA: predicted memory beside the figures of the documents
 	@$(PY) scripts/memory.py
 
-train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere; ACCELERATE=ddp|fsdp2|zero2|zero3|multi_node on several devices, PROCESSES=n, LAUNCH="options")
-	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,RESUME),--resume) $(if $(call on,FORCE),--force) $(LAYOUT) $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(LAUNCH),--launch=$(call quoted,$(LAUNCH)))
+train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE=1 replaces, OUTPUTS=dir puts it elsewhere, OVERSIZED=1 though the plan needs more memory than there is; ACCELERATE=ddp|fsdp2|zero2|zero3|multi_node on several devices, PROCESSES=n, LAUNCH="options")
+	@$(PY) scripts/train.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,RESUME),--resume) $(if $(call on,FORCE),--force) $(if $(call on,OVERSIZED),--oversized) $(LAYOUT) $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(LAUNCH),--launch=$(call quoted,$(LAUNCH)))
 
 ablate: $(READY)  ## train every arm of ABLATION (or RECIPE with OVER="lora.r=2,4,8" SEEDS="1 2 3") and report (JOBS=2, ONLY="arm arm/s1", DRY=1, REPORT=1, FORCE=1, ON=slurm or skypilot writes files for a cluster)
 	@$(if $(ABLATION),$(if $(OVER),$(error ABLATION= has its own values: OVER= goes with RECIPE=)))$(if $(call given,RECIPE),$(if $(OVER),,$(error RECIPE= goes with OVER="lora.r=2,4,8"; an ablation names its own)))$(PY) scripts/ablate.py $(if $(OVER),$(RECIPE) $(OVER),$(or $(ABLATION),tiny_rank)) $(ABLATE_OPTIONS)

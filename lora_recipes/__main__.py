@@ -175,6 +175,11 @@ def _train(parser: ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a run that is already there")
+    parser.add_argument(
+        "--oversized",
+        action="store_true",
+        help="train what is planned to need more memory than the device has",
+    )
     _accelerate(parser, "start several processes")
     parser.add_argument(
         "--processes",
@@ -194,13 +199,14 @@ def train(given: Namespace) -> int | None:
     if given.accelerate:
         from lora_recipes.training import launch
 
-        flags = [f"--{name}" for name in ("resume", "force", "traceback") if getattr(given, name)]
+        switches = ("resume", "force", "oversized", "traceback")
+        flags = [f"--{name}" for name in switches if getattr(given, name)]
         again = ["train", given.recipe, *given.overrides, "--outputs", str(given.outputs), *flags]
         options = launch.words(given.accelerate, given.processes, given.launch)
         return launch.start(options, again, resolved)
     from lora_recipes.training.train import train
 
-    train(resolved, given.resume, given.force)
+    train(resolved, given.resume, given.force, oversized=given.oversized)
     return None
 
 

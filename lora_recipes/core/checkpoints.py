@@ -149,6 +149,12 @@ def state(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
+def is_last(checkpoint: Path) -> bool:
+    """Did the run end with this step: its last one, or the one at which early stopping stopped it?"""
+    control = (state(checkpoint).get("stateful_callbacks") or {}).get("TrainerControl") or {}
+    return bool((control.get("args") or {}).get("should_training_stop"))
+
+
 def _optimizer(checkpoint: Path, ranks: int) -> list[str]:
     """The files of the optimiser's state: one, or one of each process that DeepSpeed divided it over (0.19,
     engine._get_zero_ckpt_name).

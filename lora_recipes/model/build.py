@@ -144,6 +144,8 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
     """
     # Which way a metric is better, TrainingArguments knows from its name.
     stopping = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    # Else a resumed run counts its patience from nothing again.
+    stopping["restore_callback_states_from_checkpoint"] = True
     # The labels already leave out what train.assistant_only_loss leaves out; TRL accepts the flag only with
     # raw conversations.
     owned = {

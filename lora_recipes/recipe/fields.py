@@ -73,7 +73,7 @@ TAKEN: dict[str, str] = {
     "train.metric_for_best_model": "",
     "train.greater_is_better": "where nothing is said, the metric's name tells",
     "train.ignore_data_skip": "a resumed run then sees other rows than one that was not stopped",
-    "train.restore_callback_states_from_checkpoint": "",
+    "train.restore_callback_states_from_checkpoint": "true where there is an early_stopping: section",
     "train.full_determinism": "",
     "train.seed": "",
     "train.data_seed": "",

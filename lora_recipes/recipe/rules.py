@@ -894,9 +894,12 @@ def _no_metric(recipe: Recipe, facts: Facts) -> Words | None:
 def _wrong_way(recipe: Recipe, facts: Facts) -> Words | None:
     best = {"loss": False, "aux_loss": False, "entropy": False, "mean_token_accuracy": True}
     metric, said = _metric(recipe), recipe.train.greater_is_better
-    if said is None or metric not in best or said == best[metric] or not _reads_metric(recipe):
+    taken = not metric.endswith("loss") if said is None else said  # as TrainingArguments has it
+    if metric not in best or taken == best[metric] or not _reads_metric(recipe):
         return None
-    return {"metric": metric, "said": str(said).lower(), "worst": "greatest" if said else "smallest"}
+    worst, right = "greatest" if taken else "smallest", str(best[metric]).lower()
+    how = "not said: true" if said is None else str(said).lower()
+    return {"metric": metric, "said": how, "worst": worst, "right": right}
 
 
 def _unknown_option(recipe: Recipe, facts: Facts) -> Words | None:
@@ -948,8 +951,18 @@ _TRAIN = [
         "train.greater_is_better",
         "a metric that is better the other way",
         "{said} with {metric}: the {worst} is the worst, and would be kept",
-        "remove it",
+        "set it to {right}",
         _wrong_way,
+    ),
+    Rule(
+        "train.restore_callback_states_from_checkpoint",
+        "early_stopping:",
+        "false: a resumed run would count the patience from nothing again",
+        "remove it",
+        lambda r, f: (
+            r.early_stopping is not None
+            and r.train.given.get("restore_callback_states_from_checkpoint") is False
+        ),
     ),
     Rule(
         "train.load_best_model_at_end",

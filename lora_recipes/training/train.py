@@ -51,13 +51,17 @@ ALONE = Shared()
 
 
 def train(
-    resolved: Resolved, resume: bool = False, force: bool = False, shared: Shared = ALONE
+    resolved: Resolved,
+    resume: bool = False,
+    force: bool = False,
+    shared: Shared = ALONE,
+    oversized: bool = False,
 ) -> FinishedRun:
     """Train a recipe into `outputs/<name>/` and return its run.json. RecipeError when anything is not as the
     recipe says.
 
-    `resume` continues from the newest whole checkpoint; `force` replaces a run that is there. Neither is
-    assumed.
+    `resume` continues from the newest whole checkpoint; `force` replaces a run that is there;
+    `oversized` trains what is planned to need more memory than the device has. None is assumed.
     """
     asked = launch.asked()
     launch.contradicts(resolved.recipe, asked.words if asked else None)
@@ -69,19 +73,26 @@ def train(
         files.writing(resolved.folder.path, "before the first step", lambda: left(resolved.folder, ranks)),
         _alone(resolved.folder),
     ):
-        return _train(resolved, resume, force, shared, asked)
+        return _train(resolved, resume, force, shared, asked, oversized)
 
 
 def _train(
-    resolved: Resolved, resume: bool, force: bool, shared: Shared, asked: launch.Asked | None
+    resolved: Resolved,
+    resume: bool,
+    force: bool,
+    shared: Shared,
+    asked: launch.Asked | None,
+    oversized: bool,
 ) -> FinishedRun:
     recipe, folder = resolved.recipe, resolved.folder
     may_start(folder, resume, force)
-    prepare_base(resolved)
+    prepare_base(resolved, oversized)
     raise_if(warm_ready(resolved))
     plan = plans.make(resolved, launch.planned(asked), network=True, rows=shared.rows)
     expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
     say(plan.short(f"{shown(folder.path / PLAN)}, or {cli.command('plan', RECIPE=recipe.name)}"))
+    if not oversized:
+        raise_if(usage.beyond(expected, resolved, plan.gate, plan.layout))
     real = resolved.base.real_config()
     raise_if(contract_differences(resolved.base, real))
     arguments = build.sft_config(recipe, folder)
@@ -148,9 +159,9 @@ def _save(folder: RunFolder, run: Run) -> None:
         folder.write_record(run)
 
 
-def prepare_base(resolved: Resolved) -> None:
+def prepare_base(resolved: Resolved, oversized: bool = False) -> None:
     """Make what the recipe builds on: a checkpoint from the contract or from a package, or the model of
-    another recipe.
+    another recipe. `oversized` as in `train`.
     """
     recipe, maker = resolved.recipe, resolved.base.maker
     if make := {"random": build.random_base, "package": package.base}.get(recipe.model.weights):
@@ -179,7 +190,7 @@ def prepare_base(resolved: Resolved) -> None:
             Problem(recipe.at("model", "from_recipe"), f"the base {base.name} is not trained yet", do)
         )
     say(f"the base {base.name} is not trained yet: training it first\n")
-    train(maker)
+    train(maker, oversized=oversized)
     say("\n")
 
 
@@ -318,8 +329,12 @@ def _continue(session: Session, checkpoint: Path) -> Run:
 def _run(session: Session, checkpoint: Path | None, counted: watch.Counted) -> Run:
     """Train; the run with what came of it."""
     began, trainer, before = time.monotonic(), session.trainer, usage.now()
+    if checkpoint and checkpoints.is_last(checkpoint):
+        trainer.add_callback(watch.Ended())
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except watch.Ended.Now:
+        output = trainer._finalize_training(None, 0, time.time())
     except Exception as error:
         recipe, step = session.recipe, trainer.state.global_step
         problem = usage.out_of_memory(error, session.resolved, session.plan.gate, session.expected, step)
@@ -373,7 +388,8 @@ def _trained(session: Session, checkpoint: Path | None, counted: watch.Counted) 
         raise RecipeError(
             Problem(at, found, f"the result is not saved; {cli.command(FORCE=True)} begins anew")
         )
-    if not counted.taken and (steps is None or began < steps.total):
+    left = steps is None or began < steps.total
+    if not counted.taken and left and not (checkpoint and checkpoints.is_last(checkpoint)):
         of = f" of {steps.total}" if steps else ""
         found = f"no step was trained: the trainer stopped at step {began}{of}"
         raise RecipeError(

@@ -4,6 +4,7 @@ suffice.
 
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,8 +16,15 @@ from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices
 from lora_recipes.memory.fits import GIB, Memory, gib
 from lora_recipes.recipe.base import Resolved
+from lora_recipes.recipe.layout import DDP, ONE, Layout
+from lora_recipes.recipe.recipe import Recipe
 
 SAID = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA, and of the CPU's allocator
+
+# A run is refused where its planned peak is that many times what the device has. The plan's worst error is
+# 1.37 % (docs/memory.md), and a process holds more than its tensors: what is refused would not fit.
+BEYOND = 1.1
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit, beyond which the kernel kills
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,7 @@ def out_of_memory(
         and any(word in str(error) for word in SAID)
     ):
         return None
-    if torch.cuda.is_available():
-        room, device = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
-    else:
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v; -1 where there is none
-        room, device = psutil.virtual_memory().available, "this machine"
-        room = min(room, limit) if limit > 0 else room
+    room, device = _room(resolved.recipe, psutil.virtual_memory().available)
     found = (
         f"out of memory at step {step + 1}: {gib(planned.peak_bytes)} GiB planned, {room / GIB:.1f} GiB on"
         f" {device}"
@@ -106,3 +109,44 @@ def out_of_memory(
     elif fitting:
         do = "by the plan it fits as it is: is something else using the device?"
     return Problem(resolved.recipe.at("train"), found, do)
+
+
+def _room(recipe: Recipe, free: int) -> tuple[int, str]:
+    """The bytes of the device that trains, and its name; of a CPU `free`, within what this process may
+    have.
+    """
+    if torch.cuda.is_available() and not recipe.train.use_cpu:
+        return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
+    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]  # ulimit -v; -1 where there is none
+    if CGROUP.is_file() and (said := CGROUP.read_text(encoding="ascii").strip()).isdigit():  # or "max"
+        limits.append(int(said))
+    return min([free, *(limit for limit in limits if limit > 0)]), "this machine"
+
+
+def beyond(planned: Memory, resolved: Resolved, gate: Gate, layout: Layout) -> list[Problem]:
+    """Is the planned peak clearly more than the device has? Before anything is loaded: later the kernel would
+    end the process, without a word.
+
+    Only what was planned by a step on fake tensors, with nothing that the plan leaves out, on whole weights:
+    the errors of the rest are not known. On a CPU swap counts as memory.
+    """
+    unplanned = planned.why_closed or any(line.startswith("not planned:") for line in planned.assumptions)
+    swapping = psutil.virtual_memory().total + psutil.swap_memory().total
+    room, device = _room(resolved.recipe, swapping)
+    if unplanned or layout.kind not in (ONE, DDP) or planned.peak_bytes <= BEYOND * room:
+        return []
+    recipe, evaluates = resolved.recipe, "evaluation" in planned.at
+    longest = max(gate.evaluation if evaluates else gate.train, key=lambda e: len(e.input_ids))
+    found = (
+        f"{gib(planned.peak_bytes)} GiB are planned, at {planned.at}; {device} has {gib(room)} GiB; the"
+        f" longest row is {longest.where} with {len(longest.input_ids):,} tokens, train.max_length is"
+        f" {recipe.train.max_length if recipe.train.max_length is not None else 'null'}"
+    )
+    size = "train.per_device_eval_batch_size" if evaluates else "train.per_device_train_batch_size"
+    ways = "train.gradient_checkpointing=true or model.quantize=nf4"
+    do = (
+        f"a smaller train.max_length or {size}, {ways}"
+        f" ({cli.command('plan', RECIPE=recipe.name, FIT=f'{room / 10**9:.0f}')} lists what fits);"
+        f" {cli.command(OVERSIZED=True)} trains all the same"
+    )
+    return [Problem(recipe.at("train", "max_length"), found, do)]

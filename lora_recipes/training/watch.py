@@ -123,6 +123,19 @@ class Counted(TrainerCallback):
         self.taken += 1
 
 
+class Ended(TrainerCallback):
+    """Ends a run whose checkpoint is its last before a further step is taken, when all is loaded: the trainer
+    itself asks only after a step (transformers 5.24, Trainer._run_epoch).
+    """
+
+    class Now(Exception):
+        """Nothing is left to train."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The other callbacks have begun: this one is the last of them."""
+        raise Ended.Now
+
+
 def best_is_whole(named: str | None) -> None:
     """RecipeError when the best checkpoint so far, whose weights the run ends with, is not what was saved."""
     if named is None:

@@ -23,6 +23,12 @@ SETTINGS: list[tuple[tuple[str, str], str, dict]] = [
         f"{BEST} train.greater_is_better=true",
         {},
     ),
+    (
+        ("train.restore_callback_states_from_checkpoint", "early_stopping:"),
+        f"{EVALUATES} train.eval_steps=2 early_stopping.early_stopping_patience=2"
+        " train.restore_callback_states_from_checkpoint=false",
+        {},
+    ),
     (("train.load_best_model_at_end", "eval_strategy: 'no'"), "train.load_best_model_at_end=true", {}),
     (("train.save_strategy", "best with eval_strategy: 'no'"), "train.save_strategy=best", {}),
     (
@@ -198,3 +204,22 @@ def test_no_shipped_recipe_breaks_one(name):
     recipe = recipes.load(name)
     for facts in (rules.Facts(), rules.Facts(steps=40, per_epoch=4)):
         assert rules.problems(recipe, facts) == [] and rules.warnings(recipe, facts) == []
+
+
+@pytest.mark.parametrize(
+    "metric, said, found",
+    [
+        ("eval_loss", "", ""),
+        ("eval_loss", "false", ""),
+        ("eval_loss", "true", "true with loss: the greatest is the worst"),
+        ("mean_token_accuracy", "", ""),
+        ("eval_mean_token_accuracy", "false", "false with mean_token_accuracy: the smallest is the worst"),
+        ("eval_entropy", "", "not said: true with entropy: the greatest is the worst"),
+        ("eval_entropy", "false", ""),
+    ],
+)
+def test_the_best_is_never_the_worst_of_its_metric(metric, said, found):
+    words = [*BEST.split(), f"train.metric_for_best_model={metric}"]
+    words += [f"train.greater_is_better={said}"] if said else []
+    problems = rules.problems(recipes.load("tiny_facts", words), rules.Facts())
+    assert [p.found.partition(", and")[0] for p in problems] == ([found] if found else [])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -303,22 +304,46 @@ def test_a_trainable_share_of_0_or_100_percent_stops(trained, trainable, said):
         verify.as_planned(trainer, recipe, plan.facts)
 
 
-def test_early_stopping_ends_the_run_when_the_eval_loss_rises(trained, write_recipe):
+def stops_early(write_recipe, outputs: Path, metric: str) -> tuple[RunFolder, FinishedRun, Callable]:
+    """A run whose eval rows contradict its train rows, so that early stopping ends it; and how to go on with
+    it.
+    """
     path = write_recipe(
         "tiny_facts",
-        "stopping",
-        data__eval=str(
-            core_files.ROOT / "data/facts/base.jsonl"
-        ),  # contradicts the corrections: its loss rises
+        metric,
+        data__eval=str(core_files.ROOT / "data/facts/base.jsonl"),
         data__limits={"train_in_eval": 1.0},
         early_stopping={"early_stopping_patience": 2},
+        train__metric_for_best_model=metric,
         train__eval_strategy="epoch",
         train__save_strategy="epoch",
         train__learning_rate=2e-2,
     )
-    done = train(resolve(recipes.load(str(path)), trained))
-    assert done.steps < 40
-    assert done.status == "finished"
+    resolved = resolve(recipes.load(str(path)), outputs)
+    return resolved.folder, train(resolved), lambda: train(resolved, resume=True)
+
+
+@pytest.mark.parametrize("metric, best", [("eval_loss", min), ("eval_mean_token_accuracy", max)])
+def test_early_stopping_keeps_the_best_and_a_resumed_run_stops_where_it_would_have(
+    trained, write_recipe, metric, best
+):
+    folder, done, resume = stops_early(write_recipe, trained, metric)
+    measured = {log["step"]: log[metric] for log in lines(trained, metric) if metric in log}
+    first = next(step for step, value in measured.items() if value == best(measured.values()))
+    assert done.status == "finished" and done.steps == first + 2 < 40
+    state = json.loads((folder.checkpoints / f"checkpoint-{done.steps}" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == first and state["best_metric"] == measured[first]
+    adapter = folder.path / "adapter"
+    trained_weights = (adapter / "adapter_model.safetensors").read_bytes()
+    record = (folder.path / "run.json").read_text()
+    for gone in (0, 1):  # killed while the result was saved, and before the last evaluation
+        shutil.rmtree(adapter)
+        (folder.path / "run.json").write_text(record.replace('"finished"', '"failed"', 1))
+        if gone:
+            shutil.rmtree(folder.checkpoints / f"checkpoint-{done.steps}")
+        assert resume().steps == done.steps
+        assert (adapter / "adapter_model.safetensors").read_bytes() == trained_weights
+        assert {log["step"] for log in lines(trained, metric)} == set(measured)
 
 
 # resume

@@ -4,17 +4,21 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
-from lora_recipes.core import files
+from lora_recipes.core import cli, files
+from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import gate
 from lora_recipes.memory.fits import GIB, Memory
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
+from lora_recipes.recipe.layout import SINGLE, Layout
 from lora_recipes.training import usage
+from lora_recipes.training.train import train
 from lora_recipes.training.usage import Usage
 from tests.typed import there
 
@@ -55,6 +59,53 @@ def test_out_of_memory_names_the_step_the_plan_and_settings_that_fit(error, trai
     assert usage.out_of_memory(other, resolve(recipe, trained), rows, PLANNED, 6) is None
 
 
+def test_a_run_that_cannot_fit_is_refused_before_it_loads_and_goes_on_when_asked(
+    trained, write_recipe, tmp_path, monkeypatch
+):
+    """A row of more than 100,000 tokens was forgotten."""
+    rows = [{"text": "The cat sleeps on the sofa."}, {"text": "The cat sleeps on the sofa. " * 20_000}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_recipe("tiny_facts", "forgotten", data={"train": "rows.jsonl"}, train__max_length=None)
+    resolved = resolve(recipes.load(str(path)), trained)
+    said = r"forgotten.yaml:\d+ train.max_length: \d{3}.*rows.jsonl:2 with 1\d\d,\d{3} tokens"
+    with pytest.raises(RecipeError, match=said) as e:
+        train(resolved)
+    assert "train.max_length is null" in str(e.value)
+    assert cli.command(OVERSIZED=True) in str(e.value)
+    assert not list(resolved.folder.path.glob("*.json*")), "something was begun"
+    small = resolve(recipes.load("tiny_facts", ["train.max_steps=1"]), tmp_path)
+    (tmp_path / "tiny_base").symlink_to(trained / "tiny_base")
+    (tmp_path / "memory.max").write_text("1000000\n")  # a container of 1 MB, which nothing enforces here
+    monkeypatch.setattr(usage, "CGROUP", tmp_path / "memory.max")
+    with pytest.raises(RecipeError, match=r"train.max_length: 0.00\d+ GiB are planned"):
+        train(small)
+    assert train(small, oversized=True).steps == 1
+
+
+@pytest.mark.parametrize(
+    "times, layout, changes, refused",
+    [
+        (1.2, SINGLE, {}, True),
+        (1.05, SINGLE, {}, False),  # within what the plan may be wrong by
+        (9.0, SINGLE, {"why_closed": "no answer"}, False),
+        (9.0, SINGLE, {"assumptions": ("not planned: train.activation_offloading",)}, False),
+        (9.0, Layout("FSDP2", 2), {}, False),
+        (9.0, Layout("DDP", 2), {}, True),
+    ],
+)
+def test_only_what_is_clearly_beyond_the_device_is_refused(times, layout, changes, refused, trained):
+    free = psutil.virtual_memory().total + psutil.swap_memory().total
+    if torch.cuda.is_available():
+        free = torch.cuda.get_device_properties(0).total_memory
+    planned = Memory({"base": int(times * free)}, "the loss", 0, 0, **changes)
+    resolved = resolve(recipes.load("tiny_facts"), trained)
+    rows = gate.pass_through(resolved, False)
+    problems = usage.beyond(planned, resolved, rows, layout)
+    assert bool(problems) == refused
+    longest = max(rows.train, key=lambda e: len(e.input_ids))
+    assert all(f"the longest row is {longest.where} with 9 tokens" in p.found for p in problems)
+
+
 def test_a_run_that_outgrows_its_memory_ends_with_a_clear_error(trained, tmp_path):
     """A real one: the process may not have more than 6 GiB of addresses, and a batch of 257 rows of Qwen3.5
     wants more.
@@ -69,6 +120,7 @@ def test_a_run_that_outgrows_its_memory_ends_with_a_clear_error(trained, tmp_pat
     words += [
         "data.train=[{path: data/companion/train.jsonl, weight: 2.0}]",
         "data.limits={duplicates: 1.0}",
+        "--oversized",
         "--outputs",
         str(tmp_path),
     ]

@@ -22,6 +22,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.training import train as training
 from lora_recipes.training import verify, watch
 from lora_recipes.training.train import train
+from tests.typed import there
 
 FOUR = [
     "train.max_steps=4",
@@ -108,6 +109,18 @@ def test_a_manifest_that_was_cut_does_not_pass_for_an_earlier_versions(cut):
         (checkpoint / SUMS).write_text("".join(lines[:kept]))
         said = fault(checkpoint)
         assert said, kept
+
+
+def test_a_run_killed_after_its_last_step_takes_no_more_steps(trained, tmp_path):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(trained / "tiny_base", outputs / "tiny_base")
+    resolved = resolve(recipes.load("tiny_facts", [*FOUR, "train.per_device_train_batch_size=3"]), outputs)
+    assert there(train(resolved).plan.steps).per_epoch == 3, "the last step should be within an epoch"
+    before, run = adapter(outputs), outputs / "tiny_facts"
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"finished"', '"failed"', 1))
+    shutil.rmtree(run / "adapter")
+    assert train(resolved, resume=True).steps == 4
+    assert adapter(outputs) == before
 
 
 def as_before(checkpoint: Path) -> None:
