@@ -5,7 +5,7 @@ no torch.
 from collections.abc import Container
 from pathlib import Path
 
-from lora_recipes.core import cli, provenance, safetensors
+from lora_recipes.core import cli, provenance, weights
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, listed
 from lora_recipes.core.provenance import Provenance
@@ -38,9 +38,9 @@ def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list
     if known and (changed := provenance.edited(adapter.path, known)):
         return changed
     try:
-        base = safetensors.shapes(folder)
+        base = weights.shapes(folder)
         was = known.fingerprint if known else None
-        if was and was != safetensors.fingerprint(folder, was):
+        if was and was != weights.fingerprint(folder, was):
             do = (
                 "it is the weights that count, not the name: give the right folder by"
                 f" {cli.command(BASE='path')}, or train on this one"
@@ -50,10 +50,8 @@ def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list
                     shown(adapter.path), f"was trained on other weights than those in {shown(folder)}", do
                 )
             ]
-    except (OSError, ValueError, KeyError) as error:
-        do = (
-            "a base is read from model.safetensors, or from the files that model.safetensors.index.json names"
-        )
+    except (OSError, ValueError) as error:
+        do = f"copy or fetch it again (read are {' or '.join(weights.NAMES)}, or what its index names)"
         return [Problem(shown(folder), f"its weights cannot be read: {error}", do)]
     at, missing = shown(adapter.file), []
     for module, pair in adapter.modules.items():

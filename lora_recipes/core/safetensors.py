@@ -2,14 +2,9 @@
 huggingface/safetensors, README.
 """
 
-import functools
-import hashlib
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,14 +21,6 @@ class Tensor:
     shape: tuple[int, ...]
     start: int
     end: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """A tensor in its file."""
-
-    path: Path
-    tensor: Tensor
 
 
 def header(path: Path) -> dict[str, Tensor]:
@@ -72,89 +59,6 @@ def values(path: Path, tensor: Tensor) -> np.ndarray:
     if tensor.dtype not in _NUMPY:
         raise ValueError(f"holds a tensor of dtype {tensor.dtype}")
     return raw.reshape(tensor.shape)
-
-
-def files(folder: Path) -> list[Path]:
-    """The weight files of a model folder: model.safetensors where it is there (transformers looks no
-    further), else those that model.safetensors.index.json names. ValueError, KeyError: it names none.
-    """
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.is_file() or not index.is_file():
-        return [whole]
-    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-
-
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a model folder. OSError when there are none."""
-    return {name: tensor.shape for file in files(folder) for name, tensor in header(file).items()}
-
-
-WHOLE = "sha256:"  # begins a fingerprint of every byte; those of earlier versions are of the ends alone
-_STEP = 2**22  # bytes read at once
-
-
-def alike(one: Place, two: Place, pieces: int = 64) -> bool:
-    """Do two tensors hold the same bytes? Compared are `pieces` of 4,096 bytes, evenly apart, the first and
-    the last among them."""
-    if (one.tensor.dtype, one.tensor.shape) != (two.tensor.dtype, two.tensor.shape):
-        return False
-    size = one.tensor.end - one.tensor.start
-    steps = [max(size - 4096, 0) * i // (pieces - 1) for i in range(pieces)]
-    with one.path.open("rb") as first, two.path.open("rb") as second:
-        for step in sorted(set(steps)):
-            first.seek(one.tensor.start + step)
-            second.seek(two.tensor.start + step)
-            length = min(4096, size - step)
-            if first.read(length) != second.read(length):
-                return False
-    return True
-
-
-def whole(known: str | None) -> bool:
-    """Is `known` a fingerprint of every byte?"""
-    return known is not None and known.startswith(WHOLE)
-
-
-def fingerprint(folder: Path, like: str | None = None) -> str:
-    """SHA-256 over each tensor's name, dtype, shape and bytes: which weights these are.
-
-    It is the same however the tensors are spread over files. Every byte is read, by up to eight threads: 0.95
-    GB a second of one core's time with SHA instructions, where loading alone takes 1.4 (measured). Within a
-    process a file is read again only when its size, its time of change or its inode differ. `like`: a
-    fingerprint to compare with; one of an earlier version, which read 4,096 bytes at each tensor's ends, is
-    answered by its own kind. OSError when there are no weights, ValueError when they are broken.
-    """
-    ends = like is not None and not whole(like)
-    found = [entry for path in files(folder) for entry in _digests(path, ends)]
-    digest = hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
-    return digest if ends else WHOLE + digest
-
-
-def _digests(path: Path, ends: bool) -> list[Any]:
-    state = path.stat()
-    return _read(path.resolve(), state.st_size, state.st_mtime_ns, state.st_ino, ends)
-
-
-@functools.lru_cache(maxsize=1024)
-def _read(path: Path, size: int, changed: int, inode: int, ends: bool) -> list[Any]:
-    """(name, dtype, shape, hash of the content) of each tensor. The arguments say which state of the file."""
-    tensors = header(path)
-
-    def digest(tensor: Tensor) -> str:
-        parts = [(tensor.start, 4096), (max(tensor.start, tensor.end - 4096), 4096)]
-        read = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            for start, most in parts if ends else [(tensor.start, tensor.end - tensor.start)]:
-                file.seek(start)
-                left = min(most, tensor.end - start)
-                while left and (part := file.read(min(left, _STEP))):
-                    read.update(part)
-                    left -= len(part)
-        return read.hexdigest()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = pool.map(digest, tensors.values())
-        return [(n, t.dtype, t.shape, h) for (n, t), h in zip(tensors.items(), hashes, strict=True)]
 
 
 def copy_renamed(source: Path, target: Path, names: dict[str, str]) -> None:

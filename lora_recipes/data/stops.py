@@ -6,14 +6,18 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jinja2 import TemplateError
+
 from lora_recipes.core import stops as files
 from lora_recipes.core.locate import local
 from lora_recipes.core.record import StopFacts
-from lora_recipes.data.read import Split
-from lora_recipes.data.render import Example
+from lora_recipes.data import render
+from lora_recipes.data.read import Row, Split
+from lora_recipes.data.render import IGNORED, Example
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.recipe.base import Resolved
 
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
 LOOKED = 200  # rows: what ends a reply does not change from row to row, but a call may end in another token
 
 
@@ -44,8 +48,86 @@ class Stops:
         )
 
 
-def decide(split: Split, done: list[Example], tokenizer: Any, resolved: Resolved) -> Stops:
-    """What ends the replies of `split`, whose rows `done` are in the same order. Changes nothing."""
+@dataclass(frozen=True)
+class NextTurn:
+    """The tokens with which the next turn begins after a `reply` and after a `call`, where a chat template
+    ends no reply and the next role is the end of it (GLM-4: `<|user|>`, `<|observation|>`); else None.
+    """
+
+    reply: int | None = None
+    call: int | None = None
+
+
+def next_turn(tokenizer: Any, resolved: Resolved) -> NextTurn:
+    """Does the next role's token end a reply? It does where the base's files list it as an end, or where it
+    stands for the role alone: a token that also begins the assistant's turns (`<|im_start|>`) does not.
+    """
+    if isinstance(tokenizer, Characters) or not tokenizer.chat_template:
+        return NextTurn()
+    options = resolved.recipe.data.chat_template_kwargs
+    ask: list[dict[str, Any]] = [{"role": "user", "content": "Where?"}]
+    said = [*ask, {"role": "assistant", "content": "Here"}]
+
+    def ids(messages: list[dict[str, Any]], **more: Any) -> list[int]:
+        given = {"tokenize": True, "return_dict": True, **options, **more}
+        return list(tokenizer.apply_chat_template(messages, **given)["input_ids"])
+
+    def after(before: list[int], whole: list[int]) -> int | None:
+        return whole[len(before)] if whole[: len(before)] == before and len(whole) > len(before) else None
+
+    try:
+        text = tokenizer.apply_chat_template(said, **{**options, "tokenize": False})
+        user = after(ids(said), ids([*said, *ask]))
+        assistant = after(ids(ask), ids(ask, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError):  # a template with demands of its own
+        return NextTurn()
+    roles = _special(tokenizer) | set(own := _own(resolved))
+    ends = user in roles and (user in own or user != assistant)
+    if user is None or not ends or text.rpartition("Here")[2].strip():
+        return NextTurn()
+    calls = [*ask, {"role": "assistant", "content": "", "tool_calls": CALL}]
+    try:
+        tool = after(ids(calls), ids([*calls, {"role": "tool", "content": "blue"}]))
+    except (TemplateError, TypeError, ValueError):  # one that knows no tools
+        tool = None
+    return NextTurn(user, tool if tool in roles else user)
+
+
+def closed(split: Split, done: list[Example], following: NextTurn) -> list[Example]:
+    """The rows `done` of `split`, each trained reply with the token in its labels that ends it by
+    `following`, as TRL's own training templates of such families have it."""
+    if following.reply is None:
+        return done
+    return [_closed(row, example, following) for row, example in zip(split.rows, done, strict=True)]
+
+
+def _closed(row: Row, example: Example, following: NextTurn) -> Example:
+    if not row.conversational:
+        return example
+    ids, labels = list(example.input_ids), list(example.labels)
+    for turn in example.turns:
+        token = following.call if turn.call else following.reply
+        assert token is not None
+        trained = labels[turn.end - 1] != IGNORED
+        at = render.closing(example, turn, {token})
+        if at is None and turn is example.turns[-1] and row.messages[-1]["role"] == "assistant":
+            ids.append(token)
+            labels.append(token if trained else IGNORED)
+        elif at is not None and trained:
+            labels[at] = token
+    return replace(example, input_ids=ids, labels=labels)
+
+
+def decide(
+    split: Split,
+    done: list[Example],
+    tokenizer: Any,
+    resolved: Resolved,
+    following: NextTurn | None = None,
+) -> Stops:
+    """What ends the replies of `split`, whose rows `done` are in the same order; `following`: by which they
+    were `closed`. Changes nothing.
+    """
     own = _own(resolved)
     if isinstance(tokenizer, Characters):
         return Stops(text=_text(split, tokenizer, resolved))
@@ -56,7 +138,9 @@ def decide(split: Split, done: list[Example], tokenizer: Any, resolved: Resolved
         return _named(trained, own, tokenizer, Stops(why="as TRL ends a text"))
     asked = resolved.recipe.train.eos_token
     trained = _ends(split, done, tokenizer, known)
-    found = Stops(why="by the chat template", text=None if trained else _text(split, tokenizer, resolved))
+    opens = following and {following.reply, following.call} & set(trained)
+    why = "which opens the next turn in the chat template" if opens else "by the chat template"
+    found = Stops(why=why, text=None if trained else _text(split, tokenizer, resolved))
     # A template that writes eos_token somewhere itself would render other rows with another one.
     if trained and not asked and eos not in trained and "eos_token" not in tokenizer.chat_template:
         found = replace(found, was=tokenizer.eos_token or "none")
@@ -77,6 +161,11 @@ def _named(trained: list[int], others: list[int], tokenizer: Any, found: Stops) 
     return replace(found, trained=tuple(trained), all=every, names=names)
 
 
+def _special(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+
+
 def _own(resolved: Resolved) -> list[int]:
     """Where the base stops by its own files; nothing where they are not on this machine."""
     base = resolved.base
@@ -91,7 +180,7 @@ def _ends(split: Split, done: list[Example], tokenizer: Any, known: set[int]) ->
     A row's last reply, because behind it stands nothing but its end: behind others the next message begins.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids) | known
+    special = _special(tokenizer) | known
     found: Counter[int] = Counter()
     calls: list[list[int]] = []
     for row, example in list(zip(split.rows, done, strict=True))[:LOOKED]:
@@ -133,7 +222,8 @@ def line(found: Stops, whole: bool) -> str:
     """What a person reads: which token ends a reply in the labels, and where it stops afterwards."""
     places = "model/ and vLLM" if whole else "adapter/, merged/ and vLLM"
     if not found.all:
-        return f"{found.text!r} by the chat template; which token that is shows with the tokenizer"
+        by = f"{found.text!r} by the chat template" if found.text else "the chat template writes no end"
+        return f"{by}; which token that is shows with the tokenizer"
     after = f"; {places} stop at {', '.join(found.names)}"
     if not found.trained:
         return (f"labels end with the text {found.text!r}" if found.text else "labels hold no end") + after

@@ -23,7 +23,7 @@ from lora_recipes.core.files import now
 from lora_recipes.core.record import Evaluation, Generation, Loss, SetLosses, Sides
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.data import new_tokens, read, render
+from lora_recipes.data import new_tokens, read, render, stops
 from lora_recipes.data.render import IGNORED
 from lora_recipes.model import answers, attach, embeddings, probes
 from lora_recipes.recipe import load as recipes
@@ -87,11 +87,14 @@ def _evaluation(
     outputs = run.path.parent
     asked = _recipe(run, name, overrides)
     sets = _rows(asked)
-    pair = _pair(resolve(asked, outputs), adapter or run.result(asked.method), base)
+    resolved = resolve(asked, outputs)
+    pair = _pair(resolved, adapter or run.result(asked.method), base)
     raise_if(probes.problems(pair.tokenizer, asked))
     losses = {}
     for which, split in sets.items():
-        examples = [render.truncated(e, asked) for e in render.examples(split, pair.tokenizer, asked)]
+        done = render.examples(split, pair.tokenizer, asked)
+        done = stops.closed(split, done, stops.next_turn(pair.tokenizer, resolved))
+        examples = [render.truncated(example, asked) for example in done]
         losses[which] = _losses(pair, examples, split.sha256)
     answered = {}
     for side in SIDES:

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_recipes.core import safetensors
+from lora_recipes.core import weights
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.locate import local
 from lora_recipes.core.provenance import Probe, Provenance, Question
@@ -50,15 +50,15 @@ def provenance(
 
 
 def fingerprint(base: Base, like: str | None = None) -> str | None:
-    """Which weights the base has; None for a hub model that is not in the cache as safetensors. `like`: what
-    it is to be compared with (safetensors.fingerprint). RecipeError when they are broken.
+    """Which weights the base has; None for a hub model that is not in the cache. `like`: what it is to be
+    compared with (weights.fingerprint). RecipeError when they are broken.
     """
     folder = local(base.weights, base.revision)
     try:
-        return safetensors.fingerprint(folder, like) if folder else None
+        return weights.fingerprint(folder, like) if folder else None
     except OSError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         found = f"the base's weights cannot be read: {error}"
         raise RecipeError(Problem(shown(Path(base.weights)), found, "copy or fetch them again")) from None
 

@@ -8,25 +8,26 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_recipes.core import stops as files
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.model import build
+from lora_recipes.model import build, checkpoint
+from lora_recipes.recipe.base import Folder
 
 
 def base(folder: Path, known: Provenance | None) -> PreTrainedModel:
     """The model in `folder` for asking, in the dtype (and NF4) that provenance tells, else its own; on the
-    GPU where there is one.
+    GPU where there is one. RecipeError where it is not whole.
     """
     dtype = getattr(torch, known.dtype) if known else "auto"
-    options = {"quantization_config": build.nf4(known.dtype)} if known and known.quantize else {}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, **options
+    options: dict[str, Any] = (
+        {"quantization_config": build.nf4(known.dtype)} if known and known.quantize else {}
     )
+    loaded = checkpoint.load(Folder(folder), dtype=dtype, **options)
     if torch.cuda.is_available() and not options:  # bitsandbytes has placed 4-bit weights itself
         loaded = loaded.to("cuda")
     return build.trainable_4bit(loaded).eval()

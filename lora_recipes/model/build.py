@@ -15,7 +15,6 @@ from datasets import Dataset
 from peft import EvaConfig, LoraConfig, PeftConfig, PromptTuningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import CordaConfig
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -248,31 +247,12 @@ def model(resolved: Resolved) -> PreTrainedModel:
     NF4.
     """
     recipe, base, path = resolved.recipe, resolved.base, resolved.base.weights
-    raise_if(checkpoint.unfit(base, config := base.real_config()))
     given = recipe.model.given
     options: dict[str, Any] = {k: given[k] for k in ("revision", "attn_implementation") if k in given}
     if recipe.model.quantize == "nf4":
         options["quantization_config"] = nf4(recipe.model.dtype)
-    try:
-        # Another shape would stop it in the middle; so it is reported with all else that is wrong.
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, recipe.model.dtype),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            **options,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        attention = recipe.model.attn_implementation is not None and "attn" in str(error)
-        where = recipe.at("model", "attn_implementation") if attention else base.at
-        do = "check the name, the network, the login and attn_implementation"
-        raise RecipeError(Problem(where, *unread(error, base.name, do))) from None
-    loaded, report = found
-    raise_if(checkpoint.faults(base, config, loaded, report) + checkpoint.in_codes(base))
-    raise_if(checkpoint.untied(base, loaded))
+    attn_at, dtype = recipe.at("model", "attn_implementation"), getattr(torch, recipe.model.dtype)
+    loaded: PreTrainedModel = checkpoint.load(base, attn_at=attn_at, dtype=dtype, **options)
     if getattr(loaded, "_hf_peft_config_loaded", False) or hasattr(loaded, "peft_config"):
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
         raise RecipeError(Problem(recipe.at("model", "name_or_path"), f"{path} carries an adapter", do))

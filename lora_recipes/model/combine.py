@@ -20,8 +20,7 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, environment, locate, lock, provenance, stops
-from lora_recipes.core import safetensors as weights
+from lora_recipes.core import cli, environment, locate, lock, provenance, stops, weights
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
 from lora_recipes.core.files import now, replace_folder

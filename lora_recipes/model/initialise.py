@@ -18,10 +18,9 @@ from peft import PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from lora_recipes.core import base_fit, safetensors
+from lora_recipes.core import base_fit, weights
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.locate import local
 from lora_recipes.core.record import WarmStart
@@ -165,17 +164,16 @@ def warm(model: torch.nn.Module, folder: Path) -> dict[str, float]:
     Returns each module's relative error |delta - s B A| / |delta| (Frobenius): the tail of its singular
     values.
     """
-    names, errors = safetensors.shapes(folder), {}
-    where = {name: file for file in safetensors.files(folder) for name in safetensors.header(file)}
+    stored, errors = weights.tensors(folder), {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         parts: Any = module
         layer, key = module.get_base_layer(), name.removeprefix("base_model.model.")
-        own = base_fit.renamed(key, names)
+        own = base_fit.renamed(key, stored)
         assert own is not None, key
-        with safe_open(where[f"{own}.weight"], "pt", device=str(layer.weight.device)) as file:
-            delta = file.get_tensor(f"{own}.weight").float() - dequantize_module_weight(layer).float()
+        full = stored[f"{own}.weight"].tensor().to(layer.weight.device)
+        delta = full.float() - dequantize_module_weight(layer).float()
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
         for adapter, rank in module.r.items():
             root = (values[:rank] / module.scaling[adapter]).sqrt()

@@ -25,17 +25,18 @@ import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import base_fit, cli, files, locate, lock, provenance, safetensors, stops
+from lora_recipes.core import base_fit, cli, files, locate, lock, provenance, stops, weights
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
 from lora_recipes.core.provenance import Probe, Provenance
 from lora_recipes.core.run_folder import foreign, merged_files
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.model import answers, attach, embeddings, stored
+from lora_recipes.model import answers, attach, checkpoint, embeddings, stored
+from lora_recipes.recipe.base import Folder
 from lora_recipes.recipe.rules import PROMPTS
 from lora_recipes.serving import export
 from lora_recipes.serving.live import apart
@@ -115,7 +116,7 @@ class Job:
     @property
     def architecture(self) -> str:
         """The class that the checkpoint names; a two-part one holds more than the text model that trains."""
-        return str(AutoConfig.from_pretrained(self.source, trust_remote_code=False).architectures[0])
+        return str(Folder(self.source).real_config().architectures[0])
 
     @property
     def tokens(self) -> list[int]:
@@ -243,7 +244,7 @@ def _writer(folder: Path) -> int | None:
 
 
 def _dtype(source: Path) -> str:
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = Folder(source).real_config()
     return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
@@ -253,7 +254,7 @@ def _arithmetic(source: Path, dtype: str, quantize: str | None = None) -> str:
     Needed: the text model once and a quarter more for the adapter and the answers; what is being written, in
     `dtype`; and for an adapter that was trained in 4 bits the dequantised weights.
     """
-    numbers = sum(_count(shape) for shape in safetensors.shapes(source).values())
+    numbers = sum(_count(shape) for shape in weights.shapes(source).values())
     free, size = psutil.virtual_memory().available, getattr(torch, dtype).itemsize
     for kind in ("float32", dtype):
         needed = int(numbers * (1.25 * getattr(torch, kind).itemsize + size + (4 if quantize else 0)))
@@ -326,7 +327,7 @@ def _not_compared(names: list[str], job: Job) -> list[str]:
 def _wanted(job: Job, tokenizer: Any) -> Wanted:
     """What the merged model must answer, and the base's own weights with the adapter, not merged yet."""
     # A tokenizer may have tokens that the embedding has no row for.
-    config = AutoConfig.from_pretrained(job.source, trust_remote_code=False).get_text_config()
+    config = Folder(job.source).real_config().get_text_config()
     rows = min(len(tokenizer), config.vocab_size)
     chance = torch.randint(0, rows, (1, 16), generator=torch.Generator().manual_seed(0))
     probes = [chance, *(tokenizer(text, return_tensors="pt")["input_ids"] for text in PROBES)]
@@ -384,10 +385,10 @@ def _load(folder: Path, dtype: str, job: Job) -> PreTrainedModel:
     names are those of the two-part class, that class.
     """
     options = {"dtype": getattr(torch, dtype)}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+    model = checkpoint.load(Folder(folder), **options)
     names = dict(model.named_modules())
     if any(module not in names for module in job.adapter.modules):
-        model = getattr(transformers, job.architecture).from_pretrained(folder, **options)
+        model = checkpoint.load(Folder(folder), getattr(transformers, job.architecture), **options)
     embeddings.grow(model, job.tokens)
     return model.eval()
 
@@ -479,18 +480,18 @@ def _write(attached: PeftModel, job: Job, target: Path, dequantised: dict[str, t
     once.
     """
     if job.arithmetic != "float32":  # where the whole model is too large for it
-        base = stored.Files(job.source)
+        base = weights.tensors(job.source)
         for name, module in attached.get_base_model().named_modules():
             weight: Any = getattr(getattr(module, "base_layer", None), "weight", None)
             if isinstance(module, BaseTunerLayer) and weight is not None:
-                own = base_fit.own_name(f"{name}.weight", base.where)
-                exact = dequantised.get(name, base.tensor(own) if own else weight.data)
+                own = base_fit.own_name(f"{name}.weight", base)
+                exact = dequantised.get(name, base[own].tensor() if own else weight.data)
                 kind, weight.data = weight.dtype, exact.float()
                 module.merge(safe_merge=True)
                 weight.data = weight.data.to(kind)
     text: Any = attached.merge_and_unload(safe_merge=True)
     kind = getattr(torch, job.dtype)
-    whole = getattr(transformers, job.architecture).from_pretrained(job.source, dtype=kind)
+    whole = checkpoint.load(Folder(job.source), getattr(transformers, job.architecture), dtype=kind)
     embeddings.grow(whole, job.tokens)
     head, tied = whole.get_output_embeddings(), text.config.get_text_config().tie_word_embeddings
     if whole.config.get_text_config().tie_word_embeddings and not tied:

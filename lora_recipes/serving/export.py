@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import provenance, safetensors
+from lora_recipes.core import provenance, safetensors, weights
 from lora_recipes.core.adapter_folder import Adapter, matched
 from lora_recipes.core.base_fit import fit, renamed
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
@@ -167,7 +167,7 @@ def export(adapter: Adapter, base: Path, target: Path) -> int:
             )
         )
     raise_if(fit(adapter, base))
-    shapes = safetensors.shapes(base)
+    shapes = weights.shapes(base)
     modules = {module: renamed(module, shapes) or module for module in adapter.modules}
     changed = sum(new != old for old, new in modules.items())
     names = {

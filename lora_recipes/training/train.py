@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedModel, ProgressCallback
 from trl import SFTConfig
 
-from lora_recipes.core import checkpoints, cli, environment, files, lock, safetensors
+from lora_recipes.core import checkpoints, cli, environment, files, lock, weights
 from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
@@ -232,7 +232,7 @@ def _checkpoint(
     changed = differences(folder, recipe, vars(facts))
     run = folder.run
     # Earlier versions hashed the base's path too; another transformers has other defaults.
-    known = run and safetensors.whole(run.resume_facts.base_weights)
+    known = run and weights.whole(run.resume_facts.base_weights)
     same = run and run.versions.get("transformers") == environment.versions().get("transformers")
     if run and known and same and run.base.config_sha256 != _config_sha256(real):
         changed.append("base config: the run began with another config.json of the base")

@@ -51,6 +51,13 @@ GEMMA = (
     " + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+# A turn has no end: the next role's token is it. Calls and what tools say as GLM-4 has them.
+ROLES = (
+    "<|start|>{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|observation|>\n' + m['content'] }}"
+    "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] | trim }}{% for c in m['tool_calls'] or [] %}"
+    "{{ '\n' + c['function']['name'] + '\n' + c['function']['arguments'] | tojson }}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 HEADER = ["start_header_id", "end_header_id"]
 
 
@@ -171,6 +178,20 @@ def bigtok(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def roles(folder: Path) -> None:
+    """As GLM-4: the next role's token ends a turn, and generation_config lists it; eos is endoftext."""
+    others = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    raw = bpe(["<|endoftext|>", "<|start|>", *others])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=ROLES
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", *others]})
+    eos = tokenizer.eos_token_id
+    config = LlamaConfig(**SMALL, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos)
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
+    save(folder, LlamaForCausalLM(config), tokenizer, ends)
+
+
 def gpt2(folder: Path) -> None:
     """Learned positions, 64 of them: a longer row is an error in the embedding, where RoPE goes on."""
     tokenizer = chatml("<|im_end|>")
@@ -254,6 +275,7 @@ BASES: dict[str, Callable[[Path], None]] = {
     "qwen_base": qwen_base,
     "gemma": gemma,
     "bigtok": bigtok,
+    "roles": roles,
     "gpt2": gpt2,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,

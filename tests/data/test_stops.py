@@ -3,6 +3,10 @@ that is said.
 """
 
 import json
+import shutil
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +14,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_recipes.core import stops as files
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.data import gate
+from lora_recipes.data import gate, render, stops
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 
+CASES = Path(__file__).resolve().parents[1] / "cases"
+TEMPLATES = sorted(Path(str(resources("trl").joinpath("chat_templates"))).glob("*.jinja"))
 # A template whose replies end with END; each row of tests/cases/rows.jsonl is a question and its answer.
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
@@ -26,9 +32,15 @@ TEMPLATE = (
 def passed(case, tmp_path):
     """`passed("qwen_base_eos", end="</s>")` is the gate of that case, its template ending replies so."""
 
-    def through(name: str = "qwen_base_eos", end: str | None = None, rows: list | None = None, **changes):
-        if end is not None:
-            (tmp_path / "own.jinja").write_text(TEMPLATE.replace("END", end))
+    def through(
+        name: str = "qwen_base_eos",
+        end: str | None = None,
+        rows: list | None = None,
+        template: str = TEMPLATE,
+        **changes,
+    ):
+        if end is not None or template != TEMPLATE:
+            (tmp_path / "own.jinja").write_text(template.replace("END", end or ""))
             changes["model__chat_template"] = "own.jinja"
         path = case(name, **changes)
         if rows is not None:
@@ -160,6 +172,90 @@ def test_a_tool_call_that_ends_otherwise_is_a_second_end(passed, bases, tmp_path
     found, _ = passed(end=end, rows=rows, model__tokenizer=str(tmp_path / "tokenizer"))
     assert found.stops.facts().trained == ["<|im_end|>", "<|eom_id|>"] and found.counts.open_turns == 0
     assert found.tokenizer.eos_token == "<|im_end|>"
+
+
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
+ASK = {"role": "user", "content": "Is it cold?"}
+NO = {"role": "assistant", "content": "No."}
+LOOK = {"role": "assistant", "content": "", "tool_calls": CALL}
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed by the base", "by the template alone"])
+def test_where_the_next_role_s_token_ends_a_reply_it_is_trained_and_stopped_at(
+    listed, passed, bases, tmp_path
+):
+    folder = bases("roles")
+    if not listed:
+        folder = shutil.copytree(folder, tmp_path / "base")
+        (folder / files.FILE).unlink()
+    found, resolved = passed(model__name_or_path=str(folder))
+    tok, facts = found.tokenizer, found.stops.facts()
+    assert not found.warnings and found.counts.open_turns == 0 and last_labels(found) == {"<|user|>"}
+    others = ["<|endoftext|>", "<|observation|>"] if listed else ["<|endoftext|>"]
+    assert (facts.trained, facts.stops, facts.text) == (["<|user|>"], ["<|user|>", *others], None)
+    assert said(found, resolved).startswith("labels <|user|> (which opens the next turn in the chat template")
+    for row, example in zip(found.splits["train"].rows, found.train, strict=True):
+        rendered = tok.apply_chat_template(row.messages, return_dict=True)["input_ids"]
+        going_on = tok.apply_chat_template([*row.messages, ASK], return_dict=True)["input_ids"]
+        assert example.input_ids[:-1] == rendered, "what the template renders"
+        assert example.input_ids == going_on[: len(rendered) + 1], "and what it writes next"
+        assert len(example.labels) == len(example.input_ids) and example.labels[-1] == example.input_ids[-1]
+
+
+def test_a_call_ends_with_the_token_of_the_tool_and_turns_in_between_learn_their_end(passed, bases):
+    tool = {"role": "tool", "content": "blue"}
+    rows = [
+        {"messages": [ASK, NO, ASK, NO]},
+        {"messages": [ASK, LOOK]},
+        {"messages": [ASK, LOOK, tool, NO]},
+    ]
+    found, _ = passed(rows=rows, model__name_or_path=str(bases("roles")))
+    user, tools = found.tokenizer.convert_tokens_to_ids(["<|user|>", "<|observation|>"])
+    ends = [[i for i in e.input_ids if i in (user, tools)] for e in found.train]
+    assert ends == [[user] * 3, [user, tools], [user, tools, user]]
+    assert [e.labels[-1] for e in found.train] == [user, tools, user] and found.counts.open_turns == 0
+    assert found.stops.facts().trained == ["<|user|>", "<|observation|>"]
+
+
+def test_under_assistant_only_loss_the_end_is_trained_and_the_user_s_words_are_not(passed, bases):
+    from tests.cases.bases import ROLES
+
+    reply = "'<|' + m['role'] + '|>\n' + m['content'] | trim"
+    marked = "{% if m['role'] == 'assistant' %}<|assistant|>{{ '\n' }}{% generation %}{{ m['content'] }}"
+    template = ROLES.replace(
+        "{{ " + reply + " }}", marked + "{% endgeneration %}{% else %}{{ " + reply + " }}{% endif %}"
+    )
+    assert template != ROLES
+    found, _ = passed(
+        rows=[{"messages": [ASK, NO, ASK, NO]}],
+        template=template,
+        model__name_or_path=str(bases("roles")),
+        train__assistant_only_loss=True,
+    )
+    trained = [i for i in found.train[0].labels if i >= 0]
+    assert found.tokenizer.decode(trained) == "No.<|user|>No.<|user|>" and found.counts.open_turns == 0
+
+
+@pytest.mark.parametrize("name", [p.stem for p in TEMPLATES if not p.stem.endswith("_training")])
+def test_of_the_templates_that_trl_carries_one_family_ends_so(name, bases, tmp_path):
+    """With every marker of the template a token of its own; TRL's own training template is the judge."""
+    from transformers import AutoTokenizer
+
+    given = [f"model.name_or_path={bases('qwen_base')}"]
+    resolved = resolve(recipes.load(str(CASES / "qwen_base_eos.yaml"), given), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(bases("qwen_base"))
+    tokenizer.chat_template = render.chat_template(name, "")
+    marks = sorted(set(render.MARK.findall(tokenizer.chat_template)))
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    found = stops.next_turn(tokenizer, resolved)
+    if name != "glm4moe":
+        assert found == stops.NextTurn()
+        return
+    training = TEMPLATES[0].with_name(f"{name}_training.jinja").read_text()
+    for reply, token in ((NO, found.reply), (LOOK, found.call)):
+        turns: Any = [ASK, reply]
+        own: Any = tokenizer.apply_chat_template(turns, chat_template=training, return_dict=True)
+        assert own["input_ids"][-1] == token
 
 
 def test_an_end_outside_the_labels_is_no_end_that_is_learned(passed):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from lora_recipes.core import safetensors
+from lora_recipes.core import weights
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.data import gate
 from lora_recipes.model import build, checkpoint
@@ -35,7 +35,7 @@ def config(folder, **changes):
     file.write_text(json.dumps(kept))
 
 
-def weights(folder, change):
+def changed(folder, change):
     """`change` takes the tensors by name and gives them back."""
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
 
@@ -95,7 +95,7 @@ BROKEN = {
         r"lacks 9 of the tensors of LlamaForCausalLM: model\.layers\.2\.",
     ),
     "a tensor less": (
-        lambda f: weights(f, only("layers.1.mlp.up_proj")),
+        lambda f: changed(f, only("layers.1.mlp.up_proj")),
         r"lacks 1 of .*: model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "a layer less than the weights": (
@@ -103,7 +103,7 @@ BROKEN = {
         r"no place for 9 of .*: model\.layers\.1\.",
     ),
     "a head of values": (
-        lambda f: weights(f, lambda t: t | {"v_head.weight": torch.zeros(1, 64)}),
+        lambda f: changed(f, lambda t: t | {"v_head.weight": torch.zeros(1, 64)}),
         r"no place for 1 of .*: v_head\.weight",
     ),
     "a smaller vocabulary": (
@@ -114,7 +114,7 @@ BROKEN = {
         lambda f: config(f, intermediate_size=96),
         r"mlp\.down_proj\.weight is \[64, 128\] in .* and \[64, 96\]",
     ),
-    "no head": (lambda f: weights(f, only("lm_head")), r"lacks 1 .*lm_head.*\n.*tie_word_embeddings: true"),
+    "no head": (lambda f: changed(f, only("lm_head")), r"lacks 1 .*lm_head.*\n.*tie_word_embeddings: true"),
     "tied to another head": (
         lambda f: config(f, tie_word_embeddings=True),
         r"ties lm_head\.weight to the embedding.*\n.*tie_word_embeddings: false",
@@ -124,11 +124,11 @@ BROKEN = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "not there|no file named"),
     "a shard less": (lambda f: shards(f, 1), "model-00002-of-00002.safetensors"),
     "weights as bytes": (
-        lambda f: weights(f, recast(torch.uint8, "q_proj")),
+        lambda f: changed(f, recast(torch.uint8, "q_proj")),
         r"quantised already: it stores .*q_proj\.weight.* as U8",
     ),
     "weights in 8 bits": (
-        lambda f: weights(f, recast(torch.float8_e4m3fn, "v_proj")),
+        lambda f: changed(f, recast(torch.float8_e4m3fn, "v_proj")),
         r"quantised already: it stores .*v_proj\.weight.* as F8_E4M3",
     ),
     "GPTQ beside it": (
@@ -194,10 +194,10 @@ def test_a_right_base_is_never_refused(name, copy, tmp_path):
 
 
 def test_gpt2_as_it_was_published_is_right(copy, tmp_path):
-    weights(folder := copy("gpt2"), old_gpt2)
+    changed(folder := copy("gpt2"), old_gpt2)
     assert planned(folder, tmp_path) == []
     assert build.model(resolved(folder, tmp_path)).num_parameters() > 0
-    weights(folder, only("h.1.mlp.c_fc.weight"))
+    changed(folder, only("h.1.mlp.c_fc.weight"))
     with pytest.raises(RecipeError, match=r"lacks 1 .*h\.1\.mlp\.c_fc\.weight"):
         planned(folder, tmp_path)
 
@@ -205,16 +205,16 @@ def test_gpt2_as_it_was_published_is_right(copy, tmp_path):
 def test_experts_as_single_tensors_are_right_and_one_less_is_not(copy, tmp_path):
     """Transformers joins them while loading; the file holds each."""
     folder = copy("qwen3_moe")
-    names = safetensors.shapes(folder)
+    names = weights.shapes(folder)
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in names
-    weights(folder, only("layers.0.mlp.experts"))
+    changed(folder, only("layers.0.mlp.experts"))
     with pytest.raises(RecipeError, match=r"lacks 2 .*layers\.0\.mlp\.experts\.down_proj.*gate_up_proj"):
         planned(folder, tmp_path)
 
 
 def test_a_head_stored_beside_the_embedding_that_it_equals_is_right(copy, tmp_path):
     folder = copy("qwen_base")
-    weights(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    changed(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
     assert planned(folder, tmp_path) == []
 
 
@@ -237,12 +237,12 @@ def test_what_was_learned_of_the_headers_is_what_loading_reports(copy, tmp_path)
     [
         (torch.bfloat16, "float32", ["stores bfloat16 weights, its config.json says float32"]),
         (torch.float16, "float32", ["stores float16 weights, its config.json says float32"]),
-        (torch.bfloat16, "float16", ["its config.json says float32", "above 65,504"]),
+        (torch.bfloat16, "float16", ["its config.json says float32", "which ends at 65,504"]),
         (torch.float32, "bfloat16", []),
     ],
 )
 def test_a_dtype_that_the_config_does_not_name_is_told(stored, asked, told, copy, tmp_path):
-    weights(folder := copy("llama3"), recast(stored))
+    changed(folder := copy("llama3"), recast(stored))
     found = planned(folder, tmp_path, f"model.dtype={asked}")
     assert len(found) == len(told)
     assert all(text in warning for text, warning in zip(told, found, strict=True))
@@ -325,17 +325,20 @@ def test_every_field_of_the_libraries_that_runs_code_is_refused():
     assert handed_on - taken == {"model_init_kwargs", "dataset_kwargs"}
 
 
-def test_every_loading_by_name_says_that_no_code_is_run():
+def test_every_loading_by_name_says_that_no_code_is_run_and_one_function_loads_a_base():
     """Left out, transformers asks at a terminal."""
-    seen = 0
+    seen, bases = 0, set()
     for path in (ROOT / "lora_recipes").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
                 and node.func.attr in ("from_pretrained", "from_config")
-                and getattr(node.func.value, "id", "").startswith("Auto")
+                and (by := ast.unparse(node.func.value)) not in ("PeftModel", "text_class")
             ):
                 seen += 1
                 assert any(word.arg == "trust_remote_code" for word in node.keywords), f"{path}:{node.lineno}"
-    assert seen > 8
+                if node.func.attr == "from_pretrained" and by not in ("AutoConfig", "AutoTokenizer"):
+                    bases.add(path.stem)
+    assert seen > 6
+    assert bases == {"checkpoint", "package"}, "the latter makes a base, of a GGUF file"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_recipes.core import adapter_folder, locate, provenance, safetensors
+from lora_recipes.core import adapter_folder, locate, provenance, safetensors, weights
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.model import build
 from lora_recipes.planning import plan
@@ -101,7 +101,7 @@ def test_a_base_with_other_weights_is_refused_though_names_and_shapes_agree(run,
     recipe = recipes.load("tiny_base")
     build.random_base(resolve(recipe, run))
     random = run / "_bases" / "tiny_qwen3-float32"
-    assert safetensors.shapes(random) == safetensors.shapes(trained / "tiny_base" / "model")
+    assert weights.shapes(random) == weights.shapes(trained / "tiny_base" / "model")
     with pytest.raises(RecipeError, match="was trained on other weights than those in"):
         prepared(run, base=random)
 
@@ -292,18 +292,18 @@ def test_the_plan_says_that_z_without_qkv_could_not_be_served(tmp_path):
 def test_weights_are_known_by_their_content_however_they_are_stored(run, tmp_path):
     folder = tmp_path / "tiny_base" / "model"
     changed = Path(shutil.copytree(folder, tmp_path / "changed"))
-    assert safetensors.fingerprint(changed) == safetensors.fingerprint(folder)
+    assert weights.fingerprint(changed) == weights.fingerprint(folder)
     file = changed / "model.safetensors"
     tensor = safetensors.header(file)["model.layers.1.mlp.down_proj.weight"]
     raw = bytearray(file.read_bytes())
     raw[tensor.start] ^= 1
     file.write_bytes(raw)
-    assert safetensors.fingerprint(changed) != safetensors.fingerprint(folder)
+    assert weights.fingerprint(changed) != weights.fingerprint(folder)
 
 
 def test_training_leaves_what_peft_answered(trained):
     known = there(provenance.read(trained / "tiny_facts" / "adapter"))
-    assert known.recipe == "tiny_facts" and known.fingerprint == safetensors.fingerprint(
+    assert known.recipe == "tiny_facts" and known.fingerprint == weights.fingerprint(
         trained / "tiny_base" / "model"
     )
     assert len(known.probes) == 4 and all(

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_recipes.core import adapter_folder, files, safetensors
+from lora_recipes.core import adapter_folder, files, safetensors, weights
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.model import build
 from lora_recipes.recipe import load as recipes
@@ -241,7 +241,7 @@ def test_an_adapter_for_a_two_part_checkpoint_is_exported_under_the_names_of_tha
     changed = export.export(adapter_folder.read(source), bases["hybrid"], tmp_path / "serving")
     exported = adapter_folder.read(tmp_path / "serving")
     assert changed == len(exported.modules) == 11  # 1 full-attention layer, 2 x 3 linear, 4 mlp
-    assert all(f"{m}.weight" in safetensors.shapes(bases["hybrid"]) for m in exported.modules)
+    assert all(f"{m}.weight" in weights.shapes(bases["hybrid"]) for m in exported.modules)
     ours, theirs = load_file(source / "adapter_model.safetensors"), load_file(exported.file)
     for name, value in ours.items():
         assert (

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerState
 
-from lora_recipes.core import checkpoints, safetensors
+from lora_recipes.core import checkpoints, safetensors, weights
 from lora_recipes.core.checkpoints import SUMS, fault, seal
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.run_folder import RunFolder
@@ -201,12 +202,20 @@ def test_steps_are_counted_and_a_result_with_none_is_none(finished, taken, ended
         training._trained(session, folder.checkpoints / "checkpoint-2", counted)  # type: ignore[arg-type]
 
 
-def test_damage_in_the_middle_of_the_base_stops_a_resume(cut):
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pytorch_model.bin"])
+def test_damage_in_the_middle_of_the_base_stops_a_resume(pickled, cut):
     outputs, _ = cut
     file = outputs / "tiny_base" / "model" / "model.safetensors"
     tensor = max(safetensors.header(file).values(), key=lambda t: t.end - t.start)
     assert tensor.end - tensor.start > 3 * 4096
-    flip(file, (tensor.start + tensor.end) // 2)
+    at = (tensor.start + tensor.end) // 2
+    if pickled:
+        around = file.read_bytes()[at - 32 : at + 32]
+        torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+        file.unlink()
+        file = file.with_name("pytorch_model.bin")
+        at = file.read_bytes().index(around) + 32
+    flip(file, at)
     with pytest.raises(RecipeError, match="base weights: the run began with sha256:"):
         resumed(outputs)
 
@@ -223,16 +232,16 @@ def test_another_config_of_the_base_stops_a_resume(cut):
 
 def test_every_byte_of_a_base_counts_and_earlier_fingerprints_are_answered_in_kind(finished, tmp_path):
     folder = Path(shutil.copytree(finished / "tiny_base" / "model", tmp_path / "base"))
-    file, now = folder / "model.safetensors", safetensors.fingerprint(folder)
-    earlier = safetensors.fingerprint(folder, like="0" * 64)
+    file, now = folder / "model.safetensors", weights.fingerprint(folder)
+    earlier = weights.fingerprint(folder, like="0" * 64)
     assert now.startswith("sha256:") and re.fullmatch("[0-9a-f]{64}", earlier)
-    assert safetensors.fingerprint(folder, like=now) == now
+    assert weights.fingerprint(folder, like=now) == now
     for tensor in safetensors.header(file).values():
         for at in (tensor.start, (tensor.start + tensor.end) // 2, tensor.end - 1):
             flip(file, at)
-            assert safetensors.fingerprint(folder) != now
+            assert weights.fingerprint(folder) != now
             flip(file, at)
-    assert safetensors.fingerprint(folder) == now and safetensors.fingerprint(folder, like=earlier) == earlier
+    assert weights.fingerprint(folder) == now and weights.fingerprint(folder, like=earlier) == earlier
 
 
 def test_the_best_checkpoint_is_read_only_when_it_is_whole(cut):
