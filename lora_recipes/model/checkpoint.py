@@ -218,6 +218,8 @@ def _tensors(base: Base | Folder) -> dict[str, Stored] | None:
         found = f"{listed([shown(path) for path in gone], 3)}: not there"
         if gone == [folder / weights.NAMES[0]]:
             found += f", nor {weights.NAMES[1]}, nor an index of either"
+        elif other := [name for name in weights.NAMES if (folder / name).is_file()]:
+            found += f" ({listed(other)} is read only where no index names other files)"
         raise RecipeError(Problem(base.at, found, "name a folder with a whole checkpoint"))
     tensors: dict[str, Stored] = {}
     problems = []

@@ -219,6 +219,15 @@ def test_an_index_that_is_wrong_is_named_by_the_plan_and_by_loading(what, kind, 
         assert all("name_or_path" in problem.where for problem in error.value.problems)
 
 
+def test_an_index_without_its_files_is_named_with_what_is_beside_it(copy, tmp_path):
+    folder = pickled(copy())
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    base = resolved(folder, tmp_path).base
+    with pytest.raises(RecipeError, match=r"00001\.safetensors: not there \(pytorch_model\.bin is read only"):
+        checkpoint.check(base, build.meta_model(base))
+
+
 def numbers(**given: float):
     """The first numbers of the head: those that are `given`."""
 
@@ -252,7 +261,7 @@ def test_numbers_that_float16_has_not_are_counted(kind, dtype, copy, tmp_path):
 
 
 @pytest.mark.parametrize("value", [1e5, -7e4, float("inf"), float("nan")])
-def test_numbers_beyond_float16_are_refused_by_plan_loading_and_merge(value, copy, run, tmp_path):
+def test_numbers_beyond_float16_are_refused_by_plan_and_loading(value, copy, tmp_path):
     numbers(value=value)(folder := copy(), torch.bfloat16)
     config(folder, dtype="bfloat16")
     half = resolved(folder, tmp_path, "model.dtype=float16")
