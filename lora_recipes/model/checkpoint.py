@@ -357,11 +357,11 @@ def _extents(path: Path, size: int, changed: int, inode: int) -> dict[str, tuple
         most, zeros, beyond = 0.0, 0, 0
         for part in stored.parts(max(1, _AT_ONCE // max(1, math.prod(stored.shape[1:])))):
             if part.numel():
-                size = part.to(exact).abs()
-                largest = size.max().item()  # NaN where one is
-                zeros += int((size <= _ZERO).count_nonzero() - (size == 0).count_nonzero())
+                absolute = part.to(exact).abs()
+                largest = absolute.max().item()  # NaN where one is
+                zeros += int((absolute <= _ZERO).count_nonzero() - (absolute == 0).count_nonzero())
                 if not largest < _INFINITE:
-                    beyond += int(size.numel() - (size < _INFINITE).count_nonzero())
+                    beyond += int(absolute.numel() - (absolute < _INFINITE).count_nonzero())
                 most = largest if math.isnan(largest) else max(most, largest)
         found[name] = (most, zeros, beyond)
     return found
