@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast coverage lint schema docs clean
+.PHONY: help setup setup-serve plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -81,6 +81,16 @@ test: $(READY) $(SERVE)  ## every test, on the CPU, without network; vLLM's wher
 test-fast: $(READY)  ## the tests without vLLM and without the slow ones: minutes, no .venv-serve
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm and not slow"
 
+.venv-lowest/.ready: pyproject.toml scripts/lowest.py $(READY)
+	@$(PYTHON) -m venv .venv-lowest
+	@$(PY) scripts/lowest.py > .venv-lowest/lowest.txt
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),torch==$(TORCH),torch) -r .venv-lowest/lowest.txt
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch .venv-lowest/.ready
+
+test-lowest: .venv-lowest/.ready  ## make test-fast with the lowest version of every range in pyproject.toml (TORCH=2.13.0: that torch)
+	@.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm and not slow"
+
 coverage: $(READY)  ## make test-fast, and which lines of lora_recipes it does not reach
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm and not slow" --cov=lora_recipes --cov-report=term-missing:skip-covered
 
@@ -103,5 +113,5 @@ docs: $(DOCS)  ## the docs as a site in site/: tables and picture made anew from
 	@$(PY) docs/make.py
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean
 
-clean:  ## remove .venv, .venv-serve, site/ and caches; outputs/ stays
-	rm -rf $(VENV) .venv-serve site .pytest_cache .ruff_cache .mypy_cache *.egg-info
+clean:  ## remove .venv, .venv-serve, .venv-lowest, site/ and caches; outputs/ stays
+	rm -rf $(VENV) .venv-serve .venv-lowest site .pytest_cache .ruff_cache .mypy_cache *.egg-info

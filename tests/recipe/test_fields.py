@@ -7,11 +7,13 @@ import inspect
 from pathlib import Path
 
 import pytest
+import transformers
 from accelerate.utils import DynamoBackend
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 from trl import SFTConfig
 
+from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.model import build
@@ -39,7 +41,10 @@ def changed(name, value):
 
 def test_every_field_of_the_classes_has_one_row_and_no_other_has():
     real = {f"{s}.{f.name}" for s, cls in CLASSES.items() for f in dataclasses.fields(cls) if f.init}
-    assert set(ROWS) == real
+    assert real <= set(ROWS)
+    pinned = (files.ROOT / "constraints.txt").read_text().splitlines()
+    if f"transformers=={transformers.__version__}" in pinned:  # an older one lacks fields that have a row
+        assert set(ROWS) == real
     assert all(row.said for row in ROWS.values() if row.fate != "honoured")
 
 
