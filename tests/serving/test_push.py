@@ -292,7 +292,9 @@ def test_a_name_that_the_hub_would_not_take_is_refused_here(hub, push, repo):
     assert code == 2 and "owner/name" in text and text.count("error") == 1 and hub.asked == []
 
 
+ECHO = stand_in.said(403, f"the token {TOKEN} is read-only")
 FAULTS = {
+    "no right": (ECHO, "/repos/create", "(403: the token (HF_TOKEN) is read-only)", "it belongs to me"),
     "wrong token": (None, "/api/whoami-v2", "the hub does not know HF_TOKEN (401", "/settings/tokens"),
     "a fault": ((500, b"oops"), "/api/whoami-v2", "the hub has a fault of its own (500", "wait a while"),
     "at the end": (
