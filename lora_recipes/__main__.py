@@ -146,8 +146,9 @@ def plan(given: Namespace) -> None:
     from lora_recipes.recipe.base import resolve
 
     resolved = resolve(load.load(given.recipe, given.overrides), given.outputs)
-    from lora_recipes.memory import choices, fits
-    from lora_recipes.planning import plan
+    with cli.importing():
+        from lora_recipes.memory import choices, fits
+        from lora_recipes.planning import plan
 
     chosen = layout.of(given.devices or 1)
     if given.accelerate:
@@ -197,14 +198,16 @@ def train(given: Namespace) -> int | None:
 
     resolved = resolve(load.load(given.recipe, given.overrides), given.outputs)
     if given.accelerate:
-        from lora_recipes.training import launch
+        with cli.importing():
+            from lora_recipes.training import launch
 
         switches = ("resume", "force", "oversized", "traceback")
         flags = [f"--{name}" for name in switches if getattr(given, name)]
         again = ["train", given.recipe, *given.overrides, "--outputs", str(given.outputs), *flags]
         options = launch.words(given.accelerate, given.processes, given.launch)
         return launch.start(options, again, resolved)
-    from lora_recipes.training.train import train
+    with cli.importing():
+        from lora_recipes.training.train import train
 
     train(resolved, given.resume, given.force, oversized=given.oversized)
     return None
@@ -248,7 +251,8 @@ def ablate(given: Namespace) -> int:
 
         print(report.write(checked.folder(given.outputs)))
         return 0
-    from lora_recipes.ablation.ablate import ablate, spread
+    with cli.importing():
+        from lora_recipes.ablation.ablate import ablate, spread
 
     if given.on:
         seeds = ["--seeds", *map(str, given.seeds)] if given.seeds else []
@@ -285,7 +289,8 @@ def merge(given: Namespace) -> None:
     from lora_recipes.recipe import load
 
     folder = locate.adapter(load.run_of(given.adapter, given.outputs), given.outputs)
-    from lora_recipes.model import merge
+    with cli.importing():
+        from lora_recipes.model import merge
 
     beside = folder.with_name("merged" if folder.name == "adapter" else f"{folder.name}.merged")
     output = given.output or beside
@@ -306,7 +311,8 @@ def _evaluate(parser: ArgumentParser) -> None:
 
 def evaluate(given: Namespace) -> None:
     """Evaluate, print."""
-    from lora_recipes.evaluation import evaluate
+    with cli.importing():
+        from lora_recipes.evaluation import evaluate
 
     asked = evaluate.evaluation(given.recipe, given.outputs, given.overrides, given.adapter, given.base)
     print(evaluate.report(asked))
@@ -342,8 +348,10 @@ def _combine(parser: ArgumentParser) -> None:
 
 def combine(given: Namespace) -> None:
     """Combine, print the figures."""
-    from lora_recipes.model import combine
     from lora_recipes.recipe import load
+
+    with cli.importing():
+        from lora_recipes.model import combine
 
     asked = combine.Combination(given.weights, given.method, given.density, given.svd_rank, given.seed)
     record = combine.combine(
@@ -423,8 +431,10 @@ def _serve(parser: ArgumentParser) -> None:
 def serve(given: Namespace) -> int:
     """Serve, check, add or remove."""
     from lora_recipes.recipe import load
-    from lora_recipes.serving import serve
-    from lora_recipes.serving.command import Options
+
+    with cli.importing():
+        from lora_recipes.serving import serve
+        from lora_recipes.serving.command import Options
 
     given.what = load.runs_of(given.what, given.outputs)
     if given.check:

@@ -1,6 +1,7 @@
 """What the tests share: recipes written to a temporary folder, and one trained base for the whole session."""
 
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -135,3 +136,16 @@ def pytest_collection_modifyitems(items):
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The libraries that the tests import make half a million objects that stay: no garbage is looked for
+    among them, now or later.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
