@@ -30,15 +30,10 @@ from lora_recipes.planning import plan
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import Shared, train
+from tests import process
 from tests.typed import there
 
 SCRIPT = str(files.ROOT / "scripts" / "ablate.py")
-
-
-def script(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300, **options
-    )
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -408,7 +403,9 @@ def done(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("done")
     shutil.copytree(trained / "tiny_base", folder / "outputs" / "tiny_base")
     (folder / "three.yaml").write_text(THREE)
-    said = script(str(folder / "three.yaml"), "--outputs", str(folder / "outputs"), "--jobs", "2")
+    said = process.run(
+        "ablate", str(folder / "three.yaml"), "--outputs", str(folder / "outputs"), "--jobs", "2"
+    )
     return folder, said
 
 
@@ -580,7 +577,7 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     assert launched.returncode == 1, err
     assert "[1/2] r2/s1: FAILED: its process was killed by SIGKILL" in out and "[2/2] r4/s1: 60 steps" in out
     assert "r2: s1 running: not at its end" in out
-    second = script(str(file), "--outputs", str(outputs))
+    second = process.run("ablate", str(file), "--outputs", str(outputs))
     assert second.returncode == 0, second.stderr
     assert (
         "continues   r2/s1: from checkpoint-" in second.stdout

@@ -3,15 +3,13 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_recipes.core import files, provenance
+from lora_recipes.core import provenance
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import gate
@@ -22,6 +20,7 @@ from lora_recipes.planning import plan
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
+from tests.process import Forked
 from tests.typed import there
 
 
@@ -119,9 +118,7 @@ def test_a_4_bit_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(tra
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         shutil.copytree(trained / "tiny_base", tmp_path / name / "tiny_base")
-    script = str(files.ROOT / "scripts" / "train.py")
-    command = [sys.executable, script, "tiny_facts", *words, "--outputs", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Forked(("train", "tiny_facts", *words, "--outputs", str(tmp_path / "killed")), tmp_path)
     metrics = tmp_path / "killed" / "tiny_facts" / "metrics.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 70):

@@ -27,16 +27,11 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.recipe.layout import Layout
 from lora_recipes.training import launch
 from lora_recipes.training.train import train
+from tests.process import run
 from tests.typed import there
 
 SCRIPT = str(files.ROOT / "scripts" / "train.py")
 TWO = ["--accelerate", "ddp", "--processes", "2"]
-
-
-def run(*words: str, timeout: float = 200) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 def record(outputs: Path, name: str) -> dict:
@@ -49,7 +44,9 @@ def adapter(outputs: Path, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A recipe without dropout on a random tiny model, and the outputs of two processes that trained it."""
+    """A recipe without dropout on a random tiny model, and the outputs of two processes that trained it, with
+    one lock on the run between them.
+    """
     folder = tmp_path_factory.mktemp("pair")
     sections = yaml.safe_load(recipes.load("tiny_facts").to_yaml())
     sections["model"] = yaml.safe_load(recipes.load("tiny_base").to_yaml())["model"]
@@ -65,7 +62,7 @@ def pair(tmp_path_factory):
     sections["train"] |= {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
     path = folder / "pair.yaml"
     path.write_text(yaml.safe_dump(sections))
-    done = run(str(path), "--outputs", str(folder / "two"), *TWO)
+    done = run("train", str(path), "--outputs", str(folder / "two"), *TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     return path, folder / "two", done
 
@@ -107,7 +104,7 @@ def test_a_run_of_two_processes_resumes_bit_for_bit_and_not_with_another_number(
         RecipeError, match="layout: the run began with DDP, 2 processes, now it is one process"
     ):
         train(resolve(recipes.load(str(path)), tmp_path / "two"), resume=True)
-    done = run(str(path), "--outputs", str(tmp_path / "two"), "--resume", *TWO)
+    done = run("train", str(path), "--outputs", str(tmp_path / "two"), "--resume", *TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "from checkpoint-2" in done.stdout
     one, other = adapter(two, "pair"), adapter(tmp_path / "two", "pair")
@@ -179,7 +176,7 @@ def test_fsdp_that_would_become_plain_ddp_is_refused_by_the_launcher_and_in_the_
 
 def test_a_mistake_that_all_processes_make_is_said_once_and_without_a_traceback(pair, tmp_path):
     path, _, _ = pair
-    done = run(str(path), "lora.target_modules=[q_projj]", "--outputs", str(tmp_path), *TWO)
+    done = run("train", str(path), "lora.target_modules=[q_projj]", "--outputs", str(tmp_path), *TWO)
     assert (
         done.returncode == 2
         and done.stderr.count("did you mean q_proj?") == 1
@@ -329,7 +326,7 @@ def test_deepspeed_saves_the_whole_adapter_that_ddp_saves(pair, tmp_path, name):
     docs/scaling.md.
     """
     path, two, _ = pair
-    done = run(str(path), "--outputs", str(tmp_path), "--accelerate", name, "--processes", "2")
+    done = run("train", str(path), "--outputs", str(tmp_path), "--accelerate", name, "--processes", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = adapter(tmp_path, "pair"), adapter(two, "pair")
     assert one.keys() == other.keys() and all(torch.allclose(one[key], other[key], atol=2e-4) for key in one)
@@ -350,7 +347,7 @@ def test_an_adapter_that_zero3_divides_is_saved_whole(pair, tmp_path):
         .read_text()
         .replace("configs/accelerate/zero3.json", str(tmp_path / "all.json"))
     )
-    done = run(str(path), "--outputs", str(tmp_path), "--accelerate", str(file), "--processes", "2")
+    done = run("train", str(path), "--outputs", str(tmp_path), "--accelerate", str(file), "--processes", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = adapter(tmp_path, "pair"), adapter(two, "pair")
     assert one.keys() == other.keys() and all(torch.allclose(one[key], other[key], atol=2e-4) for key in one)

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,12 +12,12 @@ from lora_recipes.__main__ import main
 from lora_recipes.ablation.reuse import Kept
 from lora_recipes.ablation.spec import Run
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.core.files import ROOT
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
+from tests.process import Forked, run
 
-TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py"), "tiny_facts", "train.logging_steps=1"]
+TRAIN = ("train", "tiny_facts", "train.logging_steps=1")
 
 
 @pytest.fixture
@@ -29,14 +27,11 @@ def outputs(trained, tmp_path):
 
 
 @pytest.fixture
-def at_work(outputs):
+def at_work(outputs, tmp_path):
     """A run that takes its time, after its first steps; the outputs folder and its process."""
     words = ["train.max_steps=1000000", "train.save_strategy=steps", "train.save_steps=20"]
-    process = subprocess.Popen(
-        [*TRAIN, *words, "--outputs", str(outputs)],  # each checkpoint stays: a test names one
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    # each checkpoint stays: a test names one
+    process = Forked((*TRAIN, *words, "--outputs", str(outputs)), tmp_path)
     try:
         end = time.monotonic() + 240
         while not list((outputs / "tiny_facts" / "checkpoints").glob("checkpoint-*/SHA256SUMS")):
@@ -77,6 +72,11 @@ def test_a_run_at_work_is_left_alone_by_every_verb_until_it_is_killed(at_work, t
     ):
         assert main([*words, "--outputs", str(outputs)]) == 2
         assert f"is in use by process {process.pid}" in capsys.readouterr().err
+    record = (outputs / "tiny_facts" / "run.json").read_bytes()
+    launch = ("--accelerate", "ddp", "--processes", "2", "--force", "--outputs", str(outputs))
+    done = run(*TRAIN, "train.max_steps=2", *launch)  # nor by two processes of another launch
+    assert done.returncode == 2 and f"is in use by process {process.pid}" in done.stderr, done.stderr[-2000:]
+    assert (outputs / "tiny_facts" / "run.json").read_bytes() == record
     assert process.poll() is None and recipe.read_bytes() == before
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -85,36 +85,18 @@ def test_a_run_at_work_is_left_alone_by_every_verb_until_it_is_killed(at_work, t
     assert train(resolve(short, outputs), force=True).steps == 2
 
 
-def test_of_two_that_start_together_one_trains_and_its_record_is_its_own(outputs):
-    both = {
-        steps: subprocess.Popen(
-            [*TRAIN, f"train.max_steps={steps}", "--outputs", str(outputs)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for steps in (3, 5)
-    }
-    said = {steps: process.communicate(timeout=300)[1] for steps, process in both.items()}
-    codes = {steps: process.returncode for steps, process in both.items()}
+def test_of_two_that_start_together_one_trains_and_its_record_is_its_own(outputs, tmp_path):
+    both = {}
+    for steps in (3, 5):
+        (tmp_path / f"{steps}").mkdir()
+        words = (*TRAIN, f"train.max_steps={steps}", "--outputs", str(outputs))
+        both[steps] = Forked(words, tmp_path / f"{steps}")
+    done = {steps: process.completed() for steps, process in both.items()}
+    said = {steps: one.stderr for steps, one in done.items()}
+    codes = {steps: one.returncode for steps, one in done.items()}
     assert sorted(codes.values()) == [0, 2], said
     won, lost = sorted(codes, key=lambda steps: codes[steps])
     assert "is in use by process" in said[lost] or "holds a finished run" in said[lost]
     run = json.loads((outputs / "tiny_facts" / "run.json").read_text())
     recipe = yaml.safe_load((outputs / "tiny_facts" / "recipe.yaml").read_text())
     assert (run["status"], run["steps"], recipe["train"]["max_steps"]) == ("finished", won, won)
-
-
-def test_processes_of_one_launch_share_the_lock_and_another_launch_changes_nothing(at_work):
-    outputs, process = at_work
-    before = (outputs / "tiny_facts" / "run.json").read_bytes()
-    words = ["--accelerate", "ddp", "--processes", "2", "--force", "--outputs", str(outputs)]
-    done = subprocess.run([*TRAIN, "train.max_steps=2", *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and f"is in use by process {process.pid}" in done.stderr, done.stderr[-2000:]
-    assert (outputs / "tiny_facts" / "run.json").read_bytes() == before and process.poll() is None
-    process.kill()
-    process.wait()
-    done = subprocess.run([*TRAIN, "train.max_steps=2", *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    run = json.loads((outputs / "tiny_facts" / "run.json").read_text())
-    assert run["status"] == "finished" and run["hardware"]["processes"] == 2

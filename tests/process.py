@@ -1,0 +1,68 @@
+"""`lora-recipes VERB ...` in a process of its own, forked from this one: it has torch and the libraries
+already, which a new interpreter takes seconds to import. It is killed and waited for like any other.
+
+A test of the interpreter itself (what is imported when, a launcher, a terminal) starts one with subprocess.
+"""
+
+import io
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
+
+from lora_recipes.__main__ import main
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Forked:
+    """main(words), begun; its standard output and standard error go to files of these names in `folder`."""
+
+    def __init__(self, words: tuple[str, ...], folder: Path, environment: dict[str, str] | None = None):
+        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        self.process = FORK.Process(target=_main, args=(words, self.stdout, self.stderr, environment or {}))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid or 0, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self, timeout: float = 300) -> int:
+        """Waits for the end; returns the exit code."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"no end within {timeout:g} s; it said {self.stderr.read_text()}")
+        return self.process.exitcode
+
+    def completed(self, timeout: float = 300) -> CompletedProcess:
+        """Waits for the end; returns what subprocess.run would."""
+        code = self.wait(timeout)
+        return CompletedProcess([], code, self.stdout.read_text(), self.stderr.read_text())
+
+
+def run(*words: str, timeout: float = 300, **environment: str) -> CompletedProcess:
+    """As subprocess.run with its output captured."""
+    with TemporaryDirectory() as folder:
+        return Forked(words, Path(folder), environment).completed(timeout)
+
+
+def _main(words: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    for number, path in ((1, stdout), (2, stderr)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(n, "w", closefd=False), line_buffering=True) for n in (1, 2)
+    )
+    sys.exit(main(words))
