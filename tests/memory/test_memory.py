@@ -2,6 +2,7 @@
 GPU.
 """
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,11 +238,22 @@ def test_trl_still_uses_the_loss_that_is_planned(outputs):
     assert trainer.args.loss_type == "nll"
 
 
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """`rehearsed("qwen35_4b_style")` is that recipe's plan and its memory, rehearsed once."""
+
+    @functools.cache
+    def make(name: str) -> tuple[plan.Plan, Memory]:
+        resolved = resolve(recipes.load(name), tmp_path_factory.mktemp("rehearsed"))
+        made = plan.make(resolved)
+        return made, plan.add_memory(made, resolved)
+
+    return make
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipes.RECIPES.glob("*.yaml")))
-def test_every_shipped_recipe_is_planned_by_running_its_step(name, tmp_path):
-    recipe = recipes.load(name)
-    made = plan.make(resolve(recipe, tmp_path))
-    found = plan.add_memory(made, resolve(recipe, tmp_path))
+def test_every_shipped_recipe_is_planned_by_running_its_step(name, rehearsed):
+    made, found = rehearsed(name)
     assert found.why_closed == "" and found.peak_bytes > 0
     assert (found.parameters, found.trainable) == (
         made.facts.model.total,
@@ -305,13 +317,13 @@ def test_full_lora_and_qlora_are_compared_on_the_same_recipe(tmp_path):
     assert "full" in fits.comparison(found)[1]
 
 
-def test_a_step_that_cannot_be_run_gives_the_closed_form_and_says_so(tmp_path):
+def test_a_step_that_cannot_be_run_gives_the_closed_form_and_says_so(tmp_path, rehearsed):
     recipe = recipes.load("qwen35_4b_style")
     found = memory.plan(resolve(recipe, tmp_path), seconds=0.01)
     assert found.why_closed == "no answer within 0.01 s"
     assert "closed form, not run" in found.lines()[0][1] and found.facts().method == "closed form"
-    ran = memory.plan(resolve(recipe, tmp_path))
-    assert (
+    ran = rehearsed("qwen35_4b_style")[1]
+    assert ran.why_closed == "" and (
         found.parts["base"] == pytest.approx(ran.parts["base"], rel=0.01) and found.trainable == ran.trainable
     )
 

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_recipes.__main__ import main
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import files, locate, provenance
+from lora_recipes.core import locate, provenance
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.evaluation.evaluate import evaluation
 from lora_recipes.model import combine as combining
@@ -472,20 +471,10 @@ def test_an_existing_combination_is_replaced_only_when_asked_and_a_run_never(out
         combine(["one", "two"], asked, "..", outputs)
 
 
-def test_the_command_takes_negative_weights_and_answers_errors_without_a_traceback(outputs):
-    script = [
-        sys.executable,
-        str(files.ROOT / "scripts" / "combine.py"),
-        "one",
-        "two",
-        "--outputs",
-        str(outputs),
-        "--name",
-        "command",
-    ]
-    done = subprocess.run([*script, "--weights", "1.2", "-0.2"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "1.2 x one + -0.2 x two, cat: rank 4 + 4 = 8" in done.stdout
-    done = subprocess.run([*script, "--weights", "1"], capture_output=True, text=True, timeout=300)
-    assert (
-        done.returncode == 2 and "Traceback" not in done.stderr and "1 weights for 2 adapters" in done.stderr
-    )
+def test_the_command_takes_negative_weights_and_answers_errors_without_a_traceback(outputs, capsys):
+    words = ["combine", "one", "two", "--outputs", str(outputs), "--name", "command"]
+    assert main([*words, "--weights", "1.2", "-0.2"]) == 0
+    assert "1.2 x one + -0.2 x two, cat: rank 4 + 4 = 8" in capsys.readouterr().out
+    assert main([*words, "--weights", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "1 weights for 2 adapters" in said

@@ -32,6 +32,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.training import card, verify
 from lora_recipes.training import train as training
 from lora_recipes.training.train import train
+from tests.process import Forked
 from tests.typed import there
 
 SCRIPT = str(core_files.ROOT / "scripts" / "train.py")
@@ -362,11 +363,8 @@ def killed(tmp_path_factory):
     else.
     """
     outputs = tmp_path_factory.mktemp("killed")
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "tiny_qwen35_style", *SLOW, "--outputs", str(outputs)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    words = ("train", "tiny_qwen35_style", *SLOW, "--outputs", str(outputs))
+    process = Forked(words, tmp_path_factory.mktemp("said"))
     metrics = outputs / "tiny_qwen35_style" / "metrics.jsonl"
     end = time.monotonic() + 240
     while time.monotonic() < end and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 12):
@@ -397,11 +395,15 @@ def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(killed, u
 
 
 def test_a_partial_checkpoint_is_named_and_the_one_before_it_taken(killed, tmp_path, capsys):
+    """The last line of the metrics is cut as well, which stops nobody."""
     outputs = copied(killed, tmp_path)
+    with (outputs / "tiny_qwen35_style" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
     (outputs / "tiny_qwen35_style" / "checkpoints" / "checkpoint-10" / "trainer_state.json").unlink()
     train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs), resume=True)
     said = capsys.readouterr().out
     assert "checkpoint-10 skipped: trainer_state.json is missing" in said and "from checkpoint-5" in said
+    assert len([log for log in lines(outputs, "tiny_qwen35_style") if "loss" in log]) == 16
 
 
 def test_when_no_checkpoint_is_whole_each_is_named(killed, tmp_path):
@@ -498,7 +500,13 @@ def test_accelerate_launch_trains_the_same_adapter(trained, tmp_path):
 
 def test_two_processes_share_the_steps_and_one_of_them_writes(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", SCRIPT]
-    launch += ["tiny_qwen35_style", "train.max_steps=4", "--outputs", str(tmp_path)]
+    launch += [
+        "tiny_qwen35_style",
+        "train.max_steps=4",
+        "train.eval_strategy='no'",
+        "--outputs",
+        str(tmp_path),
+    ]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("2 x 2 x 2 devices = 8 examples a step") == 1
@@ -548,14 +556,6 @@ def test_outputs_that_cannot_be_made_are_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="cannot be made"):
         train(resolve(recipes.load("tiny_facts"), tmp_path / "file" / "outputs"))
-
-
-def test_a_cut_last_line_of_the_metrics_does_not_stop_a_resume(killed, tmp_path):
-    outputs = copied(killed, tmp_path)
-    with (outputs / "tiny_qwen35_style" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "lo')
-    train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs), resume=True)
-    assert len([log for log in lines(outputs, "tiny_qwen35_style") if "loss" in log]) == 16
 
 
 def test_an_unfinished_base_is_not_thrown_away_by_a_recipe_that_builds_on_it(tmp_path, trained):
