@@ -63,8 +63,8 @@ def say(text: str = "") -> None:
 
 
 def finish(session: Session) -> FinishedRun:
-    """Verify, then move the result into place; run.json says `finished` only after that. All processes get
-    what the first one wrote.
+    """Verify, save, read back what was saved, then move the result into place; run.json says `finished` only
+    after that. All processes get what the first one wrote.
     """
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
     sharded = session.plan.layout.sharded
@@ -90,7 +90,11 @@ def finish(session: Session) -> FinishedRun:
         if sharded:
             _learned(recipe, verify.incomplete(temporary, session.plan.facts.model.trainable))
         if not recipe.whole:
-            session.start.convert(trainer.accelerator.unwrap_model(trainer.model), temporary)
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            session.start.convert(model, temporary)
+            if not sharded and (wrong := verify.written(model, temporary, session.start.state)):
+                found, do = f"was not written as it was trained: {listed(wrong, 3)}", "look at the disk"
+                raise RecipeError(Problem(shown(temporary), found, f"{do}; it is not kept"))
         # A pickle with this machine's paths; recipe.yaml says the same.
         (temporary / "training_args.bin").unlink(missing_ok=True)
         source = local(session.resolved.base.weights, session.resolved.base.revision)

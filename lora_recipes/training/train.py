@@ -381,17 +381,21 @@ def _unloadable(error: Exception, checkpoint: Path | None, counted: watch.Counte
 
 def _trained(session: Session, checkpoint: Path | None, counted: watch.Counted) -> None:
     """RecipeError when the steps that were taken are not those that the trainer counts, or are none."""
-    began, ended = int(checkpoint.name.split("-")[1]) if checkpoint else 0, session.trainer.state.global_step
-    steps, at = session.plan.facts.steps, shown(checkpoint or session.folder.path)
-    if began + counted.taken != ended:
-        found = f"the trainer counts {ended} steps; {counted.taken} were taken after step {began}"
-        raise RecipeError(
-            Problem(at, found, f"the result is not saved; {cli.command(FORCE=True)} begins anew")
-        )
-    left = steps is None or began < steps.total
-    if not counted.taken and left and not (checkpoint and checkpoints.is_last(checkpoint)):
-        of = f" of {steps.total}" if steps else ""
-        found = f"no step was trained: the trainer stopped at step {began}{of}"
-        raise RecipeError(
-            Problem(at, found, f"the result is not saved; {cli.command(FORCE=True)} begins anew")
-        )
+    began, steps = int(checkpoint.name.split("-")[1]) if checkpoint else 0, session.plan.facts.steps
+    ended, total = session.trainer.state.global_step, steps.total if steps else None
+    last = checkpoint is not None and checkpoints.is_last(checkpoint)
+    if found := miscounted(began, counted.taken, ended, total, last):
+        do = f"the result is not saved; {cli.command(FORCE=True)} begins anew"
+        raise RecipeError(Problem(shown(checkpoint or session.folder.path), found, do))
+
+
+def miscounted(began: int, taken: int, ended: int, total: int | None, last: bool = False) -> str | None:
+    """What is wrong with a run that began after step `began`, took `taken` steps, and ended at step `ended`
+    by the trainer's count; None when nothing is. `total`: steps that were planned. `last`: it began from a
+    checkpoint after which no step was left.
+    """
+    if began + taken != ended:
+        return f"the trainer counts {ended} steps; {taken} were taken after step {began}"
+    if not (taken or last) and (total is None or began < total):
+        return f"no step was trained: the trainer stopped at step {began}" + (f" of {total}" if total else "")
+    return None

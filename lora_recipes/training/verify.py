@@ -1,14 +1,19 @@
-"""Does the trainer hold what was planned, and did every adapted module learn?"""
+"""Does the trainer hold what was planned, did every adapted module learn, and is what was saved what was
+learned?
+"""
 
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.provenance import CONFIG
 from lora_recipes.core.record import PlanFacts
 from lora_recipes.recipe.recipe import Recipe
 
@@ -57,6 +62,42 @@ def untrained(model: torch.nn.Module) -> list[str]:
                 elif not weight.any():
                     found.append(f"{name}.{kind} is all zero")
     return found
+
+
+def written(model: Any, folder: Path, began: dict[str, torch.Tensor] | None) -> list[str]:
+    """What in the adapter's files in `folder`, read back, is not what the PEFT `model` holds: its tensors,
+    bit for bit, and its config. `began`: A0 and B0 by parameter name, where the base lacks them (PiSSA and
+    the like): such an adapter is saved as [A, A0] and [B, -B0].
+    """
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    first = {name.replace(".default", ""): tensor for name, tensor in (began or {}).items()}
+    for name, tensor in held.items():
+        if name in first and ".lora_A." in name:
+            held[name] = torch.cat([tensor, first[name]])
+        elif name in first and ".lora_B." in name:
+            held[name] = torch.cat([tensor, -first[name]], dim=1)
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        config = _plain(type(model.peft_config["default"]).from_pretrained(folder).to_dict())
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        return [f"cannot be read back: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
+    whole = {name for name in saved if ".base_layer." in name}  # of an adapted embedding
+    wrong = [f"{name} is missing" for name in held if name not in saved]
+    wrong += [f"{name} is nothing of the model's" for name in saved if name not in held and name not in whole]
+    wrong += [f"{name} is another" for name in held if name in saved and not _same(held[name], saved[name])]
+    meant = _plain(model.peft_config["default"].to_dict())
+    free = {"inference_mode", *(("r", "lora_alpha", "rank_pattern", "alpha_pattern") if began else ())}
+    keys = [key for key in meant if key not in free and meant[key] != config.get(key)]
+    return wrong + [f"{CONFIG} {key} is {config.get(key)!r}, was {meant[key]!r}" for key in keys]
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose sets, and lists in their place (target_modules), are in one order."""
+    return {k: sorted(map(str, v)) if isinstance(v, set | list) else v for k, v in config.items()}
+
+
+def _same(held: torch.Tensor, saved: torch.Tensor) -> bool:
+    return held.dtype == saved.dtype and torch.equal(held.detach().cpu(), saved)
 
 
 def incomplete(folder: Path, planned: int) -> list[str]:

@@ -1,5 +1,5 @@
-"""What a run leaves stops where it was trained to: adapter, merged model, whole model, evaluation, the vLLM
-command.
+"""What a run leaves is what was trained, and stops where it was trained to: adapter, merged model, whole model,
+evaluation, the vLLM command.
 """
 
 import json
@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lora_recipes.core import provenance, stops
+from lora_recipes.core.errors import RecipeError
 from lora_recipes.evaluation.evaluate import evaluation, report
 from lora_recipes.model.combine import Combination, combine
+from lora_recipes.model.initialise import Start
 from lora_recipes.model.merge import merge
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command
 from lora_recipes.serving.command import Options
+from lora_recipes.training import verify
 from lora_recipes.training.train import train
 from tests.typed import there
 
@@ -94,6 +99,72 @@ def test_vllm_is_told_where_the_adapter_stops_and_nothing_of_the_merged_model(ma
     (other / "generation_config.json").unlink()  # it has a tokenizer only
     assert stops.of_adapter(other, server.base) == eos(folder)[:1]
     assert "--generation-config" not in words("merged", made / "merged").command
+
+
+def one_byte(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+
+
+def tensors(change) -> Any:
+    def make(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file(change({n: t.clone() for n, t in load_file(file).items()}), file)
+
+    return make
+
+
+def cut(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def rank(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 5}))
+
+
+A, B = (f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight" for i in (0, 1))
+WRITES = {
+    "one bit": (one_byte, "is another"),
+    "two tensors exchanged": (tensors(lambda t: t | {A: t[B], B: t[A]}), f"{A} is another"),
+    "another dtype": (tensors(lambda t: t | {A: t[A].bfloat16()}), f"{A} is another"),
+    "a tensor missing": (tensors(lambda t: {n: x for n, x in t.items() if n != A}), f"{A} is missing"),
+    "a tensor too many": (tensors(lambda t: t | {"more": t[A].clone()}), "more is nothing of the model's"),
+    "cut short": (cut, "cannot be read back: SafetensorError"),
+    "the config": (rank, "adapter_config.json lora_alpha is 5, was 8"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], r".*\.(q|v)_proj"])
+def test_a_saved_adapter_that_is_not_what_the_model_holds_is_named(bases, tmp_path, name, target_modules):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases("qwen_base")), config)
+    model.save_pretrained(str(tmp_path))
+    assert verify.written(model, tmp_path, None) == []
+    spoil, said = WRITES[name]
+    spoil(tmp_path)
+    assert any(said in line for line in verify.written(model, tmp_path, None))
+
+
+@pytest.mark.parametrize("lora", [{}, {"init_lora_weights": "olora"}])
+def test_a_run_whose_adapter_was_written_wrongly_ends_without_one(trained, tmp_path, monkeypatch, lora):
+    shutil.copytree(trained / "tiny_base", tmp_path / "tiny_base")
+    convert = Start.convert
+
+    def spoilt(self, model, folder):
+        convert(self, model, folder)
+        one_byte(folder)
+
+    monkeypatch.setattr(Start, "convert", spoilt)
+    words = ["train.max_steps=2", *(f"lora.{key}={value}" for key, value in lora.items())]
+    with pytest.raises(RecipeError, match=r"was not written as it was trained: .* is another"):
+        train(resolve(recipes.load("tiny_facts", words), tmp_path))
+    assert not (tmp_path / "tiny_facts" / "adapter").exists()
+    assert json.loads((tmp_path / "tiny_facts" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_combination_stops_where_its_adapters_do(made):

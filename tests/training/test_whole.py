@@ -2,27 +2,22 @@
 believed.
 """
 
-import contextlib
 import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerState
 
 from lora_recipes.core import checkpoints, safetensors, weights
 from lora_recipes.core.checkpoints import SUMS, fault, seal
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
-from lora_recipes.training import train as training
 from lora_recipes.training import verify, watch
-from lora_recipes.training.train import train
+from lora_recipes.training.train import miscounted, train
 from tests.typed import there
 
 FOUR = [
@@ -192,14 +187,25 @@ def test_a_run_that_was_cut_off_after_its_last_step_ends_without_another(cut, fi
         (1, 3, None),  # early stopping
     ],
 )
-def test_steps_are_counted_and_a_result_with_none_is_none(finished, taken, ended, said):
-    folder = RunFolder(finished / "tiny_facts")
-    run, counted, trainer = folder.run, watch.Counted(), SimpleNamespace(state=TrainerState())
-    assert run is not None
-    counted.taken, trainer.state.global_step = taken, ended
-    session = SimpleNamespace(trainer=trainer, plan=SimpleNamespace(facts=run.plan), folder=folder)
-    with pytest.raises(RecipeError, match=said) if said else contextlib.nullcontext():
-        training._trained(session, folder.checkpoints / "checkpoint-2", counted)  # type: ignore[arg-type]
+def test_steps_are_counted_and_a_result_with_none_is_none(taken, ended, said):
+    assert miscounted(2, taken, ended, 4) == said
+    assert (
+        miscounted(3, 0, 3, 4) and miscounted(3, 0, 3, 4, last=True) is None
+    )  # stopped early, cut off after
+
+
+def test_a_run_whose_steps_do_not_add_up_leaves_no_result(cut, monkeypatch):
+    """A trainer that counts each step twice."""
+
+    def twice(self, args, state, control, **kwargs):
+        self.taken += 1
+        state.global_step += 1
+
+    monkeypatch.setattr(watch.Counted, "on_step_end", twice)
+    outputs, _ = cut
+    with pytest.raises(RecipeError, match="the trainer counts 6 steps; 2 were taken after step 2"):
+        resumed(outputs)
+    assert not (outputs / "tiny_facts" / "adapter").exists()
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pytorch_model.bin"])
