@@ -77,11 +77,20 @@ def runs(results: Iterable[Path], doing: str, *more: Path) -> Iterator[None]:
     """Nobody else writes to the runs that left `results` (adapters, models, checkpoints), nor to the folders
     `more`. A result that lies in no run folder is not locked.
     """
-    within = [p for result in results for p in result.absolute().parents[:2] if (p / "run.json").is_file()]
+    within = [run for result in results for run in _runs(result)]
     with contextlib.ExitStack() as stack:
         for folder in sorted({p.resolve() for p in (*within, *more)}):
             stack.enter_context(held(folder, doing))
         yield
+
+
+def place(output: Path) -> Path:
+    """What to lock while `output` is made: the run that it lies in, else itself."""
+    return next(iter(_runs(output)), output)
+
+
+def _runs(result: Path) -> list[Path]:
+    return [p for p in result.absolute().parents[:2] if (p / "run.json").is_file()]
 
 
 def free(folder: Path) -> bool:

@@ -166,7 +166,10 @@ def merge(
     merged model is not base + adapter, or answers otherwise than training recorded; then nothing is left.
     """
     kept = "nothing was written; what stood there is as it was"
-    with files.writing(output.parent, "while merging", lambda: kept), lock.runs([folder], "merges"):
+    with (
+        files.writing(output.parent, "while merging", lambda: kept),
+        lock.runs([folder], "merges", lock.place(output)),
+    ):
         return _whole(folder, output, base, dtype, force, unproven)
 
 
@@ -223,24 +226,9 @@ def _place(output: Path, force: bool) -> list[str]:
             raise RecipeError(Problem(shown(output), found, "move it away: the folder is replaced whole"))
     notes = []
     for folder in sorted(output.parent.glob(f".{output.name}.*.tmp")):
-        if process := _writer(folder):
-            found = f"another merge is writing into it (process {process})"
-            raise RecipeError(Problem(shown(output), found, "wait for it, or end it"))
         shutil.rmtree(folder, ignore_errors=True)
         notes.append(f"{shown(folder)} was left by a merge that was killed, and is gone")
     return notes
-
-
-def _writer(folder: Path) -> int | None:
-    """The process that writes a temporary folder, by the number in its name, while it lives."""
-    number = folder.name.split(".")[-2]
-    try:
-        process = psutil.Process(int(number))
-        # a process that began later only has the same number
-        alive = process.create_time() <= folder.stat().st_ctime and process.pid != os.getpid()
-    except (ValueError, psutil.Error, OSError):
-        return None
-    return process.pid if alive else None
 
 
 def _dtype(source: Path) -> str:

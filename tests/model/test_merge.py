@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lora_recipes.core import adapter_folder, locate, provenance
+from lora_recipes.core import adapter_folder, locate, lock, provenance
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.files import ROOT
 from lora_recipes.model import build, stored
 from lora_recipes.model import merge as merging
 from lora_recipes.model.merge import merge
@@ -119,7 +121,7 @@ def test_a_merge_that_answers_otherwise_fails_and_leaves_nothing(trained, tmp_pa
     )
     with pytest.raises(RecipeError, match="not base \\+ adapter"):
         merge(folder, tmp_path / "merged", unproven=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["adapter"]
 
 
 def test_an_existing_model_is_replaced_only_when_asked(trained, tmp_path):
@@ -146,14 +148,28 @@ def test_an_existing_model_is_replaced_only_when_asked(trained, tmp_path):
     assert "was left by a merge that was killed" in merging.report(record, output)
 
 
-def test_a_merge_that_another_process_is_writing_is_left_alone(trained, tmp_path):
-    with subprocess.Popen(["sleep", "60"]) as other:
-        (tmp_path / f".merged.{other.pid}.tmp").mkdir()
+@pytest.mark.parametrize("inside", ["elsewhere/merged", "other_run/merged"])
+def test_two_merges_into_one_folder_do_not_meet(copied, tmp_path, inside):
+    """The folder itself is locked, or the run that it lies in; the second is told who has it."""
+    output = tmp_path / inside
+    output.parent.mkdir()
+    if "run" in inside:
+        (output.parent / "run.json").write_text("{}")
+    code = "import sys, pathlib; from lora_recipes.core import lock\n"
+    code += "with lock.held(pathlib.Path(sys.argv[1]), 'merges'): print('held', flush=True); input()"
+    held = [sys.executable, "-c", code, str(output.parent if "run" in inside else output)]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
         try:
-            with pytest.raises(RecipeError, match=f"another merge is writing into it .process {other.pid}"):
-                merge(trained / "tiny_facts" / "adapter", tmp_path / "merged")
+            with pytest.raises(
+                RecipeError, match=f"is in use by process {other.pid} on .*, which merges since"
+            ):
+                merge(copied, output)
         finally:
             other.kill()
+    assert not output.exists()
+    merge(copied, output)
+    assert (output / "merge.json").is_file() and lock.free(output) and lock.free(output.parent)
 
 
 def test_a_base_that_is_not_at_hand_or_another_one_is_refused(trained, hybrid, tmp_path):
@@ -266,7 +282,7 @@ def test_without_hashes_what_training_recorded_tells_an_edit(copied, tmp_path, n
     EDITS[name].make(copied)
     with pytest.raises(RecipeError, match="the saved adapter answers otherwise than training recorded"):
         merge(copied, tmp_path / "merged")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["adapter"]
 
 
 def test_without_hashes_an_unchanged_adapter_merges_and_what_is_not_proven_is_said(copied, tmp_path):

@@ -1,5 +1,5 @@
-"""What a run leaves is what was trained, and stops where it was trained to: adapter, merged model, whole model,
-evaluation, the vLLM command.
+"""What a run leaves is what was trained, and stops where it was trained to: adapter, merged model, whole
+model, evaluation, the vLLM command.
 """
 
 import json
