@@ -158,6 +158,10 @@ def plan(given: Namespace) -> None:
         chosen = launch.wanted(words)
         launch.contradicts(resolved.recipe, words, environment=False)
     made = plan.make(resolved, chosen)
+    if chosen == layout.SINGLE:
+        from lora_recipes.training import launch
+
+        made.warnings += launch.would_refuse(resolved.recipe)
     if given.compare:
         print("\n".join(fits.comparison(choices.compare(resolved, made.gate))))
     if given.fit:

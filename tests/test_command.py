@@ -139,6 +139,17 @@ def test_every_command_that_a_message_spells_exists_both_ways():
             assert option in known or not option.startswith("--"), f"{where}: {option}"
 
 
+@pytest.mark.parametrize("installed, said", [(True, "'lora-recipes[gguf]'"), (False, "-e '.[gguf]'")])
+def test_an_extra_is_installed_as_the_project_is(installed, said, monkeypatch):
+    monkeypatch.setattr(cli, "INSTALLED", installed)
+    assert cli.extra("gguf").endswith(said) and "pip install" in cli.extra("gguf")
+    assert "--no-build-isolation" in cli.extra("deepspeed")
+    for file in (files.ROOT / "lora_recipes").rglob("*.py"):  # nothing else says it
+        assert file.name == "cli.py" or not re.search(r"lora-recipes\[|-e '\.\[", file.read_text("utf-8")), (
+            file
+        )
+
+
 def test_no_message_spells_a_command_itself():
     """Docstrings, and the pages and the schema that are made from texts, may."""
     names = (

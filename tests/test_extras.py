@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from lora_recipes.core import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("bitsandbytes", "deepspeed", "docs", "gguf", "lm-eval")
 # Also required by torch.
@@ -79,4 +81,4 @@ def test_without_any_extra_recipes_are_trained_and_what_needs_one_says_which(wit
     assert list(tmp_path.glob("out/*/adapter/adapter_model.safetensors"))
     for (said, code), (first, *_) in zip(refused, needs, strict=True):
         assert code == "2" and first.partition("=")[0] in said
-        assert ("pip install 'lora-recipes[bitsandbytes]'" if "quantize" in first else "bitsandbytes") in said
+        assert (cli.extra("bitsandbytes") if "quantize" in first else "bitsandbytes") in said

@@ -123,6 +123,20 @@ def command(verb: str = "", **given: str | list[str] | bool) -> str:
     return " ".join([*words, *(spelled(name, value) for name, value in given.items())])
 
 
+def extra(name: str) -> str:
+    """How an extra of pyproject.toml is installed: beside an installed package, or into the .venv of a
+    checkout.
+    """
+    install = (
+        "pip install --no-build-isolation" if name == "deepspeed" else "pip install"
+    )  # setup needs torch
+    return (
+        f"{install} 'lora-recipes[{name}]'"
+        if INSTALLED
+        else f".venv/bin/{install} -c constraints.txt -e '.[{name}]'"
+    )
+
+
 def variable(name: str, value: str | list[str] | bool) -> str:
     """As make takes it."""
     if isinstance(value, list):

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import ROOT, replace_folder, sha256
 from lora_recipes.core.run_folder import RunFolder
@@ -164,13 +165,29 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
     try:
         made = SFTConfig(**fields)
     except (TypeError, ValueError, ImportError) as error:
-        raise RecipeError(
-            Problem(recipe.at("train"), f"TRL refuses it: {str(error).splitlines()[0]}")
-        ) from None
+        raise RecipeError(_refused(recipe, fields, str(error).splitlines()[0])) from None
     # Under ZeRO-3 transformers would divide every model from here on while it is made, also those that only
     # count.
     unset_hf_deepspeed_config()
     return made
+
+
+def _refused(recipe: Recipe, fields: dict[str, Any], said: str) -> Problem:
+    """The key that SFTConfig refuses with the words `said`: one without which it is made; of several the one
+    that it names, and the others beside it.
+    """
+    keys = sorted((k for k in recipe.train.given if _made_without(k, fields)), key=lambda k: k not in said)
+    where = [recipe.at("train", key) for key in keys]
+    do = "change or remove it" + "".join(f", or {other}" for other in where[1:])
+    return Problem(where[0] if where else recipe.at("train"), f"TRL refuses it: {said}", do if where else "")
+
+
+def _made_without(key: str, fields: dict[str, Any]) -> bool:
+    try:
+        SFTConfig(**{name: value for name, value in fields.items() if name != key})
+    except (TypeError, ValueError, ImportError):
+        return False
+    return True
 
 
 def random_base(resolved: Resolved) -> bool:
@@ -232,7 +249,7 @@ def nf4(dtype: str) -> BitsAndBytesConfig:
     bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         found = "a base in NF4 needs the package bitsandbytes, which is not installed"
-        raise RecipeError(Problem("model.quantize", found, "pip install 'lora-recipes[bitsandbytes]'"))
+        raise RecipeError(Problem("model.quantize", found, cli.extra("bitsandbytes")))
     compute = getattr(torch, dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import replace_folder, sha256
 from lora_recipes.core.yamlfile import shown
@@ -57,8 +58,8 @@ def base(resolved: Resolved) -> bool:
                 made, gguf_file=file.name, trust_remote_code=False
             )
         except ImportError as error:
-            do = "pip install 'lora-recipes[gguf]'"
-            raise RecipeError(Problem(where, f"GGUF cannot be read: {str(error).strip()}", do)) from None
+            unread = f"GGUF cannot be read: {str(error).strip()}"
+            raise RecipeError(Problem(where, unread, cli.extra("gguf"))) from None
         found = contract.differences(read.config.to_dict()) + contract.departures(
             {name: parameter.shape for name, parameter in read.named_parameters()}
         )

@@ -58,7 +58,8 @@ SHORT = (
 @dataclass
 class Plan:
     """What was found: `facts` for machines, `lines` for people, `warnings`; and the `gate`, whose rows
-    training takes over. `facts` are there once `make` has counted the model.
+    training takes over; `here`: those of the warnings that training on this device would fail by. `facts` are
+    there once `make` has counted the model.
     """
 
     gate: Gate
@@ -67,6 +68,7 @@ class Plan:
     facts: PlanFacts = field(init=False)
     lines: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    here: list[Problem] = field(default_factory=list)
 
     def say(self, label: str, text: str) -> None:
         """Add a labelled text; its further lines are set under the first."""
@@ -148,6 +150,7 @@ def make(
     plan.say("example", gate.example(plan.gate, recipe))
     plan.warnings += rules.warnings(recipe, replace(known, steps=None)) + plan.gate.warnings
     plan.warnings += trackers.warnings(told)
+    plan.here = rules.on_device(recipe, known)
     return plan
 
 
@@ -376,7 +379,7 @@ def _rate(recipe: Recipe, arguments: SFTConfig, steps: Steps) -> Callable[[int],
     kwargs: Any = arguments.lr_scheduler_kwargs or {}
     try:
         schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, steps.warmup, steps.total, kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         do = "its arguments are those of transformers/optimization.py"
         raise RecipeError(
             Problem(recipe.at("train", "lr_scheduler_kwargs"), f"the schedule refuses them: {error}", do)

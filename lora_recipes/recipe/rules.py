@@ -71,7 +71,8 @@ class Rule:
     `broken` says whether a recipe breaks it, or what the names stand for where it does. `early`: is the
     recipe alone enough to know, and everything else in vain until it is mended? `sections`: those that it
     reads: not asked while one of them has a fault of its own. `counted`: is it asked once the steps are
-    counted? `warns`: does the run go on, and the plan says it?"""
+    counted? `warns`: does the run go on, and the plan says it? `here`: is it about the device that is
+    there, so that a plan warns of it and training refuses it?"""
 
     key: str
     against: str
@@ -82,6 +83,7 @@ class Rule:
     sections: tuple[str, ...] = ()
     counted: bool = False
     warns: bool = False
+    here: bool = False
 
 
 def at_load(recipe: Recipe, doubtful: set[str | int]) -> list[Problem]:
@@ -104,6 +106,11 @@ def warnings(recipe: Recipe, facts: Facts) -> list[str]:
     """What goes on, but hardly as it was meant: asked as `problems` is, a line for each."""
     found = _problems(_asked(facts, warns=True), recipe, facts)
     return [f"{problem.where}: {problem.found}; {problem.do}" for problem in found]
+
+
+def on_device(recipe: Recipe, facts: Facts) -> list[Problem]:
+    """What would fail on the device that is there, where it is trained."""
+    return list(_problems([r for r in RULES if r.here], recipe, facts))
 
 
 def _asked(facts: Facts, warns: bool) -> list["Rule"]:
@@ -451,7 +458,7 @@ _INSTALL = (
     "install causal-conv1d (CUDA), or set train.packing: false; packing_strategy: wrapped runs, but lets"
     " rows see each other"
 )
-_BNB = "pip install 'lora-recipes[bitsandbytes]'"
+_BNB = cli.extra("bitsandbytes")
 _BASE = [
     Rule(
         "model.quantize",
@@ -928,6 +935,14 @@ def _compile_mode(recipe: Recipe, facts: Facts) -> Words | None:
     )
 
 
+def _float16_by(recipe: Recipe) -> str:
+    """The key that asks for float16: train.fp16, or the dtype that it follows."""
+    asked = {name: recipe.train.given[name] for name in ("bf16", "fp16") if name in recipe.train.given}
+    if asked:
+        return "train.fp16" if asked.get("fp16") else ""
+    return "model.dtype" if recipe.model.dtype == "float16" else ""
+
+
 def _saves_less(recipe: Recipe) -> bool:
     """Is there an evaluation in whose step nothing is saved?"""
     train = recipe.train
@@ -1039,6 +1054,19 @@ _TRAIN = [
         "remove it, or train on a GPU",
         lambda r, f: r.train.activation_offloading and not f.accelerator,
         warns=True,
+        here=True,
+    ),
+    *(
+        Rule(
+            key,
+            "float16 on a CPU",
+            "accelerate computes in float32 on a CPU, not in float16: training is refused on this machine",
+            "write model.dtype: float32 or bfloat16, or train on a GPU",
+            lambda r, f, key=key: not f.accelerator and _float16_by(r) == key,  # type: ignore[misc]
+            warns=True,
+            here=True,
+        )
+        for key in ("train.fp16", "model.dtype")
     ),
     Rule(
         "train.use_cpu",

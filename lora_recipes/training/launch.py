@@ -198,6 +198,14 @@ def contradicts(recipe: Recipe, given: list[str] | None, environment: bool = Tru
     raise_if(outside.contradictions(recipe, options, _options(given or []), environment))
 
 
+def would_refuse(recipe: Recipe) -> list[str]:
+    """What the variables of this process say against the recipe, a line each, for a plan: training in one
+    process would refuse it.
+    """
+    found = outside.contradictions(recipe, None, [])
+    return [f"training here would refuse: {p.where}: {p.found}; {p.do}" for p in found]
+
+
 def check(found: Asked | None, trainer: Any, recipe: Recipe, plan: Layout) -> None:
     """RecipeError when what runs is not what `accelerate launch` was asked for (`found`: what `asked` says)
     and what was planned: the layout (`plan`), precision, and every number.
@@ -266,7 +274,7 @@ def start(given: list[str], arguments: list[str], resolved: Resolved) -> int:
         raise KeyboardInterrupt from None
     except ImportError as error:
         raise RecipeError(
-            Problem(cli.command(ACCELERATE=""), str(error).split(" =>")[0], "pip install -e '.[deepspeed]'")
+            Problem(cli.command(ACCELERATE=""), str(error).split(" =>")[0], cli.extra("deepspeed"))
         ) from None
     return 0
 

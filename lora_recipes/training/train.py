@@ -89,6 +89,7 @@ def _train(
     prepare_base(resolved, oversized)
     raise_if(warm_ready(resolved))
     plan = plans.make(resolved, launch.planned(asked), network=True, rows=shared.rows)
+    raise_if(plan.here)
     expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
     say(plan.short(f"{shown(folder.path / PLAN)}, or {cli.command('plan', RECIPE=recipe.name)}"))
     if not oversized:

@@ -1,17 +1,21 @@
 """The plan of every shipped recipe, and the seed's figures."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, SchedulerType
 
+from lora_recipes.__main__ import main
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.model import build
 from lora_recipes.planning import plan
 from lora_recipes.recipe import contract, layout
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
+from lora_recipes.training.train import train
 from tests.process import run
 from tests.typed import there
 
@@ -145,6 +149,63 @@ def test_bf16_follows_the_dtype_and_is_never_the_default_of_the_library(tmp_path
 def test_what_the_trainer_would_refuse_is_refused_with_its_own_words(tmp_path):
     with pytest.raises(RecipeError, match=r"train.*TRL refuses it"):
         made("tiny_facts", tmp_path, "train.fp16=true", "train.bf16=true")
+
+
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        (["train.dataloader_prefetch_factor=2"], "train.dataloader_prefetch_factor"),
+        (["train.debug=foo"], "train.debug"),
+        (["train.torch_empty_cache_steps=0", "train.seed=3"], "train.torch_empty_cache_steps"),
+        (["train.lr_scheduler_type=reduce_lr_on_plateau", "train.seed=3"], "train.lr_scheduler_type"),
+    ],
+)
+def test_the_key_that_the_trainer_refuses_is_named(words, key, tmp_path):
+    with pytest.raises(RecipeError) as error:
+        made("tiny_facts", tmp_path, *words)
+    (problem,) = error.value.problems
+    assert problem.where == f"override {words[0]!r} {key}" and "TRL refuses it: " in problem.found
+    assert "change or remove it" in problem.do and "seed" not in problem.do
+
+
+def test_of_two_keys_that_exclude_each_other_both_are_named(tmp_path):
+    with pytest.raises(RecipeError) as error:
+        made("tiny_facts", tmp_path, "train.fp16=true", "train.bf16=true")
+    (problem,) = error.value.problems
+    assert "fp16" in problem.where + problem.do and "bf16" in problem.where + problem.do
+
+
+def test_a_schedule_that_cannot_be_computed_is_refused(tmp_path):
+    words = ["train.lr_scheduler_type=inverse_sqrt", "train.lr_scheduler_kwargs={timescale: 0}"]
+    with pytest.raises(RecipeError, match=r"train.lr_scheduler_kwargs: the schedule refuses them"):
+        made("tiny_facts", tmp_path, *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize("words", [["train.fp16=true"], ["train.activation_offloading=true"]])
+def test_what_fails_on_this_cpu_is_warned_of_and_training_refuses_it(words, tmp_path):
+    planned = made("tiny_qwen35_style", tmp_path, *words)
+    (problem,) = planned.here
+    assert problem.where.endswith(words[0].partition("=")[0])
+    assert any(w.startswith(problem.where) for w in planned.warnings)
+    with pytest.raises(RecipeError, match=re.escape(problem.found)):
+        train(resolve(recipes.load("tiny_qwen35_style", words), tmp_path))
+    assert not (tmp_path / "tiny_qwen35_style" / "run.json").exists()
+
+
+def test_a_plan_says_what_the_environment_would_change(tmp_path, monkeypatch, capsys):
+    words = ["plan", "tiny_facts", "--outputs", str(tmp_path)]
+    said = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}
+    for variable, value in said.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", ["lora-recipes", *words])
+    assert main() == 0
+    text = capsys.readouterr().out
+    for variable, value in said.items():
+        assert f"training here would refuse: the environment: {variable}={value}" in text
+        monkeypatch.delenv(variable)
+    assert main() == 0
+    assert "would refuse" not in capsys.readouterr().out
 
 
 def test_a_template_argument_that_the_template_never_reads_is_refused(tmp_path):

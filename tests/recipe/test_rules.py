@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.planning import plan
@@ -87,7 +88,7 @@ CASES = [
         "",
         {"bitsandbytes": False},
         {"bitsandbytes": True},
-        r"pip install 'lora-recipes\[bitsandbytes\]'",
+        re.escape(cli.extra("bitsandbytes")),
     ),
     Case("lora.bias", "tiny_facts", "lora.bias=all", "lora.bias=none", {"has_bias": False}),
     *(

@@ -60,6 +60,8 @@ SETTINGS: list[tuple[tuple[str, str], str, dict]] = [
         {},
     ),
     (("train.activation_offloading", "a CPU"), "train.activation_offloading=true", {"accelerator": False}),
+    (("train.fp16", "float16 on a CPU"), "train.fp16=true", {"accelerator": False}),
+    (("model.dtype", "float16 on a CPU"), "model.dtype=float16", {"accelerator": False}),
     (
         ("train.dataloader_persistent_workers", "dataloader_num_workers: 0"),
         "train.dataloader_persistent_workers=true",
