@@ -394,9 +394,18 @@ def push(given: Namespace) -> None:
     if given.token is not None:
         do = "set HF_TOKEN in the environment; make a new token if this one was real"
         raise RecipeError(Problem("--token", "a secret is not an option: others see a command's words", do))
+    from lora_recipes.recipe import load
     from lora_recipes.serving.push import push
 
-    push(given.adapter, given.outputs, given.repo, given.public, given.force, given.unproven, given.dry_run)
+    push(
+        load.run_of(given.adapter, given.outputs),
+        given.outputs,
+        given.repo,
+        given.public,
+        given.force,
+        given.unproven,
+        given.dry_run,
+    )
 
 
 def _serve(parser: ArgumentParser) -> None:

@@ -62,7 +62,7 @@ def test_another_file_of_the_same_name_is_said(own, tmp_path, capsys):
     assert "was trained from another recipe" in said and "train.weight_decay" in said and "lora.r" not in said
 
 
-@pytest.mark.parametrize("verb", ["merge", "eval", "serve", "chat", "combine"])
+@pytest.mark.parametrize("verb", ["merge", "eval", "serve", "chat", "combine", "push"])
 def test_a_file_that_is_not_there_is_told_by_every_verb(verb, own, tmp_path, capsys):
     words = [verb, str(own.with_name("gone.yaml"))]
     words += ["--outputs", str(tmp_path / "outputs")] if verb != "chat" else []
