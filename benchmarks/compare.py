@@ -26,7 +26,7 @@ os.environ.setdefault(
 import matplotlib
 import yaml
 
-from lora_recipes.ablation import interval
+from lora_recipes.core import interval
 from lora_recipes.core.files import ROOT, write
 from lora_recipes.core.record import Answer
 from lora_recipes.evaluation.evaluate import evaluation

@@ -22,6 +22,7 @@ from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.files import write
 from lora_recipes.core.run_folder import make_folder
+from lora_recipes.core.yamlfile import shown
 from lora_recipes.memory.fits import CARDS, NOT, Memory, gib
 from lora_recipes.planning.plan import Plan
 from lora_recipes.recipe.base import Resolved
@@ -54,6 +55,7 @@ def ablate(
     outputs, runs, cuda = outputs.absolute(), _chosen(ablation, only), dry or torch.cuda.is_available()
     make_folder(outputs)
     found = arms.resolved(runs, outputs)
+    _head(ablation)
     plans = arms.planned(found, not dry, cuda)
     print("\n".join(arms.table(ablation, plans, cuda)), flush=True)
     if dry:
@@ -61,6 +63,8 @@ def ablate(
     if _prepare(ablation, found, outputs):
         plans = arms.planned(found, True, cuda)  # with the tokenizer that is beside the base now
     todo = list(_todo(runs, plans, found, force))
+    if todo:
+        print(f"each says what it does in {shown(ablation.folder(outputs))}/ARM/sSEED.log\n", flush=True)
     own, free, memories = (
         psutil.Process().memory_info().rss,
         psutil.virtual_memory().available,
@@ -85,6 +89,7 @@ def spread(
     do with them.
     """
     outputs, runs = outputs.absolute(), _chosen(ablation, only)
+    _head(ablation)
     plans = arms.planned(arms.resolved(runs, outputs), False, cuda=True)
     print("\n".join(arms.table(ablation, plans, cuda=True)), flush=True)
     most = max((found for _, found in plans.values()), key=lambda found: found.peak_bytes)
@@ -95,6 +100,11 @@ def spread(
     return cluster.generate(
         engine, ablation, runs, command, outputs, f"planned peak {gib(most.peak_bytes)} GiB of a GPU: {card}"
     )
+
+
+def _head(ablation: Ablation) -> None:
+    """Said first: planning the arms of a real model takes a minute."""
+    print(f"ablation    {ablation.name}: {ablation.question}\nrecipe      {ablation.recipe}\n", flush=True)
 
 
 def _chosen(ablation: Ablation, only: Sequence[str]) -> list[Run]:
@@ -149,7 +159,7 @@ def _todo(
             forced = how == "anew" and folder.path.exists()
             yield run, {"resume": how == "continues", "force": forced, "memory": plans[run.arm][1]}
     print(
-        f"to do       {len(runs) - finished} of {len(runs)} runs; {finished} are finished and stay\n",
+        f"to do       {len(runs) - finished} of {len(runs)} runs; {finished} are finished and stay",
         flush=True,
     )
 

@@ -84,8 +84,6 @@ def _shape(recipe: Recipe) -> str:
 
 def table(ablation: Ablation, plans: dict[str, tuple[Plan, Memory]], cuda: bool) -> Iterator[str]:
     """What would be trained, an arm a line, and what it costs."""
-    yield f"ablation    {ablation.name}: {ablation.question}"
-    yield f"recipe      {ablation.recipe}\n"
     width = max(map(len, [*plans, "arm"]))
     peak = f"peak {'GPU' if cuda else 'CPU'}"
     yield (

@@ -9,6 +9,8 @@ from typing import Any
 
 import matplotlib
 
+from lora_recipes.core.interval import Mean
+
 LABEL = {"eval_loss": "eval loss (nats a token)", "train_loss": "train loss, last logged (nats a token)"}
 CURVE = {"eval_loss": LABEL["eval_loss"], "train_loss": "train loss (nats a token)"}
 
@@ -22,6 +24,14 @@ def draw(folder: Path, arms: list[Any], kind: str) -> dict[str, str]:
         old.unlink()
     found = {"arms.png": f"{LABEL[kind]} of each arm, mean and 95 % interval over seeds"}
     _means(folder / "arms.png", arms, kind)
+    reference = arms[0]
+    if differences := {
+        a.name: d for a in arms[1:] if (d := a.against(reference, kind)) and d.half is not None
+    }:
+        found["differences.png"] = (
+            f"{LABEL[kind]} of each arm minus that of {reference.name}, seed by seed, mean and 95 % interval"
+        )
+        _differences(folder / "differences.png", differences, reference.name, LABEL[kind])
     found["curves.png"] = f"{CURVE[kind]} over the steps, mean over seeds"
     _curves(folder / "curves.png", arms, kind.replace("train_", ""), CURVE[kind])
     for key, lines in _varied(arms).items():
@@ -58,12 +68,26 @@ def _means(path: Path, arms: list[Any], kind: str) -> None:
     _save(figure, path)
 
 
+def _differences(path: Path, differences: dict[str, Mean], reference: str, label: str) -> None:
+    """Grey where the interval has 0 in it: no difference is shown."""
+    figure, axis = _figure(1.2 + 0.3 * len(differences))
+    for y, found in enumerate(differences.values()):
+        colour = "C0" if found.shown else "0.6"
+        axis.errorbar(found.value, y, xerr=found.half, fmt="o", color=colour, capsize=3)
+    axis.axvline(0, color="0.3", linewidth=1)
+    axis.set_yticks(range(len(differences)), list(differences))
+    axis.invert_yaxis()
+    axis.grid(axis="x", color="0.9")
+    axis.set(xlabel=f"{label} minus that of {reference}, seed by seed; grey: no difference shown")
+    _save(figure, path)
+
+
 def _curves(path: Path, arms: list[Any], key: str, label: str) -> None:
     figure, axis = _figure(max(4.0, 0.24 * len(arms)))
     colours = matplotlib.colormaps["viridis" if len(arms) > 10 else "tab10"]
     for number, arm in enumerate(arms):
         steps: dict[int, list[float]] = defaultdict(list)
-        for logs in arm.logs:
+        for logs in arm.logs.values():
             for log in logs:
                 if key in log:
                     steps[log["step"]].append(log[key])

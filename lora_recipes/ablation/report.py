@@ -1,5 +1,5 @@
-"""What an ablation found, from its run folders alone: report.md and report.html. Imports no torch; `make
-ablate ABLATION=x REPORT=1`.
+"""What an ablation found, from its run folders alone: report.md, report.html and report.json. Imports no
+torch; `make ablate ABLATION=x REPORT=1`.
 """
 
 import html
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.ablation import figures
-from lora_recipes.ablation.interval import Mean, mean
 from lora_recipes.ablation.spec import FILE
 from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import write as write_text
+from lora_recipes.core.interval import Mean, mcnemar, mean, paired
 from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder, logged
 from lora_recipes.core.yamlfile import shown
@@ -33,35 +33,62 @@ figure{margin:2rem 0}li,p{max-width:48rem}"""
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm with those of its runs that count: finished, and of the recipe that the ablation has now."""
+    """One arm with those of its runs that count, by seed: finished, and of the recipe that the ablation has
+    now.
+    """
 
     name: str
     overrides: list[str]
     sections: dict[str, Any]
-    runs: list[FinishedRun]
-    logs: list[list[dict[str, Any]]]
+    runs: dict[int, FinishedRun]
+    logs: dict[int, list[dict[str, Any]]]
     missing: list[str] = field(default_factory=list)  # why each other seed does not count
 
     def over(self, value: Callable[[FinishedRun], float | None]) -> Mean | None:
         """Mean over the runs of what `value` takes from run.json; None where none has it."""
-        found = [v for v in map(value, self.runs) if v is not None]
+        found = [v for v in map(value, self.runs.values()) if v is not None]
         return mean(found) if found else None
+
+    def losses(self, kind: str) -> dict[int, float]:
+        """Seed -> `eval_loss` at the end, or `train_loss`: the last logged training loss, which is the mean
+        of the last logging_steps steps. Nats a token; without the seeds that have none.
+        """
+        if kind == "eval_loss":
+            return {s: run.metrics[kind] for s, run in self.runs.items() if kind in run.metrics}
+        logged = {seed: [log["loss"] for log in logs if "loss" in log] for seed, logs in self.logs.items()}
+        return {seed: losses[-1] for seed, losses in logged.items() if losses}
 
     @cached_property
     def eval_loss(self) -> Mean | None:
-        """Eval loss at the end, nats a token."""
-        return self.over(lambda run: run.metrics.get("eval_loss"))
+        """Its mean over the seeds."""
+        return mean(list(found.values())) if (found := self.losses("eval_loss")) else None
 
     @cached_property
     def train_loss(self) -> Mean | None:
-        """The last logged training loss, which is the mean of the last logging_steps steps."""
-        last = [[log["loss"] for log in logs if "loss" in log][-1:] for logs in self.logs]
-        return mean([values[0] for values in last if values]) if any(last) else None
+        """Its mean over the seeds."""
+        return mean(list(found.values())) if (found := self.losses("train_loss")) else None
+
+    def against(self, other: "Arm", kind: str) -> Mean | None:
+        """This arm's loss minus that of `other`, seed by seed; None where no seed has both."""
+        return paired(self.losses(kind), other.losses(kind))
+
+    def answered(self, other: "Arm") -> tuple[int, int, int] | None:
+        """Probes that have their answer first with more seeds than in `other`, with fewer, and all; of the
+        seeds that both have. A probe is a pair, however many seeds asked it: seeds of one probe are not
+        independent.
+        """
+        seeds = [seed for seed in self.runs if seed in other.runs]
+        sides = [[[p.first for p in arm.runs[seed].probes.after] for seed in seeds] for arm in (self, other)]
+        mine, theirs = ([sum(probe) for probe in zip(*side, strict=True)] for side in sides)
+        if not mine or len(mine) != len(theirs):
+            return None
+        signs = [a - b for a, b in zip(mine, theirs, strict=True)]
+        return sum(sign > 0 for sign in signs), sum(sign < 0 for sign in signs), len(signs)
 
 
 def write(folder: Path) -> str:
-    """Write report.md, report.html and their pictures into an ablation's `folder`; returns what a person
-    reads at the end.
+    """Write report.md, report.html, report.json and their pictures into an ablation's `folder`; returns what
+    a person reads at the end.
     """
     try:
         resolved = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -88,13 +115,45 @@ def write(folder: Path) -> str:
         folder / "report.html",
         _page(head, facts, said, table, notes, {folder / name: text for name, text in pictures.items()}),
     )
-    return "\n".join([*_aligned(table), "", *said, *notes, f"\n{shown(folder / 'report.html')}, report.md"])
+    write_text(
+        folder / "report.json", json.dumps(_numbers(resolved, arms, kind, said, notes), indent=1) + "\n"
+    )
+    files = f"{shown(folder / 'report.html')}, report.md, report.json"
+    return "\n".join([*_aligned(table), "", *said, *notes, f"\n{files}"])
+
+
+def _numbers(
+    resolved: dict[str, Any], arms: list[Arm], kind: str, said: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """What report.json holds: the losses of each seed, and each arm's differences from the first arm."""
+
+    def numbers(found: Mean | None) -> dict[str, Any] | None:
+        return {"mean": found.value, "half": found.half, "seeds": found.count} if found else None
+
+    def arm(one: Arm) -> dict[str, Any]:
+        found: dict[str, Any] = {"overrides": one.overrides, "losses": one.losses(kind)}
+        found |= {"loss": numbers(getattr(one, kind)), "missing": one.missing}
+        if one is arms[0]:
+            return found
+        difference, probes = one.against(arms[0], kind), one.answered(arms[0])
+        found["difference"] = (
+            (numbers(difference) or {}) | {"shown": difference.shown} if difference else None
+        )
+        if probes:
+            better, worse, asked = probes
+            p = mcnemar(better, worse)
+            found["probes"] = {"better": better, "worse": worse, "asked": asked, "p": p}
+        return found
+
+    head = {key: resolved[key] for key in ("name", "question", "recipe", "seeds")}
+    head |= {"kind": kind, "interval": 0.95, "reference": arms[0].name}
+    return head | {"arms": {one.name: arm(one) for one in arms}, "said": said, "notes": notes}
 
 
 def _arm(folder: Path, resolved: dict[str, Any], name: str) -> Arm:
     """An arm and its runs, each held against the recipe that the ablation has now."""
     arm = resolved["arms"][name]
-    made = Arm(name, arm["overrides"], arm["sections"], [], [])
+    made = Arm(name, arm["overrides"], arm["sections"], {}, {})
     for seed in resolved["seeds"]:
         place = RunFolder(folder / name / f"s{seed}")
         sections = arm["sections"] | {"train": arm["sections"]["train"] | {"seed": seed}}
@@ -115,13 +174,16 @@ def _arm(folder: Path, resolved: dict[str, Any], name: str) -> Arm:
         elif not isinstance(run, FinishedRun):
             made.missing.append(f"s{seed} {run.status}: {(run.error or 'not at its end').splitlines()[0]}")
         else:
-            made.runs.append(run)
-            made.logs.append(logged(place.metrics))
+            made.runs[seed] = run
+            made.logs[seed] = logged(place.metrics)
     return made
 
 
 def rows(arms: list[Arm], kind: str) -> list[list[str]]:
-    """The table: a head, and a line for each arm. A column that would be empty is left out."""
+    """The table: a head, and a line for each arm. A column that would be empty is left out. The first arm is
+    the one that the others are held against.
+    """
+    first = arms[0]
     title = {"eval_loss": "eval loss", "train_loss": "train loss, last logged"}[kind]
     columns: dict[str, Callable[[Arm], str]] = {
         "arm": lambda arm: arm.name,
@@ -129,8 +191,10 @@ def rows(arms: list[Arm], kind: str) -> list[list[str]]:
             f"{len(arm.runs)}" + (f" of {len(arm.runs) + len(arm.missing)}" if arm.missing else "")
         ),
         title: lambda arm: str(getattr(arm, kind) or "-"),
+        f"against {first.name}": lambda arm: "-" if arm is first else _difference(arm.against(first, kind)),
         "changed": lambda arm: _answers(arm, "change"),
         "kept": lambda arm: _answers(arm, "keep"),
+        f"probes against {first.name}": lambda arm: "-" if arm is first else _probes(arm, first),
         "trainable": lambda arm: _first(arm, lambda r: f"{r.plan.model.trainable:,}"),
         "seconds": lambda arm: f"{found.value:.1f}" if (found := arm.over(lambda r: r.seconds)) else "-",
         "peak memory": _memory,
@@ -142,18 +206,34 @@ def rows(arms: list[Arm], kind: str) -> list[list[str]]:
     return [[line[i] for i in kept] for line in [list(columns), *lines]]
 
 
+def _difference(found: Mean | None) -> str:
+    if found is None:
+        return "-"
+    return found.signed() + ("" if found.shown or found.half is None else " (none shown)")
+
+
+def _probes(arm: Arm, reference: Arm) -> str:
+    """`2 better, 1 worse, p 1.00`: probes that more or fewer seeds answered, and McNemar's exact p."""
+    if not (found := arm.answered(reference)):
+        return "-"
+    better, worse, _ = found
+    return f"{better} better, {worse} worse, p {mcnemar(better, worse):.2g}"
+
+
 def _first(arm: Arm, said: Callable[[FinishedRun], str]) -> str:
-    return said(arm.runs[0]) if arm.runs else "-"
+    return said(next(iter(arm.runs.values()))) if arm.runs else "-"
 
 
 def _answers(arm: Arm, kind: str) -> str:
     """Probes of a kind whose answer comes first, mean over the seeds: `3.7 of 4`."""
-    asked = [p for run in arm.runs for p in run.probes.after if p.kind == kind]
+    asked = [p for run in arm.runs.values() for p in run.probes.after if p.kind == kind]
     return f"{_right(arm, kind):.1f} of {len(asked) // len(arm.runs)}" if asked else "-"
 
 
 def _right(arm: Arm, kind: str) -> float:
-    return sum(p.first for run in arm.runs for p in run.probes.after if p.kind == kind) / len(arm.runs)
+    return sum(p.first for run in arm.runs.values() for p in run.probes.after if p.kind == kind) / len(
+        arm.runs
+    )
 
 
 def _memory(arm: Arm) -> str:
@@ -172,19 +252,17 @@ def _served(run: FinishedRun) -> str:
 
 
 def verdict(arms: list[Arm], kind: str) -> list[str]:
-    """The lowest loss, and which arms it cannot be told apart from."""
+    """The lowest loss, and the arms from which no difference is shown, seed by seed."""
     if not arms:
         return ["No run is finished: there is nothing to compare."]
     ranked = sorted(arms, key=lambda arm: getattr(arm, kind).value)
     best, word = ranked[0], kind.replace("_", " ")
     found: Mean = getattr(best, kind)
     lines = [f"Lowest {word}: {best.name}, {found} nats a token."]
-    seeds = f"{found.count} seed{'s' * (found.count > 1)}"
-    alike = [arm for arm in ranked[1:] if found.overlaps(getattr(arm, kind))]
+    differences = {arm.name: arm.against(best, kind) for arm in ranked[1:]}
+    alike = [arm for arm in ranked[1:] if not ((d := differences[arm.name]) and d.shown)]
+    lines += _no_difference(best.name, {arm.name: differences[arm.name] for arm in alike})
     if alike:
-        names = f"{listed((a.name for a in [best, *alike[:-1]]), 8)} and {alike[-1].name}"
-        why = "one run has no interval" if found.count == 1 else "their 95 % intervals overlap"
-        lines.append(f"{names} cannot be told apart with {seeds}: {why}.")
         least = min([best, *alike], key=lambda arm: (_trainable(arm), getattr(arm, kind).value))
         if _trainable(least) < _trainable(best):
             lines.append(
@@ -192,7 +270,7 @@ def verdict(arms: list[Arm], kind: str) -> list[str]:
                 f" {_trainable(best):,}."
             )
     elif len(arms) > 1:
-        lines.append(f"Its 95 % interval over {seeds} overlaps that of no other arm.")
+        lines.append("Its difference from every other arm, seed by seed, has an interval without 0.")
     if kind == "train_loss":
         lines.append(
             "That is how well it fits its training rows, not how it does on others: the recipe has no"
@@ -211,8 +289,23 @@ def verdict(arms: list[Arm], kind: str) -> list[str]:
     return lines
 
 
+def _no_difference(best: str, differences: dict[str, Mean | None]) -> Iterator[str]:
+    """A line for each arm with an interval, and one for all that have no more than one seed in common."""
+    few = []
+    for name, found in differences.items():
+        if found is None or found.half is None:
+            few.append(name + (f" {found.value:+.4f}" if found else " (no seed of both)"))
+        else:
+            yield (
+                f"No difference shown between {best} and {name}: {found.signed()} seed by seed, an interval"
+                " with 0 in it."
+            )
+    if few:
+        yield f"One seed shows no difference from {best}: {listed(few, 8)}."
+
+
 def _trainable(arm: Arm) -> int:
-    return arm.runs[0].plan.model.trainable
+    return next(iter(arm.runs.values())).plan.model.trainable
 
 
 def remarks(arms: list[Arm], kind: str) -> Iterator[str]:
@@ -222,7 +315,7 @@ def remarks(arms: list[Arm], kind: str) -> Iterator[str]:
     for arm in arms:
         for why in arm.missing:
             yield f"{arm.name}: {why}"
-    runs = [run for arm in arms for run in arm.runs]
+    runs = [run for arm in arms for run in arm.runs.values()]
     alike: dict[str, Callable[[FinishedRun], Any]] = {
         "versions": lambda r: ", ".join(f"{k} {v}" for k, v in r.versions.items()),
         "code (git commit)": lambda r: f"{r.git.commit}{' with changes' if r.git.dirty else ''}",

@@ -40,11 +40,13 @@ class Worker:
         self.run: Run | None = None
         self.pipe, theirs = SPAWN.Pipe()
         self.process: Any = SPAWN.Process(
-            target=_work, args=(theirs, make, outputs)
+            target=_work, args=(theirs, outputs)
         )  # no daemon: out of memory asks a process of its own
         with _visible(device):
             self.process.start()
         theirs.close()
+        with contextlib.suppress(OSError):  # it died meanwhile: `end` says so
+            self.pipe.send(make)
 
     def begin(self, task: Task, lone: bool) -> None:
         """Hand it a run. `lone`: it is the only one of its group, so that nothing need be kept for a next."""
@@ -132,13 +134,13 @@ def _visible(device: str | None) -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def _work(pipe: Connection, make: Callable[[], Any], outputs: Path) -> None:
+def _work(pipe: Connection, outputs: Path) -> None:
     """In the process: train what comes until nothing comes any more. What a run prints goes into the .log
     beside its folder.
     """
-    cli.quiet()
-    train_one = make()
+    cli.quiet()  # before `make` comes, whose module imports the libraries
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        train_one = pipe.recv()()
         while True:
             run, how, lone = pipe.recv()
             path = Path(f"{outputs / run.recipe.name}.log")

@@ -12,8 +12,9 @@ import sys
 
 import pytest
 
-from lora_recipes.ablation import figures, interval, report
+from lora_recipes.ablation import figures, report
 from lora_recipes.ablation.spec import FILE
+from lora_recipes.core import interval
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.recipe import load as recipes
 
@@ -82,19 +83,102 @@ def test_the_interval_is_that_of_student():
     assert interval.mean([0.0] * 100).half == 0
 
 
-def test_intervals_that_touch_overlap_and_one_seed_tells_nothing_apart():
-    low, high = interval.Mean(1.0, 0.5, 3), interval.Mean(2.0, 0.5, 3)
-    assert low.overlaps(high) and high.overlaps(low)
-    assert not low.overlaps(interval.Mean(2.1, 0.5, 3)) and not interval.Mean(2.1, 0.5, 3).overlaps(low)
-    assert interval.mean([1.0]).overlaps(interval.mean([9.0, 9.1]))
+def test_a_difference_is_that_of_pairs_and_not_of_two_intervals():
+    """By scipy.stats.ttest_rel(b, a).confidence_interval(0.95): two intervals that overlap by most of their
+    width, and a plain difference; and the other way round, where the seeds go against each other.
+    """
+    a, b = {1: 2.50, 2: 2.70, 3: 2.10}, {1: 2.46, 2: 2.67, 3: 2.07}
+    found = interval.paired(b, a)
+    assert found and (found.low, found.high) == pytest.approx((-0.0476755, -0.0189912), abs=2e-5)
+    assert found.shown and found.signed() == "-0.0333 +- 0.0143"
+    assert interval.mean(list(a.values())).low < 1.7 and interval.mean(list(b.values())).high > 3.1
+    crossed = interval.paired({1: 1.30, 2: 1.31, 3: 1.34}, {1: 1.29, 2: 1.25, 3: 1.21})
+    assert crossed and (crossed.low, crossed.high) == pytest.approx((-0.0830700, 0.2164034), abs=2e-5)
+    assert not crossed.shown
 
 
-def test_the_winner_is_said_with_those_it_cannot_be_told_apart_from(folder):
+def test_only_seeds_that_both_have_are_paired_and_one_pair_shows_nothing():
+    found = interval.paired({1: 1.0, 3: 2.0}, {2: 5.0, 3: 1.5})
+    assert found == interval.Mean(0.5, None, 1) and not found.shown
+    assert found.signed() == "+0.5000 (one seed)"
+    assert interval.paired({1: 1.0}, {2: 1.0}) is None
+
+
+def test_a_change_a_token_has_the_interval_of_its_rows():
+    """Of 4 rows of 10, 20, 30 and 40 tokens; by hand: -30 / 100; residuals 1, 3, -3, -1, their s is
+    sqrt(20 / 3); 3.182 x 2.58199 / sqrt(4) / 25.
+    """
+    found = interval.per_unit([-2.0, -3.0, -12.0, -13.0], [10, 20, 30, 40])
+    assert (found.value, found.half) == pytest.approx((-0.3, 0.164318), abs=1e-5) and found.shown
+    alike = interval.per_unit([-2.0, -3.0, -12.0, -13.0], [25] * 4)
+    plain = interval.mean([-2 / 25, -3 / 25, -12 / 25, -13 / 25])
+    assert (alike.value, alike.half) == pytest.approx((plain.value, plain.half))
+    assert interval.per_unit([3.0], [6]) == interval.Mean(0.5, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "p"),  # scipy.stats.binomtest(better, better + worse).pvalue, but for the first
+    [
+        (0, 0, 1),
+        (3, 3, 1),
+        (4, 0, 0.125),
+        (0, 6, 0.03125),
+        (1, 8, 0.0390625),
+        (2, 9, 0.0654297),
+        (21, 9, 0.0427739),
+    ],
+)
+def test_the_exact_test_of_mcnemar(better, worse, p):
+    assert interval.mcnemar(better, worse) == pytest.approx(p, abs=1e-7)
+
+
+def test_the_winner_is_said_with_those_from_which_no_difference_is_shown(folder):
+    """r4 - r8 by seed: -0.01, +0.01, +0.03; 4.303 x 0.02 / sqrt(3) = 0.0497. r2 - r4: 0.1 with every seed."""
     said = report.write(folder)
     assert "Lowest eval loss: r8, 1.2100 +- 0.0497 nats a token." in said
-    assert "r8 and r4 cannot be told apart with 3 seeds: their 95 % intervals overlap." in said
+    assert (
+        "No difference shown between r8 and r4: +0.0100 +- 0.0497 seed by seed, an interval with 0 in it."
+        in said
+    )
     assert "The smallest of them is r4, with 4,096 trainable parameters to 8,192." in said
-    assert "r2 cannot" not in said and "r4 and r2" not in said
+    assert "between r8 and r2" not in said
+
+
+def test_each_arm_is_held_against_the_first_seed_by_seed(folder):
+    """Where the losses of r4 go up and down with those of r2, the difference is plain though the intervals
+    overlap; r8 - r2: -0.09, -0.11, -0.13.
+    """
+    for seed, loss in enumerate([1.29, 1.34, 1.31], 1):
+        change(folder / "r4" / f"s{seed}", lambda record, loss=loss: record["metrics"].update(eval_loss=loss))
+    said = report.write(folder)
+    assert re.search(r"^arm .* against r2 ", said, re.M)
+    assert re.search(r"^r4 .* -0\.0067 \+- 0\.0143 \(none shown\) ", said, re.M)
+    assert re.search(r"^r8 .* -0\.1100 \+- 0\.0497  ", said, re.M)
+    found = json.loads((folder / "report.json").read_text())
+    assert (found["reference"], found["kind"], found["seeds"]) == ("r2", "eval_loss", [1, 2, 3])
+    r2, r4, r8 = (found["arms"][name] for name in ("r2", "r4", "r8"))
+    assert "difference" not in r2 and r2["losses"] == {"1": 1.30, "2": 1.34, "3": 1.32}
+    assert not r4["difference"]["shown"] and r8["difference"]["shown"]
+    assert r8["difference"]["mean"] == pytest.approx(-0.11)
+    assert r8["difference"]["half"] == pytest.approx(4.303 * 0.02 / math.sqrt(3), abs=1e-6)
+    assert "differences.png" in (folder / "report.md").read_text()
+
+
+def test_probes_are_pairs_whatever_the_number_of_seeds(folder):
+    """Four of eight probes fail with every seed of r4, and one more with one seed of three: 5 worse of 5."""
+    for seed in (1, 2, 3):
+
+        def fail(record, seed=seed):
+            for probe in record["probes"]["after"][: 5 if seed == 2 else 4]:
+                probe["top"] = [["nothing", 1.0]]
+
+        change(folder / "r4" / f"s{seed}", fail)
+    said = report.write(folder)
+    assert re.search(r"^arm .* probes against r2 ", said, re.M)
+    assert re.search(r"^r4 .* 0 better, 5 worse, p 0\.062 ", said, re.M)
+    assert re.search(r"^r8 .* 0 better, 0 worse, p 1 ", said, re.M)
+    found = json.loads((folder / "report.json").read_text())["arms"]["r4"]["probes"]
+    assert found == {"better": 0, "worse": 5, "asked": 8, "p": 0.0625}
 
 
 def test_a_clear_winner_is_said_to_be_one(folder):
@@ -104,16 +188,16 @@ def test_a_clear_winner_is_said_to_be_one(folder):
             lambda record, seed=seed: record["metrics"].update(eval_loss=0.1 + seed / 1000),
         )
     said = report.write(folder)
-    assert (
-        "Lowest eval loss: r2" in said
-        and "Its 95 % interval over 3 seeds overlaps that of no other arm." in said
-    )
+    assert "Lowest eval loss: r2" in said
+    assert "Its difference from every other arm, seed by seed, has an interval without 0." in said
 
 
 def test_one_seed_says_that_nothing_can_be_told_apart(folder):
     content = json.loads((folder / FILE).read_text())
     (folder / FILE).write_text(json.dumps(content | {"seeds": [1]}))
-    assert "r4, r8 and r2 cannot be told apart with 1 seed: one run has no interval." in report.write(folder)
+    said = report.write(folder)
+    assert "One seed shows no difference from r4: r8 +0.0100, r2 +0.1000." in said
+    assert "none shown" not in said and "differences.png" not in (folder / "report.md").read_text()
 
 
 def test_the_table_has_what_a_choice_needs(folder):
@@ -124,8 +208,10 @@ def test_the_table_has_what_a_choice_needs(folder):
         "arm",
         "seeds",
         "eval loss",
+        "against r2",
         "changed",
         "kept",
+        "probes against r2",
         "trainable",
         "seconds",
         "peak memory",
@@ -146,12 +232,14 @@ def test_the_pages_hold_table_and_pictures_and_html_needs_no_other_file(folder):
     report.write(folder)
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     images = re.findall(r'<img src="([^"]*)"', page)
-    assert len(images) == 3 and all(
+    assert len(images) == 4 and all(
         base64.b64decode(i.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG") for i in images
     )
     assert "http" not in page and "1.2100 \xb1 0.0497" in page and "<tr class=best><td>r8</td>" in page
     named = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert named == ["arms.png", "curves.png", "r.png"] and all((folder / name).is_file() for name in named)
+    assert named == ["arms.png", "differences.png", "curves.png", "r.png"] and all(
+        (folder / name).is_file() for name in named
+    )
     assert "| r8 | 3 | 1.2100 +- 0.0497 |" in text
 
 
@@ -225,7 +313,7 @@ def test_keys_that_vary_together_share_one_picture_and_others_have_their_own():
             f"train.learning_rate={rate}",
             "train.max_steps=5",
         ]
-        return report.Arm(f"r{r}_{rate}", texts, sections, [], [])
+        return report.Arm(f"r{r}_{rate}", texts, sections, {}, {})
 
     found = figures._varied([arm(r, rate) for r in (2, 4) for rate in (0.1, 0.2)])
     assert list(found) == ["lora.r", "train.learning_rate"]
