@@ -290,6 +290,9 @@ class SetLosses:
     tokens: Annotated[int, "tokens in the loss"]
     base: Annotated[Loss, "of the base"]
     trained: Annotated[Loss, "of what training made of it"]
+    half: Annotated[
+        float | None, "half of the 95 % interval of trained - base over the rows, nats a token; None: one row"
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import base_fit, cli, files, locate, lock, provenance
+from lora_recipes.core import base_fit, cli, files, interval, locate, lock, provenance
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now
 from lora_recipes.core.record import Evaluation, Generation, Loss, SetLosses, Sides
@@ -207,18 +207,21 @@ def _losses(pair: Pair, examples: list[tuple[list[int], list[int]]], sha256: str
     """Mean loss (nats a trained token) and perplexity of both sides; one row at a time, so that no padding
     has a say.
     """
-    tokens = sum(label != IGNORED for _, labels in examples for label in labels[1:])
-    if not tokens:
+    counts = [sum(label != IGNORED for label in labels[1:]) for _, labels in examples]
+    if not (tokens := sum(counts)):
         raise RecipeError(
             Problem("data", "no token of these rows is in the loss", "look at train.max_length and the rows")
         )
-    found = {}
+    sums = {}
     for side in SIDES:
         model, context = pair.side(side)
         with context, torch.no_grad():
-            mean = math.fsum(_loss(model, *example) for example in examples) / tokens
-        found[side] = Loss(loss=mean, perplexity=math.exp(min(mean, 700.0)))
-    return SetLosses(rows=len(examples), sha256=sha256, tokens=tokens, **found)
+            sums[side] = [_loss(model, *example) for example in examples]
+    means = {side: math.fsum(rows) / tokens for side, rows in sums.items()}
+    found = {side: Loss(loss=mean, perplexity=math.exp(min(mean, 700.0))) for side, mean in means.items()}
+    changes = [after - before for before, after in zip(*(sums[side] for side in SIDES), strict=True)]
+    half = interval.per_unit(changes, counts).half
+    return SetLosses(rows=len(examples), sha256=sha256, tokens=tokens, **found, half=half)
 
 
 def _loss(model: Any, ids: list[int], labels: list[int]) -> float:
@@ -275,13 +278,17 @@ def report(found: Evaluation) -> str:
     lines = [f"base {found.base}, trained {found.result}"]
     if found.sets:
         head = ("rows", "tokens", "base", "trained", "change", "base", "trained")
-        lines += ["", f"{'':<10} {'':>6} {'':>8}  {'loss, nats a token':^28}  {'perplexity':^19}".rstrip()]
-        lines += ["{:<10} {:>6} {:>8}  {:>8} {:>8} {:>10}  {:>9} {:>9}".format("", *head)]
+        lines += ["", f"{'':<10} {'':>6} {'':>8}  {'loss, nats a token':^38}  {'perplexity':^19}".rstrip()]
+        lines += ["{:<10} {:>6} {:>8}  {:>8} {:>8} {:>20}  {:>9} {:>9}".format("", *head)]
     for which, row in found.sets.items():
         base, trained = row.base, row.trained
-        numbers = f"{base.loss:>8.4f} {trained.loss:>8.4f} {trained.loss - base.loss:>+10.4f}"
+        change = interval.Mean(trained.loss - base.loss, row.half, row.rows)
+        numbers = f"{base.loss:>8.4f} {trained.loss:>8.4f} {change.signed(unit='row'):>20}"
         perplexities = f"{base.perplexity:>9.4g} {trained.perplexity:>9.4g}"
-        lines.append(f"{SETS[which]:<10} {row.rows:>6,} {row.tokens:>8,}  {numbers}  {perplexities}")
+        none = "" if change.shown or row.half is None else "  no difference shown"
+        lines.append(f"{SETS[which]:<10} {row.rows:>6,} {row.tokens:>8,}  {numbers}  {perplexities}{none}")
+    if any(row.half is not None for row in found.sets.values()):
+        lines.append("change with its 95 % interval over the rows, each asked of both")
     if table := probes.table(found.probes.base, found.probes.trained):
         lines += ["", *table]
     for entry in found.generations:

@@ -4,6 +4,7 @@ missing is said.
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -112,15 +113,26 @@ def test_losses_are_weighted_by_tokens_and_made_without_padding(outputs):
         [text + tokenizer.eos_token for text in texts("kept.jsonl")], return_tensors="pt", padding=True
     )
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    with torch.no_grad():
-        before = base.eval()(**batch, labels=labels, use_cache=False).loss.item()
-        after = (
-            PeftModel.from_pretrained(base, folder)
-            .eval()(**batch, labels=labels, use_cache=False)
-            .loss.item()
+
+    def nats(model) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model.eval()(**batch, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none").sum(
+            1
         )
-    assert found.base.loss == pytest.approx(before, abs=1e-5)
-    assert found.trained.loss == pytest.approx(after, abs=1e-5)
+
+    before, after, counts = (
+        nats(base),
+        nats(PeftModel.from_pretrained(base, folder)),
+        (labels[:, 1:] >= 0).sum(1),
+    )
+    change = (after - before).sum() / counts.sum()
+    residuals = after - before - change * counts
+    half = 2.042 * residuals.std() / len(counts) ** 0.5 / counts.float().mean()  # Student's t of 30, for 31
+    before, after = before.sum() / counts.sum(), after.sum() / counts.sum()
+    assert found.base.loss == pytest.approx(before.item(), abs=1e-5)
+    assert found.trained.loss == pytest.approx(after.item(), abs=1e-5)
+    assert found.half == pytest.approx(half.item(), abs=1e-5)
 
 
 def test_probes_are_those_of_the_training_run_and_the_rest_of_run_json_stays(outputs):
@@ -137,6 +149,25 @@ def test_probes_are_those_of_the_training_run_and_the_rest_of_run_json_stays(out
         and "4 of 4 that should change have their answer first" in said
         and "trained  sofa." in said
     )
+    assert re.search(r"^kept .* \+0\.\d{4} \+- 0\.\d{4} ", said, re.M)
+    assert "95 % interval over the rows" in said
+
+
+def test_a_change_that_the_rows_do_not_show_is_said_to_be_none(outputs):
+    found = evaluation("tiny_facts", outputs, [REPHRASED])
+    row = found.sets["kept"]
+    sets = {
+        "eval": replace(row, half=None, rows=1),
+        "kept": replace(row, half=row.trained.loss - row.base.loss + 0.01),
+    }
+    said = report(replace(found, sets=sets))
+    assert re.search(r"^held out .* \(one row\) ", said, re.M)
+    assert [
+        line.endswith("no difference shown") for line in said.splitlines() if line[:4] in ("held", "kept")
+    ] == [
+        False,
+        True,
+    ]
 
 
 def test_generations_are_greedy(outputs):
