@@ -91,6 +91,9 @@ def quiet() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault(
+            "TQDM_DISABLE", "1"
+        )  # transformers' bars that have no switch, as of reading GGUF
 
 
 # Variables of the Makefile that are plain words after `lora-recipes VERB`; the others are options, two of

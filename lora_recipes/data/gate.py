@@ -204,12 +204,13 @@ def _tokenizer(resolved: Resolved, network: bool) -> Any:
     """The tokenizer; or, when it is neither cached nor to be fetched, characters under the contract's chat
     template.
     """
-    has_contract = resolved.base.contract is not None
-    local = resolved.recipe.file(resolved.recipe.model.tokenizer or resolved.base.weights).is_dir()
+    model, has_contract = resolved.recipe.model, resolved.base.contract is not None
+    local = resolved.recipe.file(model.tokenizer or resolved.base.weights).is_dir()
+    to_come = not (model.name_or_path or model.tokenizer)  # beside a base that is made before training
     try:
         return tokenizing.load(resolved, local_files_only=has_contract and not network)
     except RecipeError:
-        if network or local or not has_contract:
+        if (network and not to_come) or local or not has_contract:
             raise
         return tokenizing.stand_in(resolved)
 

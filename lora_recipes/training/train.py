@@ -170,6 +170,10 @@ def prepare_base(resolved: Resolved, oversized: bool = False) -> None:
             stack.enter_context(PartialState().main_process_first())
             if PartialState().is_main_process:  # another run may be making it
                 stack.enter_context(lock.held(Path(resolved.base.weights), "makes this base", wait=True))
+                if (shipped := resolved.base.contract and resolved.base.contract.package) and not Path(
+                    resolved.base.weights
+                ).is_dir():
+                    say(f"making the base of {shipped.name} {shipped.version}, once: {shipped.holds}\n")
             make(resolved)
     if maker is None:
         return

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.yamlfile import shown
+from lora_recipes.data import gate
 from lora_recipes.model import package
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
@@ -66,6 +67,17 @@ def test_a_contract_without_a_package_is_refused(tmp_path):
     assert "names no package -> those that do: smollm2_135m" in " ".join(
         make(tmp_path, contract="qwen3_4b").split()
     )
+
+
+def test_an_ablation_is_planned_before_its_base_is_there(cache, tmp_path):
+    """The tokenizer comes with the base: until then the template alone is compared, as `make plan` does."""
+    rows = ["data.train=data/companion/eval_few.jsonl", "data.eval=null", "train.eval_strategy='no'"]
+    assert (
+        gate.pass_through(resolve(recipes.load("smollm2_style", rows), tmp_path), True).counts.tokens is None
+    )
+    other = resolve(recipes.load("smollm2_style", [*rows, "model.tokenizer=/no/such"]), tmp_path)
+    with pytest.raises(RecipeError, match="the tokenizer of /no/such cannot be loaded"):
+        gate.pass_through(other, True)
 
 
 @pytest.mark.real
