@@ -1,4 +1,5 @@
-"""Check the companion conversations against BRIEF.md, measure them, and write train.jsonl and eval.jsonl.
+"""Check the companion conversations against BRIEF.md, measure them, and write train.jsonl, eval.jsonl and
+eval_few.jsonl.
 
 Usage: python data/companion/make.py [--check]     (--check writes nothing and fails when the files on disk
 are not current)
@@ -16,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 EVAL_TOPICS = ("dogs", "hearing_and_hearing_aids", "letters_and_stamps", "moving_house", "tea_and_breakfast")
 PER_FILE = 20  # conversations in a topic file
+FEW = 5  # every fifth eval row is in eval_few.jsonl: what a slow machine can afford
 MAX_WORDS = 300  # a conversation has fewer words than this
 LIMIT = 0.3  # two conversations whose word 3-grams overlap (Jaccard) this much are near-duplicates
 MARKDOWN = re.compile(r"[*_#`<>|\[\](){}]|^A: (?:-|\d{1,2}[.)]) ")
@@ -159,14 +161,18 @@ def statistics_table(rows, whole):
 
 
 def rendered(rows):
-    """{file name: text} of the two files; the train rows in a fixed shuffled order, so that topics mix."""
+    """{file name: text} of the three files; the train rows in a fixed shuffled order, so that topics mix."""
     train, held_out = (
         [row for row in rows if (row["topic"] in EVAL_TOPICS) == wanted] for wanted in (False, True)
     )
     random.Random(0).shuffle(train)
     return {
         name: "".join(json.dumps(row) + "\n" for row in part)
-        for name, part in (("train.jsonl", train), ("eval.jsonl", held_out))
+        for name, part in (
+            ("train.jsonl", train),
+            ("eval.jsonl", held_out),
+            ("eval_few.jsonl", held_out[::FEW]),
+        )
     }
 
 
