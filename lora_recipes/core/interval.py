@@ -88,7 +88,8 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Mean 
 
 def per_unit(amounts: Sequence[float], units: Sequence[int]) -> Mean:
     """The sum of `amounts` over the sum of `units` (nats a token, of rows that have several), with its 95 %
-    interval over the rows: that of the residuals, as for a ratio (Cochran, Sampling Techniques, 1977, 6.3).
+    interval over the rows: that of the residuals, as for a ratio (Cochran, Sampling Techniques, 1977,
+    chapter 6).
     """
     ratio = math.fsum(amounts) / sum(units)
     spread = mean([amount - ratio * unit for amount, unit in zip(amounts, units, strict=True)])
@@ -100,8 +101,8 @@ def mcnemar(better: int, worse: int) -> float:
     """Two-sided p of the exact test of McNemar: of the pairs that came out differently, `better` one way and
     `worse` the other, as a fair coin would give or further from the middle. 1 where none did.
 
-    McNemar 1947; exact as the binomial of Siegel, Nonparametric Statistics (1956).
+    McNemar, Psychometrika 12 (1947), 153-157, with the binomial distribution in place of chi squared.
     """
     differing = better + worse
     tail = sum(math.comb(differing, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**differing)
+    return min(1.0, tail / (1 << (differing - 1))) if differing else 1.0
