@@ -19,6 +19,7 @@ from lora_recipes.core.files import now
 from lora_recipes.core.yamlfile import shown
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a network's file system, say
+RESULTS = ("adapter", "model", "merged")  # what a server may read of a run
 _open: set[int] = set()  # file descriptors that this process holds
 
 
@@ -35,7 +36,42 @@ def held(folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
     The lock ends with its process, also on kill -9: a file that is left behind holds nobody up. Where a file
     system keeps no locks, or cannot be written to, it says so and goes on without.
     """
-    path = file(folder)
+    with _taken(file(folder), folder, doing, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
+        yield
+
+
+@contextlib.contextmanager
+def served(results: Iterable[Path]) -> Iterator[None]:
+    """Servers read `results` (adapters, merged models), any number of them: `unserved` tells who would
+    replace one meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        for result in sorted({p.resolve() for p in results}):
+            stack.enter_context(_taken(_served(result), result, "serves it", fcntl.LOCK_SH))
+        yield
+
+
+def unserved(folder: Path) -> None:
+    """RecipeError when a server reads a result that is to be replaced: `folder` itself, or what lies in the
+    run `folder`.
+
+    vLLM reads an adapter anew when it has put it aside for others, so its answers would change in silence.
+    """
+    folder = folder.resolve()
+    within = [folder.with_name(f".{folder.name}.{result}.served.lock") for result in RESULTS]
+    for path in filter(Path.is_file, [_served(folder), *within]):
+        with _taken(path, folder, "replaces it", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            pass
+
+
+def _served(result: Path) -> Path:
+    if run := next(iter(_runs(result)), None):
+        return run.with_name(f".{run.name}.{result.name}.served.lock")
+    return file(result).with_suffix(".served.lock")
+
+
+@contextlib.contextmanager
+def _taken(path: Path, folder: Path, doing: str, how: int) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         mine = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -47,24 +83,25 @@ def held(folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
         return
     _open.add(mine)
     try:
-        _lock(mine, folder, wait)
+        _lock(mine, path, folder, how)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
             os.ftruncate(mine, 0)
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "doing": doing}
             os.pwrite(mine, json.dumps(holder).encode(), 0)
         yield
-        with contextlib.suppress(OSError):
-            os.ftruncate(mine, 0)
+        if how & fcntl.LOCK_EX:  # what others share keeps the last one's name, which may still be right
+            with contextlib.suppress(OSError):
+                os.ftruncate(mine, 0)
     finally:
         _open.discard(mine)
         os.close(mine)
 
 
-def _lock(mine: int, folder: Path, wait: bool) -> None:
+def _lock(mine: int, path: Path, folder: Path, how: int) -> None:
     try:
-        fcntl.flock(mine, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(mine, how)
     except BlockingIOError:
-        raise RecipeError(Problem(shown(folder), *_by(file(folder)))) from None
+        raise RecipeError(Problem(shown(folder), *_by(path))) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -128,6 +128,7 @@ def combine(
     chosen, run = locate.named(words, outputs), RunFolder(outputs / name)
     raise_if(asked.problems(len(chosen)) + _place(run, chosen, force))
     with lock.runs(chosen.values(), "combines", run.path):
+        lock.unserved(run.path)
         return _into(run, chosen, asked, base, unproven)
 
 

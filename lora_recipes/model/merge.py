@@ -178,6 +178,7 @@ def _whole(
 ) -> dict[str, Any]:
     began = time.monotonic()
     said = _place(output, force)
+    lock.unserved(output)
     adapter = adapters.read(folder, anything=True)
     if (kind := adapter.config["peft_type"]) in PROMPTS:
         do = "its virtual tokens stand before each text: use it by PEFT"

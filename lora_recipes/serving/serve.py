@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, locate, provenance
+from lora_recipes.core import cli, locate, lock, provenance
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.serving import command, live, rules
@@ -34,7 +34,7 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
     log = outputs.absolute() / "_serve" / f"{options.port}.log"
     print(f"\nstarting vLLM {installed[1]}; what it says goes to {shown(log)}", flush=True)
     began = time.monotonic()
-    with process.running(server, options, log) as child:
+    with lock.served(s.folder for s in server.served), process.running(server, options, log) as child:
         print(f"up after {time.monotonic() - began:.0f} s\n", flush=True)
         proofs = live.prove(
             Endpoint(options.url), server.base_name, {s.name: s.provenance for s in server.served}

@@ -146,6 +146,7 @@ def _alone(folder: RunFolder) -> Iterator[None]:
         if PartialState().is_main_process:
             try:
                 stack.enter_context(lock.held(folder.path, "trains"))
+                lock.unserved(folder.path)
             except RecipeError as error:
                 refused = [error.problems]
         if PartialState().num_processes > 1:

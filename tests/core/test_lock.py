@@ -19,15 +19,16 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from lora_recipes.core import lock
-with lock.held(Path(sys.argv[1]), "trains"):
+run = Path(sys.argv[1])
+with lock.served([run]) if sys.argv[3] == "served" else lock.held(run, "trains"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
 
 
-def holder(folder, seconds=600.0):
-    """Another process that holds the lock of `folder`, until it is killed."""
-    code = [sys.executable, "-c", HOLDER, str(folder), str(seconds)]
+def holder(folder, seconds=600.0, how="held"):
+    """Another process that holds the lock of `folder`, or serves it, until it is killed."""
+    code = [sys.executable, "-c", HOLDER, str(folder), str(seconds), how]
     process = subprocess.Popen(code, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout and process.stdout.readline() == "held\n"
     return process
@@ -116,3 +117,30 @@ def test_results_are_locked_by_their_run(tmp_path):
                 pass
         with lock.runs([tmp_path / "alone" / "adapter"], "merges", tmp_path / "new"):
             assert lock.free(tmp_path / "alone") and not lock.free(tmp_path / "new")
+
+
+def test_a_result_is_not_replaced_under_servers_however_many_and_is_free_when_the_last_is_killed(tmp_path):
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    servers = [holder(adapter, how="served") for _ in range(2)]
+    try:
+        for replaced in (adapter, tmp_path / "run"):
+            with pytest.raises(RecipeError, match=f"process {servers[-1].pid} .*which serves it since"):
+                lock.unserved(replaced)
+        lock.unserved(tmp_path / "run" / "merged")
+        lock.unserved(tmp_path / "ru")
+        with lock.held(tmp_path / "run", "evaluates"):
+            pass
+        servers[-1].kill()
+        servers[-1].wait()
+        with pytest.raises(RecipeError, match="in use"):
+            lock.unserved(adapter)
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+    lock.unserved(adapter)
+    (tmp_path / "run" / "run.json").unlink()
+    with lock.served([adapter]), pytest.raises(RecipeError, match="serves it"):
+        lock.unserved(adapter)

@@ -11,6 +11,7 @@ import yaml
 from lora_recipes.__main__ import main
 from lora_recipes.ablation.reuse import Kept
 from lora_recipes.ablation.spec import Run
+from lora_recipes.core import lock
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
@@ -100,3 +101,24 @@ def test_of_two_that_start_together_one_trains_and_its_record_is_its_own(outputs
     run = json.loads((outputs / "tiny_facts" / "run.json").read_text())
     recipe = yaml.safe_load((outputs / "tiny_facts" / "recipe.yaml").read_text())
     assert (run["status"], run["steps"], recipe["train"]["max_steps"]) == ("finished", won, won)
+
+
+def test_what_a_server_reads_is_not_replaced(trained, tmp_path, capsys):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(trained, outputs)
+    adapter, merged = outputs / "tiny_facts" / "adapter", outputs / "tiny_facts" / "merged"
+    before = (adapter / "adapter_model.safetensors").read_bytes()
+    with lock.served([adapter]):
+        with pytest.raises(RecipeError, match="which serves it since"):
+            train(resolve(recipes.load("tiny_facts"), outputs), force=True)
+        assert main(["merge", "tiny_facts", "--outputs", str(outputs), "--force"]) == 0
+        combine = ["combine", f"a={adapter}", f"b={adapter}", "--weights", "0.7", "0.3", "--name", "both"]
+        combine += ["--method", "linear", "--outputs", str(outputs), "--force"]
+        assert main(combine) == 0
+    with lock.served([outputs / "both" / "adapter"]):
+        assert main(combine)
+        assert "both: is in use by process" in capsys.readouterr().err
+    with lock.served([merged]):
+        assert main(["merge", "tiny_facts", "--outputs", str(outputs), "--force"])
+        assert "merged: is in use by process" in capsys.readouterr().err
+    assert (adapter / "adapter_model.safetensors").read_bytes() == before
