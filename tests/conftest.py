@@ -57,12 +57,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
-    """An outputs folder with the base of smollm2_style: a real language model, from its package."""
-    from lora_recipes.model import package
+    """A real language model, from its package, and short runs on it: tests/cases/real.py. One folder for all
+    processes of a test run.
+    """
+    from tests.cases import real
 
-    outputs = tmp_path_factory.mktemp("real")
-    package.base(resolve(recipes.load("smollm2_style"), outputs))
-    return outputs
+    base = tmp_path_factory.getbasetemp()
+    return real.make((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real")
 
 
 @pytest.fixture(scope="session")

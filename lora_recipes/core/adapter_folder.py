@@ -1,5 +1,6 @@
 """An adapter folder: reading it, its rank, and the scaling of a module. Imports no torch."""
 
+import functools
 import json
 import math
 import re
@@ -54,7 +55,7 @@ class Adapter:
         """The tensors' file."""
         return self.path / "adapter_model.safetensors"
 
-    @property
+    @functools.cached_property  # asked for each module of a model in turn
     def modules(self) -> dict[str, dict[str, str]]:
         """Adapted module (as PEFT named it, without its prefix) -> {"A": tensor name, "B": tensor name}."""
         found: dict[str, dict[str, str]] = {}

@@ -17,7 +17,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -25,7 +25,7 @@ import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import base_fit, cli, files, locate, lock, provenance, stops, weights
@@ -512,10 +512,10 @@ def _move(model: PreTrainedModel, job: Job, changes: stored.Changes) -> None:
 
 @torch.no_grad()
 def _ask(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> Answer:
-    """The probe `ids` [1, n], continued greedily."""
-    ids = ids.to(next(model.parameters()).device)
-    for _ in range(GREEDY):
-        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    """The probe `ids` [1, n], continued greedily by GREEDY tokens, past any end."""
+    config = GenerationConfig(do_sample=False, min_new_tokens=GREEDY, max_new_tokens=GREEDY, pad_token_id=0)
+    ids, asked = ids.to(next(model.parameters()).device), cast(Any, model)  # its type knows no generate
+    ids = asked.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return _again(model, Answer(ids, torch.empty(0)))
 
 

@@ -127,16 +127,15 @@ def check(
     that rounding took. RecipeError names the tensors that are something else.
     """
     base, made = weights.tensors(source), weights.tensors(target)
-    trained = {own: name for name in names if (own := base_fit.own_name(name, base))}
+    trained = {own: name for name in names if (own := base_fit.own_name(name, made))}
     wrong, left, same, computed, lost, size = [], [], 0, 0, 0.0, 0.0
     with safe_open(adapter.file, "pt") as pairs:
         for name in made:
-            if name not in base:
-                left.append(name)  # a head that is tied no longer
-                continue
             own = trained.get(name, name)
             stored, before = made[name].tensor(), dequantised.get(own.removesuffix(".weight"))
-            before = base[name].tensor() if before is None else before
+            tied = name not in base  # a head that is tied no longer: trained, or what it was tied to
+            if before is None:
+                before = stored if tied else base[name].tensor()
             if update := changed.updates.get(own):
                 computed += 1
                 found = _updated(stored, before, pairs, update)
@@ -147,7 +146,7 @@ def check(
                 left.append(name)
             else:
                 same += 1
-                if not torch.equal(stored, before.to(stored.dtype)):
+                if not (_held(stored, base) if tied else torch.equal(stored, before.to(stored.dtype))):
                     wrong.append(f"{name} is not the base's, and carries no adapter")
     if computed != len(changed.updates):
         wrong.append(f"{len(changed.updates) - computed} adapted modules are not in the files")
@@ -156,6 +155,12 @@ def check(
         raise RecipeError(Problem(shown(adapter.path), found_, "nothing was written; please report this"))
     kept = {"tensors_computed": computed, "tensors_of_the_base": same, "tensors_not_compared": left}
     return kept | {"lost_in_rounding": (lost / size) ** 0.5 if size else 0.0}
+
+
+def _held(tensor: torch.Tensor, base: dict[str, weights.Stored]) -> bool:
+    """Is `tensor` one of the base's, under whatever name, but for its dtype?"""
+    same = [stored for stored in base.values() if stored.shape == tuple(tensor.shape)]
+    return any(torch.equal(tensor, stored.tensor().to(tensor.dtype)) for stored in same)
 
 
 def _updated(

@@ -100,6 +100,11 @@ class Proof:
                 f"BUT the answer to a question of the rows did not end within {self.question.room} tokens,"
                 f" nor by PEFT within {self.question.asked}: it has not learned to stop"
             )
+        if self.effect is not None and self.limit >= self.effect:
+            said.append(
+                "BUT this server's noise is so near the adapter's effect that a wrong scaling would not show:"
+                f" {cli.command('serve', DTYPE='float32')} proves it"
+            )
         return said
 
 

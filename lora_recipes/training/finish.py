@@ -68,6 +68,8 @@ def finish(session: Session) -> FinishedRun:
     """
     recipe, folder, trainer = session.recipe, session.folder, session.trainer
     sharded = session.plan.layout.sharded
+    # accelerate's autocast comes off: what is asked from here on is what PEFT answers of the saved files
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=sharded)
     if recipe.method == "lora" and not sharded:
         _learned(recipe, verify.untrained(trainer.accelerator.unwrap_model(trainer.model)))
     if sharded:  # only now are the weights where they can be used

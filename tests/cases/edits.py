@@ -50,7 +50,8 @@ def exchanged(one: str, two: str, kind: str) -> Callable[[Tensors], Tensors]:
 
     def change(found: Tensors) -> Tensors:
         swap = {one: two, two: one}
-        names = {n: re.sub(f"{one}|{two}", lambda m: swap[m[0]], n) if kind in n else n for n in found}
+        either = f"{re.escape(one)}|{re.escape(two)}"
+        names = {n: re.sub(either, lambda m: swap[m[0]], n) if kind in n else n for n in found}
         return {n: found[names[n]] for n in found}
 
     return change
@@ -77,7 +78,7 @@ EDITS: dict[str, Edit] = {
     "one byte": Edit(one_byte, FILE, moves=False),
     "sign of B": Edit(tensors(negative), FILE),
     "k and v": Edit(tensors(exchanged("k_proj", "v_proj", "lora_")), FILE),
-    "A of another layer": Edit(tensors(exchanged(r"layers.0", r"layers.1", "lora_A")), FILE),
+    "A of another layer": Edit(tensors(exchanged("layers.0.", "layers.1.", "lora_A")), FILE),
     "A of another run": Edit(tensors(other_start), FILE),
     "bfloat16": Edit(tensors(lambda t: {n: x.bfloat16() for n, x in t.items()}), FILE, moves=False),
     "a tokenizer cut short": Edit(

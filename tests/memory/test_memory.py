@@ -111,6 +111,18 @@ def test_the_planned_peak_is_that_of_a_real_run_within_one_percent(words, output
     )
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
+def test_the_planned_peak_of_a_real_model_is_that_of_a_real_run(smollm2, kind):
+    """A vocabulary of 49,152 and 30 layers: the loss and the activations count, not the adapter."""
+    words = ["train.save_strategy='no'", "train.gradient_accumulation_steps=1", "train.max_steps=2"]
+    resolved = smollm2.resolved(kind, *words)
+    rows = gate.pass_through(resolved, False)
+    rows.train = sorted(rows.train, key=lambda example: -len(example.input_ids))[:1]
+    planned = memory.rehearsed(memory.of_recipe(resolved, rows, cuda=False))
+    assert planned.peak_bytes == pytest.approx(tracked(resolved.recipe, resolved.outputs, rows), rel=0.03)
+
+
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LORA = {"r": 4, "lora_alpha": 4, "target_modules": QKVO}
 SECTIONS: dict[str, dict[str, Any]] = {

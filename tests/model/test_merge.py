@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,18 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lora_recipes.core import adapter_folder, locate, lock, provenance
+from lora_recipes.core import adapter_folder, locate, lock, provenance, weights
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.files import ROOT
-from lora_recipes.model import build, stored
+from lora_recipes.model import attach, build, stored
 from lora_recipes.model import merge as merging
 from lora_recipes.model.merge import merge
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import export
 from lora_recipes.training.train import train
-from tests.cases.edits import BROKEN, EDITS
+from tests.cases.edits import BROKEN, EDITS, config
+from tests.typed import there
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,38 @@ def test_the_default_merges_and_answers_as_before(trained, tmp_path):
     ids = tokenizer("The cat sleeps on the", return_tensors="pt")["input_ids"]
     assert torch.allclose(merged(ids).logits, attached(ids).logits, atol=1e-4)
     assert str(tokenizer.decode(merged(ids).logits[0, -1].argmax())).strip() == "sofa"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
+def test_a_real_model_merges_and_answers_as_the_adapter_does(smollm2, kind):
+    """Against PEFT on the base, in float32; in NF4 on that base, not on the one that was never quantised."""
+    folder, run = smollm2.merged(kind), smollm2.run(kind)
+    record = json.loads((folder / "merge.json").read_text())
+    assert record["modules"] == record["tensors_computed"] == 210 and record["not_proven"] == []
+    assert record["recorded"]["merged"] < record["recorded"]["allowed"] < record["recorded"]["effect"]
+    known = there(provenance.read(run / "adapter"))
+    ids = torch.tensor([known.probes[0].input_ids])
+
+    @torch.no_grad()
+    def answers(model) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+
+    def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+        return (one - other).abs().mean().item()
+
+    told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    merged = answers(told)
+    del told
+    whole = replace(known, dtype="float32")
+    base = attach.base(smollm2.base(kind), whole)
+    untouched = answers(base)
+    attached = answers(PeftModel.from_pretrained(base, run / "adapter").eval())
+    assert apart(merged, attached) < 0.2 * apart(merged, untouched)
+    if kind == "nf4":
+        assert (
+            record["quantize"] == "nf4" and record["kl_mean"] < 0.01 * record["unquantised_base"]["kl_mean"]
+        )
 
 
 def test_tied_embeddings_stay_tied_and_lm_head_is_not_saved_twice(trained, tmp_path):
@@ -259,6 +293,9 @@ def test_what_was_trained_with_full_names_is_what_is_merged(case, tmp_path):
 # adapters that were changed after training
 
 
+TENSORS = ["sign of B", "k and v", "A of another layer", "A of another run"]
+
+
 @pytest.fixture
 def copied(trained, tmp_path) -> Path:
     """A copy of the trained default's adapter."""
@@ -283,6 +320,36 @@ def test_without_hashes_what_training_recorded_tells_an_edit(copied, tmp_path, n
     with pytest.raises(RecipeError, match="the saved adapter answers otherwise than training recorded"):
         merge(copied, tmp_path / "merged")
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["adapter"]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "nf4"])
+def real_base(request, smollm2):
+    """A real model as its adapter was trained on it, and that adapter."""
+    run = smollm2.run(request.param)
+    known = there(provenance.read(run / "adapter"))
+    known = replace(known, probes=known.probes[:1])
+    return attach.base(smollm2.base(request.param), known), run / "adapter", known
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["none", "lora_alpha, a little", "use_rslora", *TENSORS])
+def test_on_a_real_model_what_training_recorded_tells_an_edit(real_base, tmp_path, name):
+    base, folder, known = real_base
+    edited = Path(shutil.copytree(folder, tmp_path / "adapter"))
+    if name == "lora_alpha, a little":
+        config(lora_alpha=18)(edited)
+    elif name != "none":
+        EDITS[name].make(edited)
+    job = merging.Job(adapter_folder.read(edited), known, Path("none"), known.dtype)
+    attached = attach.attach(base, {"default": job.adapter})
+    record = there(merging._against_record(attached, job))
+    attached.unload()
+    assert record.noise < 1e-3 * record.effect
+    if name == "none":
+        assert merging._as_recorded(record, job) == []
+        return
+    with pytest.raises(RecipeError, match="the saved adapter answers otherwise than training recorded"):
+        merging._as_recorded(record, job)
 
 
 def test_without_hashes_an_unchanged_adapter_merges_and_what_is_not_proven_is_said(copied, tmp_path):
@@ -324,45 +391,96 @@ def test_another_base_is_told_by_its_own_answers_where_no_fingerprint_is(copied,
 # what is written, broken on purpose
 
 
-def changed_weights(name: str, weights: dict, base: dict) -> None:
-    """Break the stored `weights` of a merged model in the way that `name` says."""
-    one, two = (f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1))
-    delta = weights[one].float() - base[one].float()
+KINDS = ["float32", "bfloat16", "nf4"]
+MODELS = [f"tiny {kind}" for kind in KINDS]
+MODELS += [pytest.param(f"smollm2 {kind}", marks=pytest.mark.real) for kind in KINDS]  # type: ignore[misc]
+
+
+def changed_weights(
+    name: str, tensor: Callable, base: Callable, pairs: dict[str, torch.Tensor], scaling: float
+) -> dict[str, torch.Tensor]:
+    """The stored tensors of a merged model that are broken in the way that `name` says. `tensor` and `base`
+    read a stored one and the base's, `pairs` are A and B.
+    """
+    one, two = (f"model.layers.{i}.self_attn.{{}}_proj" for i in (0, 1))
+    kind = "q" if "transposed" in name else "v"
+    weight, was = f"{one.format(kind)}.weight", base(f"{one.format(kind)}.weight").float()
+    a, b, other_a, other_b = (
+        pairs[f"base_model.model.{module.format(kind)}.lora_{which}.weight"].float()
+        for module in (one, two)
+        for which in "AB"
+    )
     broken = {
-        "one module left unmerged": base[one],
-        "another scaling": base[one] + 1.5 * delta,
-        "the sign": base[one] - delta,
-        "the delta of another layer": base[one] + weights[two].float() - base[two].float(),
-        "a transposed delta": base[one] + delta.flatten().view(delta.T.shape).T,
+        "one module left unmerged": lambda: was,
+        "another scaling": lambda: was + 1.5 * scaling * b @ a,
+        "alpha for alpha / r": lambda: was + len(a) * scaling * b @ a,
+        "alpha / sqrt(r) for alpha / r": lambda: was + len(a) ** 0.5 * scaling * b @ a,
+        "the sign of B": lambda: was - scaling * b @ a,
+        "A of another layer": lambda: was + scaling * b @ other_a,
+        "B of another layer": lambda: was + scaling * other_b @ a,
+        "a transposed delta": lambda: was + scaling * (b @ a).flatten().view(len(was.T), -1).T,
     }
     if name in broken:
-        weights[one] = broken[name].to(weights[one].dtype).contiguous()
-    elif name == "a norm that carries no adapter":
-        weights["model.norm.weight"] *= 1.01
-    else:
-        weights["model.embed_tokens.weight"][7] += 0.01
+        return {weight: broken[name]().to(tensor(weight).dtype).contiguous()}
+    if name == "a norm that carries no adapter":
+        return {"model.norm.weight": tensor("model.norm.weight") * 1.01}
+    head = tensor("model.embed_tokens.weight").clone()
+    head[7] += 0.01
+    return {"model.embed_tokens.weight": head}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "nf4"])
+@pytest.fixture(scope="module", params=MODELS)
 def written(request, trained, tmp_path_factory):
-    """A job and its merged folder, what the merge changes, and the base's weights."""
+    """A job and its merged folder, what the merge changes, and the base's weights. The real model's base is
+    stored in bfloat16 where its adapter was trained so; the tiny one's is merged into bfloat16.
+    """
     made = tmp_path_factory.mktemp("written")
-    known = provenance.read(trained / "tiny_facts" / "adapter")
+    model, kind = request.param.split()
+    if model == "tiny":
+        run, base = trained / "tiny_facts", trained / "tiny_base" / "model"
+    else:
+        real = request.getfixturevalue("smollm2")
+        run, base = real.run(kind), real.base(kind)
+    known = provenance.read(run / "adapter")
     assert known
-    quantised = request.param == "nf4"
-    known = replace(known, quantize="nf4" if quantised else None)
+    known = replace(known, quantize="nf4" if kind == "nf4" else None)
     job = merging.Job(
-        adapter_folder.read(trained / "tiny_facts" / "adapter"),
-        known,
-        trained / "tiny_base" / "model",
-        "float32" if quantised else request.param,
+        adapter_folder.read(run / "adapter"), known, base, "bfloat16" if kind == "bfloat16" else "float32"
     )
-    dequantised = merging._dequantised(merging._trained(job)) if quantised else {}
+    dequantised = merging._dequantised(merging._trained(job)) if known.quantize else {}
     attached = merging._attach(merging._load(job.source, "float32", job), job)
     stored.put(dequantised, attached.get_base_model())
     changes = stored.changes(attached, job.adapter)
-    merging._write(attached, job, made / "merged", dequantised)
-    return job, made / "merged", changes, dequantised
+    names = list(attached.get_base_model().state_dict())
+    names = [name.replace(".base_layer", "") for name in names if ".lora_" not in name]
+    if model == "tiny":
+        merging._write(attached, job, made / "merged", dequantised)
+    folder = made / "merged" if model == "tiny" else real.merged(kind)
+    return job, folder, changes, dequantised, names
+
+
+@pytest.fixture
+def verdict(written, tmp_path):
+    """`verdict(tensors)`: what is said of a merged model that holds no other tensors; of those that are
+    missing it says how many.
+    """
+    job, _, changes, dequantised, names = written
+
+    def check(tensors: dict[str, torch.Tensor]) -> str:
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(RecipeError, match=r"the merged model is not base \+ adapter: ") as error:
+            stored.check(job.adapter, job.source, tmp_path, changes, names, dequantised)
+        return str(error.value)
+
+    return check
+
+
+def test_what_a_merge_wrote_is_base_and_adapter(written):
+    job, folder, changes, dequantised, names = written
+    good = stored.check(job.adapter, job.source, folder, changes, names, dequantised)
+    assert good["tensors_computed"] == len(job.adapter.modules)
+    if len(job.adapter.modules) == 8:
+        assert good["lost_in_rounding"] < 0.05
 
 
 @pytest.mark.parametrize(
@@ -370,25 +488,29 @@ def written(request, trained, tmp_path_factory):
     [
         "one module left unmerged",
         "another scaling",
-        "the sign",
-        "the delta of another layer",
+        "alpha for alpha / r",
+        "alpha / sqrt(r) for alpha / r",
+        "the sign of B",
+        "A of another layer",
+        "B of another layer",
         "a transposed delta",
         "a norm that carries no adapter",
         "the tied head",
     ],
 )
-def test_a_stored_tensor_that_is_not_base_and_adapter_is_named(written, tmp_path, name):
-    job, folder, changes, dequantised = written
-    names = list(AutoModelForCausalLM.from_pretrained(job.source).state_dict())
-    good = stored.check(job.adapter, job.source, folder, changes, names, dequantised)
-    assert good["tensors_computed"] == 8 and good["lost_in_rounding"] < 0.05
-    copy = Path(shutil.copytree(folder, tmp_path / "merged"))
-    weights, base = load_file(copy / "model.safetensors"), load_file(job.source / "model.safetensors")
-    base |= {f"{module}.weight": tensor for module, tensor in dequantised.items()}
-    changed_weights(name, weights, base)
-    save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RecipeError, match=r"the merged model is not base \+ adapter: model\."):
-        stored.check(job.adapter, job.source, copy, changes, names, dequantised)
+def test_a_stored_tensor_that_is_not_base_and_adapter_is_named(written, verdict, name):
+    job, folder, changes, dequantised, _ = written
+    base, merged = weights.tensors(job.source), weights.tensors(folder)
+
+    def own(key: str) -> torch.Tensor:
+        found = dequantised.get(key.removesuffix(".weight"))
+        return base[key].tensor() if found is None else found
+
+    one = next(iter(changes.updates.values()))
+    (key, tensor), *_ = changed_weights(
+        name, lambda key: merged[key].tensor(), own, load_file(job.adapter.file), one.scaling
+    ).items()
+    assert key in verdict({key: tensor}) and key not in verdict({key: merged[key].tensor()})
 
 
 # method -> its config, the weight that is broken, and in which ways
@@ -560,6 +682,13 @@ def test_what_no_formula_here_covers_is_said_to_be_left_to_the_answers(trained, 
     assert (
         "NOT PROVEN  2 stored tensors were not computed here (LOKR: model.layers.0.self_attn.q_proj" in said
     )
+
+
+def test_a_head_that_is_tied_no_longer_is_the_one_that_it_was_tied_to(written, verdict):
+    head = weights.tensors(written[1])["model.embed_tokens.weight"].tensor()
+    assert "lm_head" not in verdict({"lm_head.weight": head})
+    head[7] += 0.01
+    assert "lm_head.weight is not the base's" in verdict({"lm_head.weight": head})
 
 
 def test_a_merge_in_bfloat16_rounds_each_tensor_once_and_says_what_that_costs(trained, tmp_path):

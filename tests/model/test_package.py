@@ -82,7 +82,7 @@ def test_an_ablation_is_planned_before_its_base_is_there(cache, tmp_path):
 
 @pytest.mark.real
 def test_the_package_s_model_is_a_plain_checkpoint_that_speaks(smollm2):
-    folder = smollm2 / "_bases" / "smollm2_135m-float32"
+    folder = smollm2.base("float32")
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     model: Any = AutoModelForCausalLM.from_pretrained(folder)  # its type knows no generate
     tokenizer = AutoTokenizer.from_pretrained(folder)

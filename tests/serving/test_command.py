@@ -340,6 +340,15 @@ def test_the_figures_decide(figures, said):
     assert ("live" if said is None else said) in table([Proof("a", **figures)])
 
 
+@pytest.mark.parametrize(
+    ("noise", "effect", "said"), [(0.0604, 0.1005, True), (0.02, 0.3, False), (0.0, 0.01, False)]
+)
+def test_a_proof_that_could_not_tell_a_wrong_scaling_says_so(noise, effect, said):
+    """The first figures are of a real model after three steps, in bfloat16."""
+    proof = Proof("a", moved=0.11, effect=effect, apart=noise, noise=noise)
+    assert proof.fault is None and said == ("a wrong scaling would not show" in table([proof]))
+
+
 def test_a_live_combination_of_what_was_not_proven_says_so():
     made_of = "it was combined of adapters that were not proven: b"
     said = table([Proof("a", moved=0.5, effect=0.5, apart=0.0, noise=0.0, made_of=made_of)])

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 from lora_recipes.core import files, provenance
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.model import answers
 from lora_recipes.model.merge import merge
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
@@ -350,6 +352,60 @@ def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bas
         assert ended(server.url, "eos_proof")
     finally:
         assert server.end() == []
+
+
+@pytest.mark.real
+def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smollm2, tmp_path):
+    runs = {"one": smollm2.run("float32"), "two": smollm2.run("narrow")}
+    words = [f"{name}={run / 'adapter'}" for name, run in runs.items()]
+    server = Running(tmp_path, "--dynamic", "--base", str(smollm2.base("float32")), *words).up()
+    try:
+        endpoint = Endpoint(server.url)
+        known = {name: there(provenance.read(run / "adapter")) for name, run in runs.items()}
+        assert len(re.findall(r"(?:one|two) +\d\.\d+ .* live", server.said)) == 2
+        for proof in live.prove(endpoint, "base", dict(known)):
+            assert proof.fault is None and there(proof.apart) < 1e-3 < 0.02 < there(proof.moved), proof
+        crossed = live.prove(endpoint, "base", {"one": known["two"]})[0]
+        assert there(crossed.apart) > 10 * there(proof.apart), "each has its own answers"
+        served = [endpoint.logprobs("one", probe.input_ids) for probe in known["one"].probes]
+        assert far(smollm2.merged("float32"), "float32", known["one"], served) < 1e-3
+
+        def write(_: int) -> str:
+            return endpoint.write("one", "The capital of France is", {}, 24).text
+
+        before = write(0)
+        with ThreadPoolExecutor(4) as pool:
+            written = pool.map(write, range(12))
+            assert serve.remove(server.url, ["two"]) == 0
+            assert set(written) == {before}
+        assert list(endpoint.models()) == ["base", "one"]
+        with pytest.raises(RecipeError):
+            endpoint.write("two", "The", {}, 2)
+    finally:
+        assert server.end() == []
+
+
+@pytest.mark.real
+def test_an_adapter_of_a_real_bfloat16_model_is_live_and_merged_it_answers_the_same(smollm2, tmp_path):
+    run = smollm2.run("bfloat16")
+    words = ["--base", str(smollm2.base("bfloat16")), f"one={run / 'adapter'}"]
+    server = Running(tmp_path, *words).up()
+    try:
+        assert "--dtype bfloat16" in server.said
+        endpoint, known = Endpoint(server.url), there(provenance.read(run / "adapter"))
+        proof = live.prove(endpoint, "base", {"one": known})[0]
+        assert proof.fault is None and there(proof.apart) < there(proof.limit) < there(proof.effect)
+        served = [endpoint.logprobs("one", probe.input_ids) for probe in known.probes]
+        assert far(smollm2.merged("bfloat16"), "bfloat16", known, served) < there(proof.limit)
+    finally:
+        assert server.end() == []
+
+
+def far(folder: Path, dtype: str, known: provenance.Provenance, served: list[list[float]]) -> float:
+    """How far the merged model in `folder`, asked by transformers, is from what a server answered."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    pairs = zip(known.probes, served, strict=True)
+    return max(live.apart(answers.logprobs(model, probe.input_ids), found) for probe, found in pairs)
 
 
 def ended(url: str, model: str) -> bool:
