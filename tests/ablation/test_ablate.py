@@ -562,7 +562,7 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     )
     checkpoints, until = (
         outputs / "ablations" / "killed" / "r2" / "s1" / "checkpoints",
-        time.monotonic() + 240,
+        time.monotonic() + 600,
     )
     while (
         not list(checkpoints.glob("checkpoint-*/SHA256SUMS"))

@@ -120,7 +120,7 @@ def test_a_4_bit_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(tra
         shutil.copytree(trained / "tiny_base", tmp_path / name / "tiny_base")
     process = Forked(("train", "tiny_facts", *words, "--outputs", str(tmp_path / "killed")), tmp_path)
     metrics = tmp_path / "killed" / "tiny_facts" / "metrics.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while time.monotonic() < end and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 70):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)

@@ -74,7 +74,7 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def up(self) -> "Running":
-        until = time.monotonic() + 400
+        until = time.monotonic() + 900  # a busy machine starts it in minutes
         while "Ctrl-C ends it" not in self.said:
             assert self.process.poll() is None and time.monotonic() < until, self.said
             time.sleep(0.3)
@@ -89,7 +89,7 @@ class Running:
         family = psutil.Process(self.process.pid).children(recursive=True)
         assert any("vllm" in " ".join(p.cmdline()) for p in family)
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(60)
+        self.process.wait(300)
         return [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 

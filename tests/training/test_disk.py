@@ -68,7 +68,7 @@ def beside(outputs: Path, then) -> threading.Thread:
     """Somebody else on the disk: `then(reserved)` as soon as the run has taken the space for its result."""
 
     def act():
-        reserved, end = outputs / "tiny_facts" / ".reserved", time.monotonic() + 120
+        reserved, end = outputs / "tiny_facts" / ".reserved", time.monotonic() + 600
         while not (reserved.is_file() and reserved.stat().st_size) and time.monotonic() < end:
             time.sleep(0.001)
         then(reserved)

@@ -115,7 +115,7 @@ def test_a_process_that_dies_ends_the_run_with_its_name_and_signal(pair, tmp_pat
     path, _, _ = pair
     words = [sys.executable, SCRIPT, str(path), "train.max_steps=2000", "--outputs", str(tmp_path), *TWO]
     launcher = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline, victim = time.monotonic() + 120, None
+    deadline, victim = time.monotonic() + 600, None
     try:
         while victim is None and time.monotonic() < deadline and launcher.poll() is None:
             time.sleep(0.2)

@@ -34,7 +34,7 @@ def at_work(outputs, tmp_path):
     # each checkpoint stays: a test names one
     process = Forked((*TRAIN, *words, "--outputs", str(outputs)), tmp_path)
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 600
         while not list((outputs / "tiny_facts" / "checkpoints").glob("checkpoint-*/SHA256SUMS")):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.05)

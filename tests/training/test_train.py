@@ -366,7 +366,7 @@ def killed(tmp_path_factory):
     words = ("train", "tiny_qwen35_style", *SLOW, "--outputs", str(outputs))
     process = Forked(words, tmp_path_factory.mktemp("said"))
     metrics = outputs / "tiny_qwen35_style" / "metrics.jsonl"
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while time.monotonic() < end and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 12):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
