@@ -36,7 +36,7 @@ class Forked:
     def kill(self) -> None:
         self.process.kill()
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 1800) -> int:
         """Waits for the end; returns the exit code."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -44,13 +44,13 @@ class Forked:
             raise TimeoutError(f"no end within {timeout:g} s; it said {self.stderr.read_text()}")
         return self.process.exitcode
 
-    def completed(self, timeout: float = 300) -> CompletedProcess:
+    def completed(self, timeout: float = 1800) -> CompletedProcess:
         """Waits for the end; returns what subprocess.run would."""
         code = self.wait(timeout)
         return CompletedProcess([], code, self.stdout.read_text(), self.stderr.read_text())
 
 
-def run(*words: str, timeout: float = 300, **environment: str) -> CompletedProcess:
+def run(*words: str, timeout: float = 1800, **environment: str) -> CompletedProcess:
     """As subprocess.run with its output captured."""
     with TemporaryDirectory() as folder:
         return Forked(words, Path(folder), environment).completed(timeout)

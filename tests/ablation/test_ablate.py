@@ -573,7 +573,7 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     # spawn starts a resource tracker too, which imports nothing
     child = max(psutil.Process(launched.pid).children(), key=lambda process: process.memory_info().rss)
     os.kill(child.pid, signal.SIGKILL)
-    out, err = launched.communicate(timeout=240)
+    out, err = launched.communicate(timeout=1800)
     assert launched.returncode == 1, err
     assert "[1/2] r2/s1: FAILED: its process was killed by SIGKILL" in out and "[2/2] r4/s1: 60 steps" in out
     assert "r2: s1 running: not at its end" in out

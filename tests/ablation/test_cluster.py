@@ -26,7 +26,7 @@ def bash(file, **variables):
     """Run a script as it is, with these variables."""
     command = ["bash", str(file)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | variables, check=False
+        command, capture_output=True, text=True, timeout=1800, env=os.environ | variables, check=False
     )
 
 

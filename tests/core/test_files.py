@@ -68,7 +68,7 @@ for name, write in WRITERS.items():
     except Exception as error:
         print(name, type(error).__name__, error.problems[0].found)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     said = done.stdout.splitlines()
     assert len(said) == len(WRITERS), done.stderr
     assert all(line.endswith("RecipeError a file would be larger than is allowed here") for line in said), (

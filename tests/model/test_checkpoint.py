@@ -263,7 +263,7 @@ def at_a_terminal(words):
             if not more:
                 break
             said += more
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=600)
     os.close(person)
     return code, said.decode()
 

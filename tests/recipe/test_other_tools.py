@@ -201,7 +201,7 @@ def accelerate_numbers_the_processes(trained, recipe):
     made = build.sft_config(recipe, RunFolder(trained / "none"))
     assert made.distributed_state.local_process_index == made.local_process_index == 0
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.words("ddp", 2), str(probe)]
-    done = subprocess.run(command, cwd=trained, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, cwd=trained, capture_output=True, text=True, check=True, timeout=1800)
     return sorted(re.findall(r"rank \d", done.stdout)) == ["rank 0", "rank 1"]
 
 

@@ -251,11 +251,11 @@ def test_base_and_adapter_answer_side_by_side(dense):
 
 
 def test_a_taken_port_is_said_at_once(dense, work):
-    done = script("--port", str(dense.port), "--outputs", str(work), timeout=60)
+    done = script("--port", str(dense.port), "--outputs", str(work), timeout=600)
     assert done.returncode == 2 and "cannot be listened on" in done.stderr and "Traceback" not in done.stderr
 
 
-def script(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess:
+def script(*arguments: str, timeout: float = 1800) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout
     )

@@ -125,7 +125,7 @@ def test_a_process_that_dies_ends_the_run_with_its_name_and_signal(pair, tmp_pat
                 )
         assert victim is not None, "the run did not begin"
         victim.send_signal(signal.SIGKILL)
-        _, said = launcher.communicate(timeout=60)
+        _, said = launcher.communicate(timeout=600)
     finally:
         launcher.kill()
     assert launcher.returncode == 2
@@ -152,7 +152,7 @@ def test_one_process_in_place_of_two_is_an_error(pair, tmp_path):
         str(path),
     ]
     done = subprocess.run(
-        [*words, "--outputs", str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+        [*words, "--outputs", str(tmp_path)], capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode != 0
     assert "--num_processes 2: asks for DDP, 2 processes; what runs is one process" in done.stderr

@@ -55,7 +55,7 @@ def lines(outputs: Path, name: str) -> list[dict]:
 
 def script(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300, **options
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=1800, **options
     )
 
 
@@ -490,7 +490,7 @@ def test_accelerate_launch_trains_the_same_adapter(trained, tmp_path):
     ]
     path = str(recipes.RECIPES / "tiny_facts.yaml")
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT, path, "--outputs", str(outputs)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = (
         load_file(o / "tiny_facts" / "adapter" / "adapter_model.safetensors") for o in (trained, outputs)
@@ -507,7 +507,7 @@ def test_two_processes_share_the_steps_and_one_of_them_writes(tmp_path):
         "--outputs",
         str(tmp_path),
     ]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("2 x 2 x 2 devices = 8 examples a step") == 1
     written = record(tmp_path, "tiny_qwen35_style")
@@ -604,7 +604,7 @@ print("OPENED", json.dumps(opened))
         cwd=core_files.ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     opened = json.loads(done.stdout.rpartition("OPENED ")[2])
