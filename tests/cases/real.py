@@ -15,7 +15,7 @@ from lora_recipes.recipe.base import Resolved, resolve
 NAME = "smollm2_style"
 KINDS = {
     "float32": [],
-    "bfloat16": ["model.dtype=bfloat16", "train.learning_rate=2.0e-3"],  # more than that dtype's noise
+    "bfloat16": ["model.dtype=bfloat16"],
     "nf4": ["model.quantize=nf4"],
     "narrow": ["lora.r=4"],
 }
@@ -27,7 +27,9 @@ SHORT = [
     "train.gradient_accumulation_steps=2",
     "train.max_length=80",
     "train.warmup_steps=0",
+    "train.learning_rate=2.0e-3",  # three steps of it are more than the noise of bfloat16
     "train.eval_strategy='no'",
+    "train.save_strategy=steps",
     "train.save_steps=1",
     "train.logging_steps=1",
 ]
