@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -78,7 +78,7 @@ def written(model: Any, folder: Path, began: dict[str, torch.Tensor] | None) -> 
             held[name] = torch.cat([tensor, -first[name]], dim=1)
     try:
         saved = load_file(folder / "adapter_model.safetensors")
-        config = _plain(type(model.peft_config["default"]).from_pretrained(folder).to_dict())
+        config = _plain(PeftConfig.from_pretrained(str(folder)).to_dict())
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         return [f"cannot be read back: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
     whole = {name for name in saved if ".base_layer." in name}  # of an adapted embedding

@@ -248,6 +248,9 @@ def test_fewer_bits_in_a_product_are_seen_whatever_set_them(trainer):
     was = products.matmul.fp32_precision
     try:
         products.matmul.fp32_precision = "bf16"
+        numbers = torch.full((256, 256), 1 + 2**-12)
+        if (numbers @ torch.eye(256) == numbers).all():
+            pytest.skip("this processor multiplies float32 in full, whatever is asked")
         assert "float32 is multiplied with fewer bits here" in found(made, recipe)
     finally:
         products.matmul.fp32_precision = was
