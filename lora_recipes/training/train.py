@@ -335,7 +335,9 @@ def _continue(session: Session, checkpoint: Path) -> Run:
 def _run(session: Session, checkpoint: Path | None, counted: watch.Counted) -> Run:
     """Train; the run with what came of it."""
     began, trainer, before = time.monotonic(), session.trainer, usage.now()
-    if checkpoint and checkpoints.is_last(checkpoint):
+    # asked now: with save_total_limit the checkpoint may be gone at the end
+    at_end = checkpoint is not None and checkpoints.is_last(checkpoint)
+    if at_end:
         trainer.add_callback(watch.Ended())
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -352,7 +354,7 @@ def _run(session: Session, checkpoint: Path | None, counted: watch.Counted) -> R
         ):
             raise RecipeError(problem) from error
         raise
-    _trained(session, checkpoint, counted)
+    _trained(session, checkpoint, counted, at_end)
     seconds = time.monotonic() - began
     metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
     if not counted.taken:
@@ -385,11 +387,10 @@ def _unloadable(error: Exception, checkpoint: Path | None, counted: watch.Counte
     return Problem(shown(checkpoint), found, do)
 
 
-def _trained(session: Session, checkpoint: Path | None, counted: watch.Counted) -> None:
+def _trained(session: Session, checkpoint: Path | None, counted: watch.Counted, last: bool) -> None:
     """RecipeError when the steps that were taken are not those that the trainer counts, or are none."""
     began, steps = int(checkpoint.name.split("-")[1]) if checkpoint else 0, session.plan.facts.steps
     ended, total = session.trainer.state.global_step, steps.total if steps else None
-    last = checkpoint is not None and checkpoints.is_last(checkpoint)
     if found := miscounted(began, counted.taken, ended, total, last):
         do = f"the result is not saved; {cli.command(FORCE=True)} begins anew"
         raise RecipeError(Problem(shown(checkpoint or session.folder.path), found, do))
