@@ -876,6 +876,13 @@ COMPILERS = {
     *("eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt"),
     *("onnxrt", "tensorrt", "aot_torchxla_trace_once", "torchxla_trace_once", "tvm", "hpu_backend", "neuron"),
 }
+
+
+def _unpaired(recipe: Recipe) -> list[str]:
+    """What of optim_args is no key=value, as transformers reads it (Trainer.get_optimizer_cls_and_kwargs)."""
+    return [pair for pair in (recipe.train.optim_args or "=").split(",") if pair.count("=") != 1]
+
+
 # Not read by every optimizer, with what they are where nothing is said.
 OPTIMIZER_KEYS = {
     "adam_beta1": 0.9,
@@ -1093,11 +1100,25 @@ _TRAIN = [
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
     ),
     Rule(
+        "train.optim_args",
+        "no text of pairs",
+        "{found!r} is no key=value",
+        "write optim_args: key=value, key=value",
+        lambda r, f: {"found": _unpaired(r)[0].strip()} if _unpaired(r) else None,
+    ),
+    Rule(
+        "train.dataset_num_proc",
+        "below 1",
+        "no process would prepare the rows; what is asked is not what would be done",
+        "remove it: the rows are prepared before the trainer has them",
+        lambda r, f: r.train.dataset_num_proc is not None and r.train.dataset_num_proc < 1,
+    ),
+    Rule(
         "train.optim",
         "a package or a key that is missing",
         "{said}",
         "install it, or write another optimizer: adamw_torch is always there",
-        lambda r, f: {"said": f.optimizer} if f.optimizer else None,
+        lambda r, f: {"said": f.optimizer} if f.optimizer and not _unpaired(r) else None,
     ),
     Rule(
         "train.report_to",
