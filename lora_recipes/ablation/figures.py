@@ -62,7 +62,7 @@ def _means(path: Path, arms: list[Any], kind: str) -> None:
     for y, mean in enumerate(means):
         axis.errorbar(mean.value, y, xerr=mean.half, fmt="o", color="C0", capsize=3)
     axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    axis.invert_yaxis()
+    axis.set_ylim(len(arms) - 0.5, -0.5)
     axis.grid(axis="x", color="0.9")
     axis.set(xlabel=f"{LABEL[kind]}, mean and 95 % interval")
     _save(figure, path)
@@ -76,7 +76,7 @@ def _differences(path: Path, differences: dict[str, Mean], reference: str, label
         axis.errorbar(found.value, y, xerr=found.half, fmt="o", color=colour, capsize=3)
     axis.axvline(0, color="0.3", linewidth=1)
     axis.set_yticks(range(len(differences)), list(differences))
-    axis.invert_yaxis()
+    axis.set_ylim(len(differences) - 0.5, -0.5)
     axis.grid(axis="x", color="0.9")
     axis.set(xlabel=f"{label} minus that of {reference}, seed by seed; grey: no difference shown")
     _save(figure, path)
