@@ -249,6 +249,9 @@ def ablate(given: Namespace) -> int:
     """Check every arm, then run, report, or write the files for a cluster."""
     from lora_recipes.ablation import spec
 
+    if given.seeds and not given.over:
+        do = f"its own are in its file; some of its runs: {cli.command(ONLY='arm/s1')}"
+        raise RecipeError(Problem("SEEDS", "an ablation has its own seeds, and would not use these", do))
     checked = spec.quick(given.name, given.over, given.seeds) if given.over else spec.load(given.name)
     if given.report:
         from lora_recipes.ablation import report

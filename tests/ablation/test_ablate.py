@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_recipes.__main__ import main
 from lora_recipes.ablation import ablate as ablating
 from lora_recipes.ablation import arms, report, spec, workers
 from lora_recipes.ablation.ablate import ablate, state
@@ -589,6 +590,12 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     assert json.loads((outputs / run.recipe.name / "run.json").read_text())["resumed"]
     train(resolve(run.recipe, alone))
     assert equal(alone / run.recipe.name, outputs / run.recipe.name)
+
+
+@pytest.mark.parametrize("seeds", [["1"], ["1", "2"]])
+def test_seeds_beside_an_ablation_s_own_are_refused(seeds, capsys):
+    assert main(["ablate", "tiny_rank", "--dry-run", "--seeds", *seeds]) == 2
+    assert "SEEDS: an ablation has its own seeds" in capsys.readouterr().err
 
 
 def trains_nothing():
