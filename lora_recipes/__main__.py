@@ -149,18 +149,15 @@ def plan(given: Namespace) -> None:
     with cli.importing():
         from lora_recipes.memory import choices, fits
         from lora_recipes.planning import plan
+        from lora_recipes.training import launch
 
     chosen = layout.of(given.devices or 1)
     if given.accelerate:
-        from lora_recipes.training import launch
-
         words = [*launch.words(given.accelerate, given.devices), "--module", "lora_recipes"]
         chosen = launch.wanted(words)
         launch.contradicts(resolved.recipe, words, environment=False)
     made = plan.make(resolved, chosen)
     if chosen == layout.SINGLE:
-        from lora_recipes.training import launch
-
         made.warnings += launch.would_refuse(resolved.recipe)
     if given.compare:
         print("\n".join(fits.comparison(choices.compare(resolved, made.gate))))

@@ -20,9 +20,9 @@ FORK = multiprocessing.get_context("fork")
 class Forked:
     """main(words), begun; its standard output and standard error go to files of these names in `folder`."""
 
-    def __init__(self, words: tuple[str, ...], folder: Path, environment: dict[str, str] | None = None):
+    def __init__(self, words: tuple[str, ...], folder: Path):
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
-        self.process = FORK.Process(target=_main, args=(words, self.stdout, self.stderr, environment or {}))
+        self.process = FORK.Process(target=_main, args=(words, self.stdout, self.stderr))
         self.process.start()
         self.pid = self.process.pid
 
@@ -50,14 +50,13 @@ class Forked:
         return CompletedProcess([], code, self.stdout.read_text(), self.stderr.read_text())
 
 
-def run(*words: str, timeout: float = 1800, **environment: str) -> CompletedProcess:
+def run(*words: str, timeout: float = 1800) -> CompletedProcess:
     """As subprocess.run with its output captured."""
     with TemporaryDirectory() as folder:
-        return Forked(words, Path(folder), environment).completed(timeout)
+        return Forked(words, Path(folder)).completed(timeout)
 
 
-def _main(words: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+def _main(words: tuple[str, ...], stdout: Path, stderr: Path) -> None:
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)

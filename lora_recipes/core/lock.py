@@ -12,6 +12,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError
@@ -55,7 +58,8 @@ def unserved(folder: Path) -> None:
     """RecipeError when a server reads a result that is to be replaced: `folder` itself, or what lies in the
     run `folder`.
 
-    vLLM reads an adapter anew when it has put it aside for others, so its answers would change in silence.
+    vLLM reads an adapter anew when it has put it aside for others, so its answers would change in silence
+    (vllm/lora/worker_manager.py, add_adapter).
     """
     folder = folder.resolve()
     within = [folder.with_name(f".{folder.name}.{result}.served.lock") for result in RESULTS]
@@ -74,7 +78,7 @@ def _served(result: Path) -> Path:
 def _taken(path: Path, folder: Path, doing: str, how: int) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mine = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        mine = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES):
             raise
@@ -85,11 +89,12 @@ def _taken(path: Path, folder: Path, doing: str, how: int) -> Iterator[None]:
     try:
         _lock(mine, path, folder, how)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
-            os.ftruncate(mine, 0)
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "doing": doing}
-            os.pwrite(mine, json.dumps(holder).encode(), 0)
+            if how & fcntl.LOCK_EX:
+                os.ftruncate(mine, 0)
+            os.write(mine, json.dumps(holder).encode() + b"\n")
         yield
-        if how & fcntl.LOCK_EX:  # what others share keeps the last one's name, which may still be right
+        if how & fcntl.LOCK_EX:  # lines of those that shared it stay until somebody has it alone
             with contextlib.suppress(OSError):
                 os.ftruncate(mine, 0)
     finally:
@@ -143,8 +148,9 @@ def _by(path: Path) -> tuple[str, str]:
     """Who holds the lock, and what to do."""
     end = time.monotonic() + 1
     while time.monotonic() < end:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            holder = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+            holders = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            holder = next(h for h in reversed(holders) if _lives(h))
             doing = f"which {holder['doing']} since {holder['since']}"
             here = holder["host"] == socket.gethostname()
             stop = f"stop it (kill {holder['pid']})" if here else f"stop it on {holder['host']}"
@@ -154,6 +160,11 @@ def _by(path: Path) -> tuple[str, str]:
             )
         time.sleep(0.05)  # it has not written its name yet
     return "is in use by another process", f"wait for it; another {cli.command(OUTPUTS='dir')} is free"
+
+
+def _lives(holder: dict[str, Any]) -> bool:
+    """Of those that share a lock one may have ended; on another host that cannot be seen."""
+    return bool(holder["host"] != socket.gethostname() or psutil.pid_exists(holder["pid"]))
 
 
 def _forget() -> None:

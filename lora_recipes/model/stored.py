@@ -44,9 +44,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Factor:
-    """l W of one parameter, by IA3: the name of l in the adapter's file, [out, 1] or (of inputs) [1, in]."""
+    """l W of one parameter, by IA3. `vector`: the name of l in the adapter's file, [out, 1] or (of inputs)
+    [1, in].
+    """
 
-    l: str  # noqa: E741
+    vector: str
     transposed: bool
 
 
@@ -176,7 +178,7 @@ def _updated(
     if isinstance(update, Whole):
         wanted, rounded = pairs.get_tensor(update.tensor).double(), 0.0
     else:
-        factor = pairs.get_tensor(update.l).double()
+        factor = pairs.get_tensor(update.vector).double()
         factor = factor.flatten() if before.ndim == 1 else factor.T if update.transposed else factor
         wanted, rounded = before.double() * factor, torch.finfo(torch.float32).eps
     step, apart = torch.finfo(stored.dtype), (stored.double() - wanted).abs()

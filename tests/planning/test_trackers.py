@@ -1,11 +1,11 @@
 """train.report_to: what is missing or unknown is told before training, and where TensorBoard's files go."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from lora_recipes.planning import trackers
@@ -99,10 +99,7 @@ def test_a_package_that_is_here_is_found_and_not_imported(tmp_path):
     assert done.stdout.endswith("['', '']\n"), done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="TensorBoard is not installed")
 def test_a_resumed_run_tells_tensorboard_each_step_once(case, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     path = case("save_only_model", train__save_only_model=False, train__report_to="tensorboard")
     resolved = resolve(recipes.load(str(path)), tmp_path / "outputs")
     train(resolved)
