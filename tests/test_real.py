@@ -126,7 +126,7 @@ def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(smollm2, 
     command = [sys.executable, SCRIPT, NAME, *smollm2.words("float32"), "--outputs", str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run = tmp_path / "killed" / NAME
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while not (run / "checkpoints" / "checkpoint-1" / "SHA256SUMS").is_file():
         assert process.poll() is None and time.monotonic() < until, "no checkpoint was seen"
         time.sleep(0.01)
