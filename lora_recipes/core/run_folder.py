@@ -1,5 +1,6 @@
 """The run folder `outputs/<name>/` and its files. Imports no torch."""
 
+import contextlib
 import errno
 import json
 import os
@@ -157,6 +158,13 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def unbegun(self) -> None:
+        """Take away what is left of a run that was refused before it began: nothing that holds anything."""
+        self.release()
+        for path in (self.checkpoints, self.path):
+            with contextlib.suppress(OSError):  # not there, or not empty
+                path.rmdir()
 
     def write_record(self, new: Record) -> None:
         """Write run.json in one move."""

@@ -2,6 +2,8 @@
 that of `full:`.
 """
 
+from typing import Any
+
 from torch.nn import ModuleList
 from transformers import PreTrainedModel
 
@@ -11,9 +13,11 @@ from lora_recipes.recipe.sections import Freeze
 
 
 def _blocks(model: PreTrainedModel) -> ModuleList:
-    found = model.base_model.layers
-    assert isinstance(found, ModuleList)
-    return found
+    """The blocks of the text model, whatever they are called (GPT-2: `transformer.h`): its list of as many as
+    its config has layers."""
+    depth, decoder = model.config.get_text_config().num_hidden_layers, getattr(model, "get_decoder", None)
+    text: Any = (decoder() if decoder else None) or model
+    return next(m for m in text.modules() if isinstance(m, ModuleList) and len(m) == depth)
 
 
 def parts(model: PreTrainedModel, section: Freeze) -> list[str]:

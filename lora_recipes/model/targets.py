@@ -382,7 +382,7 @@ def _refused(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Pr
         elif isinstance(module, nn.Embedding) and model.config.get_text_config().tie_word_embeddings:
             do = (
                 "merging would also change lm_head, which is the same tensor. Remove it, or train it whole:"
-                " modules_to_save: [embed_tokens]"
+                f" modules_to_save: [{leaf}]"
             )
             yield Problem(at, f"LoRA on {leaf!r} of a model with tied embeddings", do)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

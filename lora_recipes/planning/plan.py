@@ -27,7 +27,7 @@ from lora_recipes.data import gate, new_tokens
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices, memory
 from lora_recipes.memory.fits import Memory, gib
-from lora_recipes.model import build, checkpoint, embeddings, freeze, probes, rates, reach, targets
+from lora_recipes.model import build, checkpoint, embeddings, freeze, probes, rates, reach, targets, twin
 from lora_recipes.planning import adapter_facts, machine, space, trackers
 from lora_recipes.planning import processes as layouts
 from lora_recipes.planning.processes import Sizes
@@ -113,6 +113,7 @@ def make(
     of_base = checkpoint.check(resolved.base, model)
     known = _facts(resolved, model, arguments, layout)
     raise_if(rules.problems(recipe, known) + _named(model, config, recipe))
+    raise_if(twin.problems(model, config, recipe, resolved.base))
     plan = Plan(rows(resolved, network), layout)
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))

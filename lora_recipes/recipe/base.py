@@ -93,7 +93,14 @@ class Base:
         if self.contract is None:
             if self.maker and not Path(self.weights).is_dir():
                 return self.maker.base.text_config()
-            return self.real_config().get_text_config()
+            real = self.real_config()
+            if real.is_encoder_decoder:
+                found = (
+                    f"{self.name} is an encoder-decoder ({type(real).__name__}): its decoder reads an encoder"
+                )
+                do = "name a checkpoint that continues text by itself (its class ends in ForCausalLM)"
+                raise RecipeError(Problem(self.at, found, do))
+            return real.get_text_config()
         try:
             return AutoConfig.for_model(**self.contract.config).get_text_config()
         except (ValueError, TypeError, StrictDataclassError) as error:

@@ -1,6 +1,7 @@
 """May a run begin here, or go on? And what may not change in between. Imports no torch."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import yaml
 
@@ -55,7 +56,7 @@ def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
                 f"{cli.command(RESUME=True)} continues it, {cli.command(FORCE=True)} begins anew",
             )
         )
-    found = [name for name in FILES if (folder.path / name).exists()]
+    found = [name for name in FILES if _holds(folder.path / name)]
     if found and not folder.record:
         raise RecipeError(
             Problem(
@@ -64,6 +65,11 @@ def may_start(folder: RunFolder, resume: bool, force: bool) -> None:
                 f"move them away, or {cli.command(FORCE=True)} replaces them",
             )
         )
+
+
+def _holds(path: Path) -> bool:
+    """Is there anything? The folder that a trainer makes before it begins, or is killed, is nothing."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def left(folder: RunFolder, ranks: int = 1) -> str:

@@ -72,8 +72,20 @@ def train(
     with (
         files.writing(resolved.folder.path, "before the first step", lambda: left(resolved.folder, ranks)),
         _alone(resolved.folder),
+        _unbegun(resolved.folder),
     ):
         return _train(resolved, resume, force, shared, asked, oversized)
+
+
+@contextlib.contextmanager
+def _unbegun(folder: RunFolder) -> Iterator[None]:
+    """A run that is refused before it begins leaves nothing behind, so that the next one may begin."""
+    try:
+        yield
+    except BaseException:
+        if PartialState().is_main_process and not (folder.path / "run.json").exists():
+            folder.unbegun()
+        raise
 
 
 def _train(

@@ -132,9 +132,20 @@ def test_somebody_elses_files_survive_a_new_run_and_a_finished_run_is_kept_aside
 
 
 def test_files_of_a_run_without_its_record_are_not_overwritten(tmp_path):
-    (tmp_path / "adapter").mkdir()
+    files.write(tmp_path / "adapter" / "adapter_config.json", "{}")
     with pytest.raises(RecipeError, match=r"holds adapter, but no run\.json"):
         resume.may_start(run_folder.RunFolder(tmp_path), resume=False, force=False)
+
+
+def test_a_run_that_was_refused_or_killed_before_it_began_does_not_stop_the_next(tmp_path):
+    folder = run_folder.RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    resume.may_start(folder, resume=False, force=False)
+    folder.unbegun()
+    assert not folder.path.exists()
+    files.write(folder.path / "notes.txt", "mine")
+    folder.unbegun()
+    assert (folder.path / "notes.txt").is_file()
 
 
 @pytest.mark.parametrize("content", ["[]", "7", '{"status": "fini'])

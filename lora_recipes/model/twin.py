@@ -1,0 +1,345 @@
+"""What the class of a base does, asked of a small twin of it: its own class and kinds of layers, narrow, with
+random weights, run on this machine before anything is loaded.
+
+A config says little of it: whether attention looks ahead, whether TRL's loss is that of the model's own
+logits, whether packed rows are kept apart, whether a prefix can be put before the layers, and which modules
+are called. Where the class cannot be made small, nothing is said here; loss and direction are asked again of
+the base itself before the first step.
+"""
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedConfig, PreTrainedModel
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
+
+from lora_recipes.core.errors import Problem, listed
+from lora_recipes.model import targets
+from lora_recipes.recipe.base import Base
+from lora_recipes.recipe.recipe import Recipe
+
+NARROWER = (16, 64, 4, 1)  # how many times; 1: as wide as it is
+NARROWEST = 64  # hidden size
+LARGEST = 30_000_000  # parameters of a twin: 0.1 s each (measured)
+_VOCABULARY = 96
+_TOKENS = 24  # of a text for it
+_DEEPEST = 8  # layers
+_SPREAD = 20.0  # of its logits: a cap of 50 then moves the loss by percents, rounding in float32 by 1e-6
+_APART = 1e-4  # shares of the spread, and of a loss, that float32's rounding does not reach: 1e-6 (measured)
+# Fields of a config that are counts and ids, not widths.
+_COUNTS = re.compile(
+    r"layer|expert|group|token|_ids?$|position|window|chunk|num_|^n_(?!embd|inner)|heads|conv|top|length"
+    r"|pattern|interval|period|offset|every|max_|min_"
+)
+# What a class may raise that was made narrower than its code expects, or is called as it cannot be.
+_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+    AssertionError,
+    ImportError,
+    ArithmeticError,
+)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a twin does: `ahead`: how far a later token moves the logits of earlier ones, a share of their
+    spread; `own`: cross entropy of its logits, nats a token; `fused`: TRL's loss, or what TRL raises;
+    `auxiliary`: what TRL raises when it adds the load-balancing loss of experts.
+    """
+
+    ahead: float
+    own: float
+    fused: float | str
+    auxiliary: str = ""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Does a later token change what is answered for earlier ones?"""
+        return self.ahead > _APART
+
+    @property
+    def agrees(self) -> bool:
+        """Is TRL's loss that of the model's own logits?"""
+        return not isinstance(self.fused, str) and abs(self.fused - self.own) <= _APART * max(1.0, self.own)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The class and the config of a model: what an answer is kept by."""
+
+    kind: Any
+    words: str
+    config: PreTrainedConfig = field(compare=False)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Asked":
+        """Those of `model`."""
+        words = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+        return cls(type(model), json.dumps(words, sort_keys=True, default=str), copy.deepcopy(model.config))
+
+
+def make(asked: Asked) -> PreTrainedModel | None:
+    """A twin of what is asked of, in eval mode and float32; None where its class cannot be made small, or
+    does not run here by itself.
+    """
+    width = getattr(asked.config.get_text_config(), "hidden_size", 0)
+    for times in NARROWER:
+        if times > 1 and width // times < NARROWEST:
+            continue
+        try:
+            narrow = _narrow(asked.config, times)
+            with torch.device("meta"):
+                size = asked.kind._from_config(narrow, dtype=torch.float32).num_parameters()
+            if size > LARGEST:
+                continue
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return _filled(asked.kind._from_config(narrow, dtype=torch.float32).eval())
+        except _ERRORS:
+            continue
+    return None
+
+
+def _narrow(config: PreTrainedConfig, times: int) -> PreTrainedConfig:
+    """`config` with widths divided by `times` where they can be, and as many layers as show each kind."""
+    config = copy.deepcopy(config)
+    for part in (config, *(p for p in vars(config).values() if isinstance(p, PreTrainedConfig))):
+        _shallow(part)
+        for name, value in list(vars(part).items()):
+            if name.endswith(("token_id", "token_ids")):
+                setattr(part, name, 0 if name == "pad_token_id" else None)
+            elif type(value) is int and value >= 32 and not _COUNTS.search(name) and value % times == 0:
+                setattr(part, name, value // times)
+        if hasattr(part, "vocab_size"):
+            part.vocab_size = _VOCABULARY
+    return config
+
+
+def _shallow(config: PreTrainedConfig) -> None:
+    depth = getattr(config, "num_hidden_layers", None)
+    if type(depth) is not int:
+        return
+    lists = {name: v for name, v in vars(config).items() if isinstance(v, list) and len(v) == depth}
+    kinds: list[Any] = [*lists.values(), getattr(config, "layers_block_type", [])]
+    shows = max(
+        (list(map(str, kind)).index(value) for kind in kinds for value in set(map(str, kind))), default=0
+    )
+    fewer = min(depth, max(2, shows + 1), _DEEPEST)
+    config.num_hidden_layers = fewer
+    for name, value in lists.items():
+        setattr(config, name, value[:fewer])
+
+
+@torch.no_grad()
+def _filled(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with random numbers where it begins with equal ones (a bias of zeros, which TRL could leave out
+    unseen), and with logits as far apart as those of a trained model."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(3.0)  # else attention hardly tells one text from another
+        if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    head = model.get_output_embeddings()
+    if head is not None and (spread := _logits(model, _text()).std().item()) > 0:
+        head.weight.mul_(_SPREAD / spread)
+    return model
+
+
+def _text(first: int = 3) -> torch.Tensor:
+    return torch.arange(first, first + _TOKENS)[None]
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return found
+
+
+def judge(model: PreTrainedModel) -> Judged | None:
+    """What the class of `model` does with its head and its attention; None where no twin of it runs here. A
+    process asks once of each config.
+    """
+    return _judge(Asked.of(model))
+
+
+@functools.lru_cache(maxsize=64)
+def _judge(asked: Asked) -> Judged | None:
+    model, ids = make(asked), _text()
+    if model is None:
+        return None
+    try:
+        logits, changed = _logits(model, ids), ids.clone()
+        changed[0, -1] = 1
+        moved = (_logits(model, changed) - logits)[:, :-1].abs().max().item()
+    except _ERRORS:
+        return None
+    own = cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+    add_fused_lm_head(model)
+    fused, routed = _fused(model, ids), hasattr(model.config.get_text_config(), "output_router_logits")
+    auxiliary = _fused(model, ids, output_router_logits=True) if routed else 0.0
+    return Judged(
+        moved / max(logits.std().item(), 1e-9), own, fused, auxiliary if isinstance(auxiliary, str) else ""
+    )
+
+
+def packed(model: PreTrainedModel, flash: bool = False) -> str:
+    """What is wrong with two rows in one, as TRL packs them, in the class of `model`; empty where each is
+    answered as it is alone, or where no twin of it runs here. `flash`: will it train with flash attention,
+    which knows where a row ends by other means than the twin's attention?
+    """
+    return _packed(Asked.of(model), flash and model._supports_flash_attn)
+
+
+@functools.lru_cache(maxsize=64)
+def _packed(asked: Asked, flash: bool) -> str:
+    model = make(asked)
+    if model is None:
+        return ""
+    rows = [_text(3)[0].tolist(), _text(40)[0].tolist()]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
+        [{"input_ids": row} for row in rows]
+    )
+    del batch["labels"]
+    try:
+        alone = _logits(model, torch.tensor(rows[1:]))
+        with torch.no_grad():
+            found = model(**batch, use_cache=False).logits.float()[:, -_TOKENS:]
+    except _ERRORS as error:
+        return said(error)
+    apart = ((found - alone).abs().max() / alone.std()).item()
+    if flash or not apart > _APART:
+        return ""
+    return f"a row changes what is answered in the one behind it, by {apart:.2g} of the spread"
+
+
+def prefixed(model: PreTrainedModel) -> str:
+    """What is wrong with a prefix of PEFT's (PREFIX_TUNING) before the layers of the class of `model`; empty
+    where it is learned, or where no twin of it runs here.
+    """
+    twin = make(Asked.of(model))
+    if twin is None:
+        return ""
+    try:
+        prefix = get_peft_model(twin, PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+        mask = torch.ones_like(_text())
+        logits = prefix(input_ids=_text(), attention_mask=mask, use_cache=False).logits
+        if logits.requires_grad:
+            logits.square().mean().backward()
+    except _ERRORS as error:
+        return said(error)
+    learned = any(p.grad is not None and bool(p.grad.any()) for p in prefix.parameters())
+    return "" if learned else "its layers do not read it"
+
+
+def idle(model: PreTrainedModel, adapted: Iterable[str]) -> list[str]:
+    """The kinds of modules among those that are `adapted` (names in `model`) that no gradient reaches: the
+    class uses their weight and never calls them. Empty where no twin of it runs here.
+    """
+    return list(_idle(Asked.of(model), tuple(adapted)))
+
+
+@functools.lru_cache(maxsize=64)
+def _idle(asked: Asked, adapted: tuple[str, ...]) -> tuple[str, ...]:
+    model = make(asked)
+    here = set(adapted) & {name for name, _ in model.named_modules()} if model is not None else set()
+    if model is None or not here:
+        return ()
+    try:
+        attached = get_peft_model(model, LoraConfig(r=2, target_modules=sorted(here), task_type="CAUSAL_LM"))
+        logits = attached(input_ids=_text(), use_cache=False).logits
+        cross_entropy(logits[0, :-1].float(), _text()[0, 1:]).backward()
+    except _ERRORS:
+        return ()
+    reached: dict[str, bool] = {}
+    for name, parameter in attached.named_parameters():
+        if ".lora_B." in name or ".lora_embedding_B." in name:
+            one = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model.").partition(".lora_")[0])
+            moves = parameter.grad is not None and bool(parameter.grad.any())
+            reached[one] = reached.get(one, False) or moves
+    return tuple(sorted(name for name, moves in reached.items() if not moves))
+
+
+def _fused(model: Any, ids: torch.Tensor, **more: Any) -> float | str:
+    """TRL's loss of `model`, which has TRL's head; or the error that it ends in."""
+    try:
+        with torch.no_grad():
+            found: float = model(input_ids=ids, labels=ids, fused_lm_head=True, **more).loss.item()
+    except _ERRORS as error:
+        return said(error)
+    return found
+
+
+def said(error: Exception) -> str:
+    """The first line of an error of somebody else's code."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def problems(model: PreTrainedModel, config: PeftConfig | None, recipe: Recipe, base: Base) -> list[Problem]:
+    """What the class of `model`, that of `base`, cannot do of what `recipe` asks for. `config`: of its
+    adapter, whose targets are all there.
+    """
+    return [*_of_class(model, recipe, base), *_of_adapter(model, config, recipe)]
+
+
+def _of_class(model: PreTrainedModel, recipe: Recipe, base: Base) -> Iterator[Problem]:
+    name, found = type(model).__name__, judge(model)
+    if found and found.looks_ahead:
+        said = (
+            f"{name} as its config.json sets it up is an encoder: a later token changes what it answers for"
+        )
+        do = "name a decoder, a checkpoint that continues text: here the loss on a token sees the token"
+        yield Problem(base.at, f"{said} earlier ones", do)
+    elif found and not found.agrees:
+        said = f"fails on it: {found.fused}"
+        if not isinstance(found.fused, str):
+            said = f"is not that of its own logits: {found.fused:.3f} against {found.own:.3f} nats a token"
+            said += " (a small twin of it, random weights)"
+        do = "TRL takes lm_head alone, and its class does more to the logits: it would be trained for other"
+        yield Problem(base.at, f"TRL's loss of {name} {said}", f"{do} answers; name another base")
+    elif found and found.auxiliary and _coefficient(model, recipe):
+        do = "set train.router_aux_loss_coef: 0 (the router is frozen unless lora: names it)"
+        said = f"TRL's load-balancing loss of {name} fails: {found.auxiliary}"
+        yield Problem(recipe.at("train", "router_aux_loss_coef"), said, do)
+    for key in ("packing", "padding_free"):
+        apart = key == "padding_free" or recipe.train.packing_strategy != "wrapped"
+        if getattr(recipe.train, key) and apart:
+            flash = "flash" in (recipe.model.attn_implementation or "")
+            if wrong := packed(model, flash):
+                do = f"set train.{key}: false; packing_strategy: wrapped runs, but lets rows see each other"
+                yield Problem(recipe.at("train", key), f"{name} does not keep packed rows apart: {wrong}", do)
+            return
+
+
+def _coefficient(model: PreTrainedModel, recipe: Recipe) -> float:
+    """Of the load-balancing loss, as SFTTrainer takes it."""
+    given = recipe.train.given.get("router_aux_loss_coef")
+    return float(
+        getattr(model.config.get_text_config(), "router_aux_loss_coef", 0) if given is None else given
+    )
+
+
+def _of_adapter(model: PreTrainedModel, config: PeftConfig | None, recipe: Recipe) -> Iterator[Problem]:
+    name = type(model).__name__
+    if recipe.peft and recipe.peft.peft_type == "PREFIX_TUNING" and (wrong := prefixed(model)):
+        said, do = f"PEFT cannot put a prefix before the layers of {name}: {wrong}", "PROMPT_TUNING, or lora:"
+        yield Problem(recipe.at("peft", "peft_type"), said, do)
+    if isinstance(config, LoraConfig) and (unused := idle(model, targets.matched(model, config))):
+        said = f"{name} never calls {listed(unused)}: an adapter there would learn nothing"
+        names = listed(dict.fromkeys(".".join(each.split(".")[-2:]) for each in unused))
+        do = f"leave them out: exclude_modules: [{names}]"
+        yield Problem(recipe.at("lora", "target_modules"), said, do)

@@ -1,0 +1,116 @@
+"""What the class of a base does, as a small twin of it shows; no checkpoint, transformers' own classes."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lora_recipes.model import freeze, twin
+from lora_recipes.recipe.sections import Freeze
+from tests.cases.families import FAMILIES
+from tests.typed import there
+
+SMALL: dict[str, dict[str, object]] = {
+    "Mpt": {"logit_scale": 0.5},
+    "xLSTM": {"hidden_size": 64, "num_heads": 2, "num_hidden_layers": 1},
+    "Roberta": {"num_hidden_layers": 2},
+    "XLNet": {"n_layer": 2},
+}
+
+
+def model(name, **fields):
+    """The text model of a family, or of transformers' own config of that name, on the meta device."""
+    kind, given = FAMILIES[name] if name in FAMILIES else ("", SMALL[name])
+    made = getattr(transformers, kind).config_class if kind else getattr(transformers, f"{name}Config")
+    config = made(**{**given, **fields}).get_text_config()
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def judged(made):
+    """What its twin does."""
+    return there(twin.judge(made))
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "xLSTM", "Mpt"])
+def test_a_loss_that_leaves_out_what_the_class_does_to_its_logits_is_seen(name):
+    found = judged(model(name))
+    assert not found.agrees and not found.looks_ahead
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere2", "falcon_h1", "gpt2", "qwen3_moe"])
+def test_a_loss_that_is_the_models_own_passes(name):
+    found = judged(model(name))
+    assert found.agrees and not found.looks_ahead and found.fused == pytest.approx(found.own, rel=1e-6)
+
+
+class Louder(LlamaForCausalLM):
+    """Does one per cent more to its logits than its head."""
+
+    def forward(self, *args, **kwargs):
+        """As Llama's, but for that."""
+        found = super().forward(*args, **kwargs)
+        found.logits = 1.01 * found.logits
+        return found
+
+
+@pytest.mark.parametrize(("kind", "agrees"), [(LlamaForCausalLM, True), (Louder, False)])
+def test_one_per_cent_is_seen_at_the_width_of_an_8b(kind, agrees):
+    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256)
+    with torch.device("meta"):
+        made = kind(config)
+    assert judged(made).agrees is agrees
+    assert there(twin.make(twin.Asked.of(made))).num_parameters() < 3_000_000
+
+
+@pytest.mark.parametrize("name", ["bert", "Roberta", "XLNet"])
+def test_attention_that_looks_ahead_is_an_encoders(name):
+    assert judged(model(name)).looks_ahead
+
+
+def test_llama_told_to_look_both_ways_is_seen_and_a_decoder_of_berts_kind_passes():
+    assert judged(model("llama", is_causal=False)).looks_ahead
+    assert not judged(model("bert", is_decoder=True)).looks_ahead
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama", ""),
+        ("gpt2", ""),
+        ("falcon_h1", "causal_conv1d"),
+        ("lfm2", "causal_conv1d"),
+        ("mamba2", "a row changes"),
+        ("opt", "a row changes"),
+    ],
+)
+def test_packed_rows_are_kept_apart_or_the_plan_says_so(name, said):
+    found = twin.packed(model(name))
+    assert (said in found) if said else not found
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama", ""),
+        ("gpt2", ""),
+        ("falcon", "Sizes of tensors"),
+        ("mamba2", "do not read it"),
+        ("lfm2", "conv"),
+    ],
+)
+def test_a_prefix_is_learned_or_the_plan_says_so(name, said):
+    found = twin.prefixed(model(name))
+    assert (said in found) if said else not found
+
+
+def test_a_module_that_is_never_called_is_named():
+    jamba = model("jamba")
+    linear = [n for n, m in jamba.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert twin.idle(jamba, linear) == ["model.layers.*.mamba.dt_proj"]
+    assert twin.idle(model("qwen3_moe"), ["model.layers.0.self_attn.q_proj"]) == []
+
+
+@pytest.mark.parametrize(("name", "last"), [("gpt2", "transformer.h.1"), ("opt", "model.decoder.layers.1")])
+def test_the_last_blocks_are_found_whatever_they_are_called(name, last):
+    assert freeze.parts(model(name), Freeze(last_blocks=1, given={})) == [last]
