@@ -2,7 +2,7 @@
 no torch.
 """
 
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 
 from lora_recipes.core import cli, provenance, weights
@@ -11,8 +11,10 @@ from lora_recipes.core.errors import Problem, listed
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
 
+_EMBEDDING = "embed_tokens.weight"
 
-def renamed(module: str, base: Container[str]) -> str | None:
+
+def renamed(module: str, base: Collection[str]) -> str | None:
     """`module` as the base's own checkpoint names it: vLLM builds that class. None when the base has no such
     module.
     """
@@ -20,15 +22,26 @@ def renamed(module: str, base: Container[str]) -> str | None:
     return name.removesuffix(".weight") if name else None
 
 
-def own_name(tensor: str, base: Container[str]) -> str | None:
+def own_name(tensor: str, base: Collection[str]) -> str | None:
     """The name among those of `base` of what the text model calls `tensor`; None when it is not there.
 
     transformers trains the text model of a two-part checkpoint as `model.layers...`; there it is
-    `model.language_model.layers...`.
+    `model.language_model.layers...`, or something else before the same ending: then it is what stands before
+    the embedding too, which a vision tower has under another name.
     """
     inner = tensor.removeprefix("model.").removeprefix("language_model.")
-    names = (tensor, f"model.language_model.{inner}", f"model.{inner}", f"language_model.model.{inner}")
-    return next((name for name in names if name in base), None)
+    names = (
+        tensor,
+        f"model.language_model.{inner}",
+        f"model.{inner}",
+        f"language_model.model.{inner}",
+        f"language_model.{inner}",
+    )
+    if found := next((name for name in names if name in base), None):
+        return found
+    ending = ".".join(tensor.split(".")[1:])
+    prefixes = [n.removesuffix(_EMBEDDING) for n in base if n.endswith(_EMBEDDING)] if ending else []
+    return next((p + ending for p in prefixes if p + ending in base), None)
 
 
 def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list[Problem]:

@@ -14,7 +14,6 @@ from peft.tuners.lora import dora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,15 +26,17 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from lora_recipes.memory import kernels
+from lora_recipes.model import parts, targets
 
 
 def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """`config` with only the first `layers` layers."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    for name, value in list(vars(config).items()):
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    for name, value in list(vars(text).items()):
         if name.endswith("layer_types") and isinstance(value, list):
-            setattr(config, name, value[:layers])
+            setattr(text, name, value[:layers])
     return config
 
 
@@ -46,7 +47,8 @@ def depths(config: PreTrainedConfig, last: int = 0) -> tuple[int, int, int]:
     `last`: how many blocks at the end differ from the others, being trained; they are in the second half of
     the first depth. A model that is no deeper than the second is run as it is: then all three are its own.
     """
-    layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
+    text = config.get_text_config()
+    layers, kinds = text.num_hidden_layers, getattr(text, "layer_types", None)
     period = 1
     if kinds:
         period = next(
@@ -64,8 +66,7 @@ def base(
     where `quantize` says so.
     """
     options = {"attn_implementation": attention} if attention else {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+    model: Any = parts.build(config, dtype, **options)
     if quantize:
         model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantize)
         model.is_loaded_in_4bit = True
@@ -76,6 +77,7 @@ def adapted(model: PreTrainedModel, config: PeftConfig | None, dtype: torch.dtyp
     """`model` with its adapter, whose parameters train in `dtype`; None leaves them as PEFT makes them."""
     if config is None:
         return model
+    config = targets.of_text(config, model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(dora, "dequantize_module_weight", _whole))
         packed = next((module.weight for module in model.modules() if in_4bit(module)), None)

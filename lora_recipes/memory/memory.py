@@ -23,7 +23,7 @@ from lora_recipes.data.render import Example
 from lora_recipes.memory import fake, fits, kernels, rehearsal
 from lora_recipes.memory.fits import Memory
 from lora_recipes.memory.rehearsal import Batch, Setup
-from lora_recipes.model import build, freeze, initialise, peft_callbacks
+from lora_recipes.model import build, checkpoint, freeze, initialise, peft_callbacks
 from lora_recipes.recipe.base import Resolved
 
 SECONDS = 60.0  # of processor time, for one recipe; a 4B takes a few
@@ -56,7 +56,8 @@ def plan(resolved: Resolved, gate: Gate | None = None, seconds: float = SECONDS,
 def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -> Setup:
     """What decides the memory of a recipe, through the same functions that training builds with."""
     recipe = resolved.recipe
-    config, arguments = resolved.base.text_config(), build.sft_config(recipe, resolved.folder)
+    config, arguments = checkpoint.planned(resolved.base).config, build.sft_config(recipe, resolved.folder)
+    text = config.get_text_config()
     adapter = build.peft_config(recipe)
     sdpa = "sdpa" if build.has_sdpa(config) else "eager"  # what transformers takes where nothing is asked
     attention = recipe.model.attn_implementation or sdpa
@@ -64,13 +65,11 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
     counted = gate is not None and gate.counts.tokens is not None
     train, held_out = (gate.train, gate.evaluation) if gate else (None, None)
     size = arguments.per_device_train_batch_size
-    batch = _batch(train, counted, size, arguments.packing, config, arguments)
+    batch = _batch(train, counted, size, arguments.packing, text, arguments)
     evaluation = None
     if held_out and str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no":
         packing = arguments.packing if arguments.eval_packing is None else arguments.eval_packing
-        evaluation = _batch(
-            held_out, counted, arguments.per_device_eval_batch_size, packing, config, arguments
-        )
+        evaluation = _batch(held_out, counted, arguments.per_device_eval_batch_size, packing, text, arguments)
     if not masked:
         batch = replace(batch, padded=False, packed=False)
         evaluation = evaluation and replace(evaluation, padded=False, packed=False)
@@ -87,7 +86,7 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
         cuda,
         evaluation,
         freeze=recipe.freeze,
-        new_tokens=tuple(new_tokens.ids(gate.tokenizer if gate else None, recipe, config.vocab_size)),
+        new_tokens=tuple(new_tokens.ids(gate.tokenizer if gate else None, recipe, text.vocab_size)),
         copies=initialise.copies(recipe) + peft_callbacks.copies(recipe),
     )
 
@@ -231,7 +230,7 @@ def closed(setup: Setup, why: str) -> Memory:
             for p in fake.adapted(base, setup.peft_config, setup.adapter).parameters()
             if p.requires_grad
         )
-    config = setup.config
+    config = setup.config.get_text_config()
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     sizes = fits.Sizes(
         linear,

@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lora_recipes.memory import fake, kernels, storages
 from lora_recipes.memory.storages import Peak, Storages, Stretch
-from lora_recipes.model import embeddings, freeze
+from lora_recipes.model import embeddings, freeze, parts
 from lora_recipes.recipe.sections import Freeze
 
 aten = torch.ops.aten
@@ -91,7 +91,7 @@ def run(setup: Setup, layers: int) -> Run:
     step on.
     """
     config = fake.shallow(setup.config, layers)
-    config.use_cache = False
+    config.get_text_config().use_cache = False
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model, base = _model(setup, config)
     statistics = fake.materialise(model, setup.dtype, mode)
@@ -228,7 +228,7 @@ def _tensors(optimizer: Any, without: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _hooks(counted: Storages, base: Any, trained: list[nn.Parameter], layers: int) -> None:
-    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    stacks = [m for m in parts.decoder(base).modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     storages.mark(counted, list(stacks[0]))
     storages.head(counted, base.base_model, layers)
     for parameter in trained:

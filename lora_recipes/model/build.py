@@ -37,7 +37,16 @@ from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import new_tokens
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.render import Example
-from lora_recipes.model import checkpoint, embeddings, freeze, initialise, peft_callbacks, rates
+from lora_recipes.model import (
+    checkpoint,
+    embeddings,
+    freeze,
+    initialise,
+    parts,
+    peft_callbacks,
+    rates,
+    targets,
+)
 from lora_recipes.model.initialise import Start
 from lora_recipes.recipe.base import Base, Resolved, unread
 from lora_recipes.recipe.contract import Contract
@@ -45,11 +54,10 @@ from lora_recipes.recipe.recipe import Recipe, initialisation
 
 
 def meta_model(base: Base) -> PreTrainedModel:
-    """The text model on the meta device, as AutoModelForCausalLM will build it. Takes no memory."""
-    config, dtype = base.text_config(), getattr(torch, base.recipe.model.dtype)
+    """The model that trains on the meta device, as `model` will load it. Takes no memory."""
+    config, dtype = checkpoint.planned(base).config, getattr(torch, base.recipe.model.dtype)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model: PreTrainedModel = parts.build(config, dtype)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         do = "name a checkpoint that continues text (its class ends in ForCausalLM)"
         raise RecipeError(Problem(base.at, *unread(error, base.name, do))) from None
@@ -62,11 +70,10 @@ def meta_model(base: Base) -> PreTrainedModel:
 
 
 def has_sdpa(config: PreTrainedConfig) -> bool:
-    """Has the text model of `config` attention by torch's scaled_dot_product_attention? Gemma 2 has not: it
-    caps the scores.
+    """Has the model that trains with `config` attention by torch's scaled_dot_product_attention? Gemma 2 has
+    not: it caps the scores.
     """
-    text_model: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    return bool(text_model._supports_sdpa)
+    return bool(parts.kind(config)._supports_sdpa)
 
 
 def peft_config(
@@ -370,6 +377,6 @@ def _prepared(
         embeddings.begin(base, new, recipe.train.seed)
     if recipe.freeze:
         freeze.apply(base, recipe.freeze)
-    config = embeddings.training(config, base, new) if config else None
+    config = embeddings.training(targets.of_text(config, base), base, new) if config else None
     initialise.before(base, config, recipe, rows)
     return config

@@ -9,20 +9,22 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_safetensors_metadata
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _get_model_class
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from lora_recipes.core import weights
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.weights import Stored
 from lora_recipes.core.yamlfile import shown
+from lora_recipes.model import parts
 from lora_recipes.recipe.base import Base, Folder, unread
 
 # Dtypes of safetensors in which weights stand as themselves; in others they are codes that need scales.
@@ -65,14 +67,20 @@ def check(base: Base, planned: PreTrainedModel) -> list[str]:
     return _dtypes(base, config, tensors) + _in_float16(base, tensors, set(report["unexpected_keys"]))
 
 
-def load(source: Base | Folder, kind: Any = AutoModelForCausalLM, attn_at: str = "", **options: Any) -> Any:
+def load(source: Base | Folder, kind: Any = None, attn_at: str = "", **options: Any) -> Any:
     """The model of `source`, whole: `kind.from_pretrained` with `options`, and nothing of what it only warns
     about. RecipeError, at `attn_at` where it is attn_implementation.
 
-    `kind`: AutoModelForCausalLM, or a class of transformers.
+    `kind`: a class of transformers; None for the one that trains (model/parts.py).
     """
     raise_if(unfit(source, config := source.real_config()))
-    raise_if(_codes(source, _tensors(source) or {}))
+    tensors = _tensors(source)
+    raise_if(_codes(source, tensors or {}))
+    if kind is None:
+        found = trained(source, config, tensors)
+        if found.mapped and tensors is None and isinstance(source, Base):
+            found = trained(source, config, _names_on_hub(source))
+        kind, options = found.kind, {"config": found.config, "key_mapping": found.names, **options}
     try:
         # Another shape would stop it in the middle; so it is reported with all else that is wrong.
         with quietly():
@@ -92,7 +100,39 @@ def load(source: Base | Folder, kind: Any = AutoModelForCausalLM, attn_at: str =
     # Its files again: a base of the hub may have come only now.
     raise_if(faults(source, config, model, report) + _codes(source, _tensors(source) or {}))
     raise_if(untied(source, model) + _beyond(source, model))
-    return model
+    return parts.frozen(model)
+
+
+def trained(source: Base | Folder, config: PreTrainedConfig, stored: Collection[str] | None) -> parts.Trained:
+    """What trains of the checkpoint `source` with `config`, whose files hold `stored`. RecipeError where
+    nothing in it continues text."""
+    found = parts.of(config, stored)
+    if found is None:
+        raise RecipeError(_no_text(source, config))
+    return found
+
+
+def planned(base: Base) -> parts.Trained:
+    """What trains of `base`, by its contract or its config.json, and by its files where they are here."""
+    config = base.config()
+    several = config.get_text_config() is not config
+    here = several and base.folder is not None and base.recipe.model.weights != "random"
+    return trained(base, config, _tensors(base) if here else None)
+
+
+def _names_on_hub(source: Base) -> list[str] | None:
+    """The names of its tensors, by the headers of its files on the hub; None where it has no safetensors."""
+    try:
+        found = get_safetensors_metadata(source.weights, revision=source.revision)
+    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError):
+        return None  # from_pretrained says what is wrong with it
+    return list(found.weight_map)
+
+
+def _no_text(base: Base | Folder, config: PreTrainedConfig) -> Problem:
+    named = listed(config.architectures or [type(config).__name__])
+    found = f"{base.name} is {named}: no causal language model that transformers loads as one"
+    return Problem(base.at, found, "name a checkpoint that continues text (its class ends in ForCausalLM)")
 
 
 def contract_differences(base: Base, real: PreTrainedConfig) -> list[Problem]:
@@ -108,7 +148,7 @@ def contract_differences(base: Base, real: PreTrainedConfig) -> list[Problem]:
 def unfit(base: Base | Folder, config: PreTrainedConfig) -> list[Problem]:
     """Is it quantised already, or no causal language model? By its config.json (`config`) alone."""
     folder, where = base.folder, base.at
-    for part in (config, config.get_text_config()):
+    for part in (config, parts.text(config) or config):
         for key in ("quantization_config", "compression_config"):
             if given := getattr(part, key, None):
                 given = given if isinstance(given, dict) else given.to_dict()
@@ -119,13 +159,7 @@ def unfit(base: Base | Folder, config: PreTrainedConfig) -> list[Problem]:
     if folder and (beside := [name for name in QUANTISED_BY if (folder / name).is_file()]):
         return [Problem(where, f"{base.name} is quantised already ({beside[0]} is in it)", _WHOLE)]
     masked = [name for name in config.architectures or [] if name.endswith("ForMaskedLM")]
-    if masked or type(config) not in AutoModelForCausalLM._model_mapping:
-        named = listed(config.architectures or [type(config).__name__])
-        found = f"{base.name} is {named}: no causal language model that transformers loads as one"
-        return [
-            Problem(where, found, "name a checkpoint that continues text (its class ends in ForCausalLM)")
-        ]
-    return []
+    return [_no_text(base, config)] if masked or parts.of(config) is None else []
 
 
 def faults(
@@ -255,14 +289,15 @@ def _without_bytes(
         name: torch.empty(stored.shape, dtype=DTYPES.get(stored.dtype, torch.int64), device="meta")
         for name, stored in tensors.items()
     }
-    text_class: Any = _get_model_class(config, AutoModelForCausalLM._model_mapping)
-    part = config.get_text_config() if text_class.config_class is type(config.get_text_config()) else config
+    found = trained(base, config, tensors)
+    text_class: Any = found.kind
     try:
         with quietly():
             model, report = text_class.from_pretrained(
                 None,
-                config=part,
+                config=found.config,
                 state_dict=state,
+                key_mapping=found.names,
                 device_map={"": "meta"},
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -273,15 +308,16 @@ def _without_bytes(
 
 
 def _other_model(base: Base, model: PreTrainedModel, planned: PreTrainedModel) -> list[Problem]:
-    """A checkpoint of several parts whose class for text brings the others along."""
-    whole, text = model.num_parameters(), planned.num_parameters()
-    if type(model) is type(planned) or whole == text:
+    """A checkpoint that loads as another class than its contract describes."""
+    real, text = model.num_parameters(), planned.num_parameters()
+    if type(model) is type(planned) or real == text:
         return []
     found = (
-        f"{base.name} loads as {type(model).__name__} of {whole:,} parameters, its text model"
-        f" {type(planned).__name__} has {text:,}: the other parts are not planned here"
+        f"{base.name} loads as {type(model).__name__} of {real:,} parameters, the contract is"
+        f" {type(planned).__name__} of {text:,}"
     )
-    return [Problem(base.at, found, "name a checkpoint of the text model alone")]
+    do = "state the config of the checkpoint in the contract, all its parts; or leave the contract out"
+    return [Problem(base.at, found, do)]
 
 
 def _untied(base: Base, model: PreTrainedModel, tensors: dict[str, Stored]) -> list[Problem]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_recipes.core.errors import Problem, listed, nearest
+from lora_recipes.model import parts
 from lora_recipes.recipe.recipe import Recipe
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
@@ -64,8 +65,30 @@ class Coverage:
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model` by name, without the root."""
-    return {name: module for name, module in model.named_modules() if name}
+    """The modules of `model` by name, without the root and without what stands beside its text model."""
+    beside = set(parts.others(model)[0])
+    return {name: module for name, module in model.named_modules() if name and name not in beside}
+
+
+def of_text(config: Any, model: PreTrainedModel) -> Any:
+    """`config` (a PeftConfig) that leaves alone what stands beside the text model of `model`: by PEFT's
+    exclude_modules; for a method without that, by the full names of what it adapts. all-linear becomes names
+    too: PEFT would write down those of the towers' modules.
+    """
+    towers = parts.others(model)[1]
+    if not towers or getattr(config, "target_modules", None) is None:
+        return config
+    if not hasattr(config, "exclude_modules"):
+        return _with(config, target_modules=set(matched(model, config)))
+    if _all_linear(config.target_modules):
+        every = matched(model, _with(config, **_EVERYWHERE))
+        short = _with(config, target_modules={_leaf(name) for name in every})
+        same = matched(model, _with(short, **_EVERYWHERE)) == every
+        config = short if same else _with(config, target_modules=set(every))
+    own = config.exclude_modules or []
+    given = [own] if isinstance(own, str) else [rf"(?:.*\.)?{re.escape(entry)}" for entry in sorted(own)]
+    beside = [rf"{re.escape(tower)}(?:\..*)?" for tower in towers]
+    return _with(config, exclude_modules="|".join(f"(?:{pattern})" for pattern in [*given, *beside]))
 
 
 def matched(model: PreTrainedModel, config: Any) -> list[str]:
@@ -101,12 +124,16 @@ def matched_parameters(model: PreTrainedModel, config: Any) -> list[str]:
     return [n for n, _ in model.named_parameters() if any(_ends(n, entry) for entry in entries)]
 
 
-def problems(model: PreTrainedModel, config: Any, recipe: Recipe) -> list[Problem]:
+def problems(
+    model: PreTrainedModel, config: Any, recipe: Recipe, trained: parts.Trained | None = None
+) -> list[Problem]:
     """Every entry of `config` that matches nothing on `model`, and every target that would be refused or go
-    wrong later.
+    wrong later. `trained`: what of a checkpoint of several parts `model` is.
     """
     config = _with(config, **{key: getattr(config, key, None) for key in (*_EVERYWHERE, *_LORA_ONLY)})
-    if found := list(_not_regular(config, recipe)):
+    beside = trained.beside if trained else ()
+    found = list(_not_regular(config, recipe))
+    if found := found or (list(_in_towers(model, config, recipe, trained)) if trained else []):
         return found
     found = list(_targets(model, config, recipe))
     if not found:
@@ -114,7 +141,7 @@ def problems(model: PreTrainedModel, config: Any, recipe: Recipe) -> list[Proble
         # match.
         found = (
             list(_rewritten(model, config, recipe))
-            or [*_excludes(model, config, recipe), *_layers(model, config, recipe)]
+            or [*_excludes(model, config, recipe, beside), *_layers(model, config, recipe)]
             or list(_emptied(model, config, recipe))
         )
         found += _patterns(model, config, recipe) if not found else []
@@ -299,10 +326,51 @@ def _taken(model: PreTrainedModel, config: Any, names: Any) -> bool:
     return bool(set(other.target_parameters or ()) - set(config.target_parameters or ()))
 
 
-def _excludes(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+def _in_towers(
+    model: PreTrainedModel, config: Any, recipe: Recipe, trained: parts.Trained
+) -> Iterable[Problem]:
+    """Entries of target_modules that mean what stands beside the text model: that match nothing else, or a
+    regular expression that names it. One that would reach a module of that name anywhere (`.*q_proj`) means
+    the text model's, and those alone get an adapter.
+    """
+    for where, entry, alone in _entries(recipe, "target_modules"):
+        asked = _with(config, target_modules=alone, **_EVERYWHERE)
+        reached = [] if _all_linear(alone) else _reached(asked, trained.beside)
+        towers = [t for t in trained.towers if any(_inside(name, t) for name in reached)]
+        named = isinstance(alone, str) and any(
+            _inside(name, tower) and not check_target_module_exists(asked, f"layers.0{name[len(tower) :]}")
+            for tower in towers
+            for name in reached
+        )
+        if reached and (named or not matched(model, asked)):
+            names = [
+                n for n in modules(model) if _LAYER.match(n) and isinstance(modules(model)[n], ADAPTABLE)
+            ]
+            found = f"{entry!r} reaches {listed(towers)}: text alone is trained here, and nothing beside it"
+            yield Problem(where, found, f"name modules of the text model, e.g. {listed(names[:1])}")
+
+
+def _reached(config: Any, names: Iterable[str]) -> list[str]:
+    """Those of `names` that `config` matches, as they are or without the `model.` before them, which files do
+    not have."""
+    return [
+        n for n in names if any(check_target_module_exists(config, k) for k in (n, n.removeprefix("model.")))
+    ]
+
+
+def _inside(name: str, tower: str) -> bool:
+    return name == tower or name.startswith(f"{tower}.")
+
+
+def _excludes(
+    model: PreTrainedModel, config: Any, recipe: Recipe, beside: Collection[str]
+) -> Iterable[Problem]:
+    """Entries that exclude nothing; one for what stands `beside` the text model says what is so anyway."""
     everywhere = _with(config, **_EVERYWHERE)
     wanted = matched(model, everywhere)
     for where, entry, alone in _entries(recipe, "exclude_modules"):
+        if _reached(_with(everywhere, target_modules=alone), beside):
+            continue
         if matched(model, _with(everywhere, exclude_modules=alone)) == wanted:
             yield _nothing(where, entry, wanted, "excludes none of the targeted modules")
 

@@ -27,7 +27,18 @@ from lora_recipes.data import gate, new_tokens
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import choices, memory
 from lora_recipes.memory.fits import Memory, gib
-from lora_recipes.model import build, checkpoint, embeddings, freeze, probes, rates, reach, targets, twin
+from lora_recipes.model import (
+    build,
+    checkpoint,
+    embeddings,
+    freeze,
+    parts,
+    probes,
+    rates,
+    reach,
+    targets,
+    twin,
+)
 from lora_recipes.planning import adapter_facts, machine, space, trackers
 from lora_recipes.planning import processes as layouts
 from lora_recipes.planning.processes import Sizes
@@ -110,9 +121,11 @@ def make(
     raise_if(rules.of_layout(recipe, layout))
     arguments = build.sft_config(recipe, resolved.folder)
     model, config = build.meta_model(resolved.base), build.peft_config(recipe)
+    trained = checkpoint.planned(resolved.base)
+    config = config and targets.of_text(config, model)
     of_base = checkpoint.check(resolved.base, model)
     known = _facts(resolved, model, arguments, layout)
-    raise_if(rules.problems(recipe, known) + _named(model, config, recipe))
+    raise_if(rules.problems(recipe, known) + _named(model, recipe, trained))
     raise_if(twin.problems(model, config, recipe, resolved.base))
     plan = Plan(rows(resolved, network), layout)
     if plan.gate.counts.tokens is not None:
@@ -124,6 +137,8 @@ def make(
     if layout != SINGLE:
         plan.say("layout", str(layout))
     plan.sizes = _sizes(model, recipe)
+    if trained.beside:
+        plan.say("parts", parts.said(trained))
     counted, adapter, coverage = _model(plan, resolved, model, config)
     plan.facts = PlanFacts(
         recipe=recipe.name,
@@ -186,11 +201,13 @@ def _by_steps(recipe: Recipe, known: rules.Facts, steps: StepFacts) -> list[str]
     return rules.warnings(recipe, counted)
 
 
-def _named(model: PreTrainedModel, config: PeftConfig | None, recipe: Recipe) -> list[Problem]:
+def _named(model: PreTrainedModel, recipe: Recipe, trained: parts.Trained) -> list[Problem]:
     """What the recipe names that this model does not have."""
+    config = build.peft_config(recipe)  # as written: towers are not excluded yet
     if recipe.freeze:
         return freeze.problems(model, recipe.freeze, recipe)
-    return targets.problems(model, config, recipe) if config and not config.is_prompt_learning else []
+    prompts = config is None or config.is_prompt_learning
+    return [] if prompts else targets.problems(model, config, recipe, trained)
 
 
 def add_memory(
@@ -311,7 +328,9 @@ def _model(
 def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
     """What the memory of several processes is computed from; `trainable` comes later."""
     depth = model.config.get_text_config().num_hidden_layers
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+    layers = next(
+        m for m in parts.decoder(model).modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth
+    )
     tied: list[Any] = [
         m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
     ]

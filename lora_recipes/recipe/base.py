@@ -79,20 +79,20 @@ class Base:
         made."""
         return locate.local(self.weights, self.revision)
 
-    def text_config(self) -> Any:
-        """The transformers.PreTrainedConfig of the text model: from the contract where there is one (no
-        network), else from the folder or the hub. Read once; each call gives a copy, as libraries write into
-        it."""
-        return copy.deepcopy(self._text_config)
+    def config(self) -> Any:
+        """The transformers.PreTrainedConfig of the base, all its parts: from the contract where there is one
+        (no network), else from the folder or the hub. Read once; each call gives a copy, as libraries write
+        into it."""
+        return copy.deepcopy(self._config)
 
     @cached_property
-    def _text_config(self) -> Any:
+    def _config(self) -> Any:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         if self.contract is None:
             if self.maker and not Path(self.weights).is_dir():
-                return self.maker.base.text_config()
+                return self.maker.base.config()
             real = self.real_config()
             if real.is_encoder_decoder:
                 found = (
@@ -100,12 +100,15 @@ class Base:
                 )
                 do = "name a checkpoint that continues text by itself (its class ends in ForCausalLM)"
                 raise RecipeError(Problem(self.at, found, do))
-            return real.get_text_config()
+            return real
         try:
-            return AutoConfig.for_model(**self.contract.config).get_text_config()
+            made = AutoConfig.for_model(**self.contract.config)
         except (ValueError, TypeError, StrictDataclassError) as error:
             found = f"transformers cannot build {self.contract.name}: {error}"
             raise RecipeError(Problem(self.recipe.at("model", "contract"), found)) from None
+        if made.get_text_config() is not made:
+            made.architectures = [self.contract.architecture]
+        return made
 
     def real_config(self) -> Any:
         """The transformers.PreTrainedConfig of the weights themselves: the folder's, or the hub's."""
