@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,6 +52,7 @@ _ERRORS = (
     AssertionError,
     ImportError,
     ArithmeticError,
+    StrictDataclassError,
 )
 
 
@@ -121,7 +123,9 @@ def _narrow(config: PreTrainedConfig, times: int) -> PreTrainedConfig:
         _shallow(part)
         for name, value in list(vars(part).items()):
             if name.endswith(("token_id", "token_ids")):
-                setattr(part, name, 0 if name == "pad_token_id" else None)
+                other = _VOCABULARY - 1 if type(value) is int else value  # an image's place: in no text here
+                ends = name in ("bos_token_id", "eos_token_id")
+                setattr(part, name, 0 if name == "pad_token_id" else None if ends else other)
             elif type(value) is int and value >= 32 and not _COUNTS.search(name) and value % times == 0:
                 setattr(part, name, value // times)
         if hasattr(part, "vocab_size"):
