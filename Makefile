@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema docs clean
+.PHONY: help setup setup-serve contract plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -38,6 +38,9 @@ $(SERVE): scripts/setup_serve.sh
 
 setup-serve: $(SERVE)  ## make .venv-serve: vLLM, its CPU build where there is no NVIDIA GPU (3.5 GB)
 	@test ! -f .venv-serve/.unavailable || { cat .venv-serve/.unavailable; exit 1; }
+
+contract: $(READY)  ## a contract from MODEL's config.json (a folder or a hub id), so that plans need neither hub nor weights (NAME=, PRINT=1, FORCE=1)
+	@$(PY) scripts/contract.py $(if $(MODEL),$(call quoted,$(MODEL))) $(call named,NAME) $(if $(call on,PRINT),--print) $(if $(call on,FORCE),--force)
 
 plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, memory; no weights, no GPU (JSON=1, FIT=24 what fits 24 GB, COMPARE=1 full/LoRA/QLoRA; ACCELERATE=zero3 DEVICES=8 on several devices)
 	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(call on,COMPARE),--compare) $(LAYOUT) $(if $(DEVICES),--devices $(DEVICES))

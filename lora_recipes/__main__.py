@@ -497,6 +497,35 @@ def chat(given: Namespace) -> None:
     print(chat(given.url, load.find(given.model).stem if file else given.model, given.ask))
 
 
+def _contract(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="FOLDER_OR_HUB_ID",
+        help="a checkpoint's folder (config.json is enough), or its hub id",
+    )
+    parser.add_argument(
+        "--name",
+        help="the contract's name, or a .yaml file of your own (default: the source's last part, in"
+        " configs/models/)",
+    )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--print", action="store_true", help="show it, write nothing")
+    either.add_argument("--force", action="store_true", help="replace a contract of that name")
+
+
+def contract(given: Namespace) -> None:
+    """Make it, write it, say how a recipe names it."""
+    with cli.importing():
+        from lora_recipes.model import write_contract
+
+    made = write_contract.make(given.source, given.name)
+    if given.print:
+        print(made.text, end="")
+        return
+    write_contract.write(made, given.force)
+    print(write_contract.report(made))
+
+
 def _ls(parser: ArgumentParser) -> None:
     """No options."""
 
@@ -520,6 +549,11 @@ def cp(given: Namespace) -> None:
 VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
     "ls": (_ls, ls, "List the shipped recipes, ablations, accelerate files and contracts."),
     "cp": (_cp, cp, "Copy a shipped file, to begin one's own."),
+    "contract": (
+        _contract,
+        contract,
+        "Write a contract from a checkpoint's config.json, so that plans need neither hub nor weights.",
+    ),
     "plan": (_plan, plan, "Show what a recipe would train, without weights or GPU."),
     "train": (_train, train, "Train a recipe into outputs/<name>/."),
     "ablate": (_ablate, ablate, "Train every arm of an ablation, and report."),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import yamlfile
+from lora_recipes.core import hub, yamlfile
 from lora_recipes.core.errors import Problem, raise_if
 from lora_recipes.data import overlap
 from lora_recipes.data.row import FIELDS, Fault, Row, control, off, used
@@ -26,9 +26,6 @@ SHOWN = 20  # faults listed one by one; the rest are counted
 # Bytes of one line, and so of one row: ten million tokens and more. A file without line breaks would be read
 # whole before anything is known of it.
 LINE = 32 * 2**20
-
-# until the hub counts as unreachable; its own client retries five times and takes 23 s without a network
-HUB_SECONDS = 5
 
 
 @dataclass
@@ -290,10 +287,9 @@ def _hub(source: dict[str, Any], at: str, faults: list[Problem]) -> Iterator[tup
         {k: v for k, v in source.items() if k in ("name", "revision")},
         source.get("split", "train"),
     )
-    unreachable, offline = _unreachable(source["path"]), config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = offline or bool(
-        unreachable
-    )  # then it comes from the cache or fails, without the retries
+    unreachable, offline = hub.silent(), config.HF_HUB_OFFLINE
+    # Then it comes from the cache or fails, without the retries.
+    config.HF_HUB_OFFLINE = offline or bool(unreachable)
     try:
         loaded = load_dataset(source["path"], split=split, **options)
     except Exception as error:  # every kind of network, hub and format error; its first line says which
@@ -308,20 +304,6 @@ def _hub(source: dict[str, Any], at: str, faults: list[Problem]) -> Iterator[tup
         config.HF_HUB_OFFLINE = offline
     for number, value in enumerate(loaded):
         yield f"{source['path']}[{split}] row {number}", dict(value)
-
-
-def _unreachable(name: str) -> str:
-    """Why the hub does not answer; empty when it does, be it with an error."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().dataset_info(name, timeout=HUB_SECONDS)
-    except HfHubHTTPError:
-        return ""  # load_dataset will say what is wrong
-    except Exception as error:  # of the HTTP library, whichever the installed hub client has
-        return str(error) or type(error).__name__
-    return ""
 
 
 def _weighted(rows: list[Row], weight: float) -> list[Row]:

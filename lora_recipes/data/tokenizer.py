@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
+from lora_recipes.core import hub
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.files import ROOT
 from lora_recipes.data import new_tokens
@@ -57,13 +58,19 @@ def load(resolved: Resolved, local_files_only: bool = False) -> PreTrainedTokeni
 
 def _pretrained(recipe: Recipe, path: str, local_files_only: bool) -> PreTrainedTokenizerBase:
     revision = "main" if recipe.model.tokenizer else recipe.model.revision or "main"
+    silent = "" if local_files_only or Path(path).is_dir() else hub.silent()
     try:
         return AutoTokenizer.from_pretrained(
-            path, revision=revision, local_files_only=local_files_only, trust_remote_code=False
+            path,
+            revision=revision,
+            local_files_only=local_files_only or bool(silent),
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         where = recipe.at("model", "tokenizer") if recipe.model.tokenizer else recipe.at("model")
         do = "check the name, the network and the login"
+        if silent:
+            do = f"{silent}: name a folder (model.tokenizer), or fetch it with a network: hf download {path}"
         raise RecipeError(Problem(where, *unread(error, f"the tokenizer of {path}", do))) from None
 
 
@@ -82,15 +89,13 @@ def make(contract: Contract) -> PreTrainedTokenizerFast:
     """
     spec = contract.tokenizer
     if not spec:
-        raise RecipeError(
-            Problem(f"configs/models/{contract.name}.yaml", "brings no tokenizer", "set model.tokenizer")
-        )
+        raise RecipeError(Problem(contract.file, "brings no tokenizer", "set model.tokenizer"))
     texts = [text for file in spec["files"] for text in _texts(ROOT / file)]
     raw = _words(texts, spec) if spec["kind"] == "words" else _byte_level_bpe(texts, spec)
     raw.add_special_tokens(spec["special_tokens"])
     assert raw.get_vocab_size() <= contract.text_config["vocab_size"]
     names = {k: spec[k] for k in ("eos_token", "pad_token", "unk_token") if k in spec}
-    template = chat_template(contract.chat_template, contract.name) if contract.chat_template else None
+    template = chat_template(contract.chat_template, contract.file) if contract.chat_template else None
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **names)
 
 

@@ -63,7 +63,7 @@ def meta_model(base: Base) -> PreTrainedModel:
         raise RecipeError(Problem(base.at, *unread(error, base.name, do))) from None
     if contract := base.contract:
         found = contract.departures({name: parameter.shape for name, parameter in model.named_parameters()})
-        where, do = base.recipe.at("model", "contract"), f"correct configs/models/{contract.name}.yaml"
+        where, do = base.recipe.at("model", "contract"), f"correct {contract.file}"
         built = f"transformers {transformers.__version__} builds"
         raise_if([Problem(where, f"{built} {departure}", do) for departure in found])
     return model

@@ -66,7 +66,7 @@ def base(resolved: Resolved) -> bool:
         if missing := sorted(report["missing_keys"]):
             found.append(f"the file lacks {listed(missing, 3)}")
         if found:
-            raise RecipeError([Problem(where, line, f"correct {contract.name}.yaml") for line in found])
+            raise RecipeError([Problem(where, line, f"correct {contract.file}") for line in found])
         # transformers refuses to save what it read from GGUF: the same weights in a model made anew.
         config = read.config
         del config.quantization_config

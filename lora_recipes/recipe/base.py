@@ -1,13 +1,14 @@
 """A recipe with everything that it names found: a verb resolves it once and passes it down."""
 
 import copy
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import locate
-from lora_recipes.core.errors import Problem, RecipeError, listed
+from lora_recipes.core import cli, hub, locate
+from lora_recipes.core.errors import Problem, RecipeError, listed, nearest
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.recipe import contract as contracts
@@ -30,6 +31,12 @@ def unread(error: Exception, what: str, do: str) -> tuple[str, str]:
     `error`: what was found, and what to do (`do`, unless the reason is code of its own)."""
     if "trust_remote_code" in str(error):
         return f"{what} {OWN_CODE}", WITHOUT_CODE
+    if unknown := re.search(r"model type `([^`]+)`", str(error)):
+        import transformers
+
+        found = f"{what} names the model_type {unknown[1]!r}, which transformers {transformers.__version__}"
+        near = nearest(unknown[1], transformers.CONFIG_MAPPING)
+        return f"{found} does not know", f"a newer transformers may know it; the nearest it has is {near}"
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     first += f" {more[0].strip()}" if first.endswith(":") and more else ""
     return f"{what} cannot be loaded: {first}", do
@@ -145,13 +152,26 @@ def _config(source: Base | Folder, revision: str | None) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    local = Path(source.weights).is_dir()
+    silent = "" if local else hub.silent()
     try:
         return AutoConfig.from_pretrained(
-            source.weights, revision=revision or "main", trust_remote_code=False
+            source.weights,
+            revision=revision or "main",
+            local_files_only=bool(silent),
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        if silent and "trust_remote_code" not in str(error):
+            found = f"{source.name} is not on this machine, and {silent}"
+            do = (
+                f"name a folder that holds it; or, with a network, fetch it into the cache: hf download"
+                f" {source.name}; a plan alone also goes by model.contract: one of configs/models/, or a"
+                f" file that {cli.command('contract', MODEL='FOLDER')} makes"
+            )
+            raise RecipeError(Problem(source.at, found, do)) from None
         do = "check the name, the network and the login; with model.contract a plan needs neither"
-        if Path(source.weights).is_dir():
+        if local:
             do = "its config.json is not one that transformers reads: fetch the checkpoint anew"
         raise RecipeError(Problem(source.at, *unread(error, f"the config of {source.name}", do))) from None
 
@@ -191,7 +211,9 @@ def resolve(recipe: Recipe, outputs: Path) -> Resolved:
 def _resolve(recipe: Recipe, outputs: Path, chain: list[str]) -> Resolved:
     model, chain = recipe.model, [*chain, recipe.name]
     maker = _maker(recipe, model.from_recipe, outputs, chain) if model.from_recipe else None
-    contract = contracts.load(model.contract, recipe.at("model", "contract")) if model.contract else None
+    contract = None
+    if model.contract:
+        contract = contracts.load(model.contract, recipe.at("model", "contract"), recipe.path.parent)
     contract = contract or (maker.base.contract if maker else None)
     tokenizer = None
     if model.tokenizer is None or (contract and model.tokenizer == contract.name):
@@ -210,7 +232,11 @@ def _resolve(recipe: Recipe, outputs: Path, chain: list[str]) -> Resolved:
             Problem(recipe.at("model", "weights"), found, f"those that do: {listed(have)}; or name_or_path")
         )
     return Resolved(
-        recipe, outputs, Base(recipe, _weights(recipe, outputs, maker), contract, maker), tokenizer, warm
+        recipe,
+        outputs,
+        Base(recipe, _weights(recipe, outputs, maker, contract), contract, maker),
+        tokenizer,
+        warm,
     )
 
 
@@ -230,13 +256,14 @@ def _maker(recipe: Recipe, name: str, outputs: Path, chain: list[str]) -> Resolv
     return _resolve(maker, outputs, chain)
 
 
-def _weights(recipe: Recipe, outputs: Path, maker: Resolved | None) -> str:
+def _weights(recipe: Recipe, outputs: Path, maker: Resolved | None, contract: Contract | None) -> str:
     """Where the base's weights are. RecipeError when the folder holds an adapter."""
     model = recipe.model
     if maker:
         return str(maker.result)
     if model.weights != "pretrained":
-        return str(outputs / "_bases" / f"{model.contract}-{model.dtype}")
+        assert contract is not None, "rules.py asks for it"
+        return str(outputs / "_bases" / f"{contract.name}-{model.dtype}")
     assert model.name_or_path is not None, "rules.py asks for one of the three"
     path = recipe.file(model.name_or_path)
     if (path / "adapter_config.json").is_file():

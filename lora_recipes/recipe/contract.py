@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core import yamlfile
+from lora_recipes.core import cli, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
-from lora_recipes.core.files import ROOT
+from lora_recipes.core.files import ROOT, anywhere, find, looked
 
 CONTRACTS = ROOT / "configs" / "models"
 _TYPES: dict[str, Any] = {
@@ -42,11 +42,12 @@ class Package:
 
 @dataclass(frozen=True)
 class Contract:
-    """One file of configs/models/.
+    """One file of configs/models/, or of a user's own.
 
     `config` is what transformers' AutoConfig takes; `parameters` counts the text model (tied weights once);
     `shapes` are [out, in] of projections, by the end of the module's name; `architecture` is the class that
-    the published checkpoint names; `tokenizer`, for the models we build ourselves, says how to make one.
+    the published checkpoint names; `tokenizer`, for the models we build ourselves, says how to make one;
+    `file` is where all this stands, to be read by people.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Contract:
     shapes: dict[str, list[int]] | None = None
     tokenizer: dict[str, Any] | None = None
     package: Package | None = None
+    file: str = ""
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -121,22 +123,53 @@ def names() -> list[str]:
     return sorted(p.stem for p in CONTRACTS.glob("*.yaml"))
 
 
-def load(name: str, where: str = "model.contract") -> Contract:
-    """The contract `name`; RecipeError with the nearest name when there is none, or with the file's
-    faults.
+def load(name: str, where: str = "model.contract", beside: Path = ROOT) -> Contract:
+    """The contract `name`: one of configs/models/, or a .yaml file, named by a file in the folder `beside`.
+    RecipeError with the nearest name when there is none, or with the file's faults.
     """
+    if name.endswith((".yaml", ".yml")):
+        file = find(name, beside)
+        if not file.is_file():
+            do = "; ".join(filter(None, [looked(name, beside), f"{_made()} makes one"]))
+            raise RecipeError(Problem(where, f"the contract {name} is not there", do))
+        return read(file)
     if name not in names():
-        do = f"did you mean {nearest(name, names())}? The contracts are {listed(names())}"
+        do = (
+            f"did you mean {nearest(name, names())}? The contracts are {listed(names(), most=60)}; or name a"
+            f" .yaml file, as {_made()} makes it"
+        )
         raise RecipeError(Problem(where, f"no contract {name!r} in configs/models/", do))
     return read(CONTRACTS / f"{name}.yaml")
 
 
+def _made() -> str:
+    return cli.command("contract", MODEL="FOLDER_OR_HUB_ID")
+
+
 def read(path: Path) -> Contract:
     """The contract in the file `path`; RecipeError lists every unknown, missing or misshapen key."""
-    content, lines = yamlfile.load(path)
+    return _checked(*yamlfile.load(path), path)
+
+
+def parse(text: str, path: Path) -> Contract:
+    """The contract that `text` will be in the file `path`."""
+    content, lines, problems = yamlfile.parse(text, yamlfile.shown(path))
+    raise_if(problems)
+    return _checked(content, lines, path)
+
+
+def _checked(content: dict[str, Any], lines: yamlfile.Lines, path: Path) -> Contract:
     raise_if(list(_faults(content, lines, yamlfile.shown(path))))
-    package = content.pop("package", None)
-    return Contract(path.stem, **content, package=Package(**package) if package else None)
+    package, template = content.pop("package", None), content.pop("chat_template", None)
+    if template and template.endswith((".jinja", ".j2")):
+        template = anywhere(template, path.parent)
+    return Contract(
+        path.stem,
+        **content,
+        chat_template=template,
+        package=Package(**package) if package else None,
+        file=yamlfile.shown(path),
+    )
 
 
 def _faults(content: dict[str, Any], lines: yamlfile.Lines, file: str) -> Iterable[Problem]:

@@ -31,6 +31,7 @@ PATHS: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "kept"): (),
     ("model", "name_or_path"): (),
     ("model", "tokenizer"): (),
+    ("model", "contract"): (".yaml", ".yml"),  # other words are names in configs/models/
     ("model", "chat_template"): (".jinja", ".j2"),  # other words are names of TRL's own
     ("model", "from_recipe"): (".yaml", ".yml"),  # of shipped recipes
     ("warm_start", "from_recipe"): (".yaml", ".yml"),
