@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve contract plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema docs clean
+.PHONY: help setup setup-serve contract plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -107,6 +107,9 @@ lint: $(READY)  ## ruff, mypy (strict on core, recipe and serving), and are the 
 
 schema: $(READY)  ## write recipe.schema.json and sections.py anew from the installed peft and trl
 	@$(PY) scripts/schema.py
+
+vllm-table: setup-serve  ## write lora_recipes/serving/vllm.json anew from the classes of the installed vLLM
+	@PYTHONPATH=scripts/vllm_cpu .venv-serve/bin/python scripts/vllm_table.py
 
 $(DOCS): $(READY)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -2,6 +2,7 @@
 it merges.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lora_recipes.core import adapter_folder
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.record import AdapterFacts
 from lora_recipes.model import build
+from lora_recipes.recipe.base import Base
 from lora_recipes.recipe.recipe import Recipe, as_saved
 from lora_recipes.recipe.sections import Lora, Peft
 from lora_recipes.serving import rules
@@ -44,9 +46,19 @@ def counts(model: PreTrainedModel, config: PeftConfig, recipe: Recipe) -> tuple[
     return trainable, total, sum(t.numel() * t.element_size() for t in state.values())
 
 
-def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str]) -> Said:
+def published(base: Base) -> dict[str, Any]:
+    """The config.json of the base, as far as it is known: vLLM goes by its `architectures`."""
+    if base.contract:
+        return base.contract.config | {"architectures": [base.contract.architecture]}
+    if base.maker and not Path(base.weights).is_dir():
+        return published(base.maker.base)
+    found: dict[str, Any] = base.real_config().to_dict()
+    return found
+
+
+def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str], base: dict[str, Any]) -> Said:
     """Of a `lora:` section. `size`: bytes of its tensors as they train; `adapted`: the names of its
-    modules.
+    modules; `base`: the config.json of the base.
     """
     saved = as_saved(section)
     rank = adapter_folder.rank(saved)
@@ -55,6 +67,7 @@ def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str]) -> Sa
     faults = list(rules.config_faults(saved | {"trainable_token_indices": config.trainable_token_indices}))
     if alone := rules.z_without_qkv(set(adapted)):
         faults.append(("target_modules", *alone))
+    faults += [("target_modules", *said) for said in rules.class_faults(base, adapted)]
     served = None if faults else rules.max_lora_rank(rank)
     merges = not config.lora_bias  # PEFT merges that only where the base has a bias too
     facts = AdapterFacts(
@@ -71,7 +84,14 @@ def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str]) -> Sa
         parts.append(f"saved for the untouched base with r {saved['r']}")
     parts.append("merges" if merges else "merges only where the base has a bias")
     parts.append("vLLM cannot serve it as an adapter" if faults else f"vLLM needs --max-lora-rank {served}")
-    return facts, "; ".join(parts), [f"lora.{key}: {found}: {do}" for key, found, do in faults]
+    return (
+        facts,
+        "; ".join(parts),
+        [
+            *(f"lora.{key}: {found}: {do}" for key, found, do in faults),
+            *rules.untried(base),
+        ],
+    )
 
 
 def other(section: Peft, config: PeftConfig, size: int) -> Said:

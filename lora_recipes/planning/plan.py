@@ -312,7 +312,9 @@ def _model(
         return facts, None, None
     plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
     if recipe.lora:
-        adapter, said, faults = adapter_facts.lora(recipe.lora, cast(LoraConfig, config), size, adapted)
+        adapter, said, faults = adapter_facts.lora(
+            recipe.lora, cast(LoraConfig, config), size, adapted, adapter_facts.published(resolved.base)
+        )
     else:
         assert recipe.peft, "the other methods have no PeftConfig"
         adapter, said, faults = adapter_facts.other(recipe.peft, config, size)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lora_recipes.core.locate import BASE, base_of, is_model
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.serving import export as servable
+from lora_recipes.serving import rules
 from lora_recipes.serving.rules import VLLM, rank_to_serve
 
 ENVIRONMENT = HOME / ".venv-serve"
@@ -110,6 +112,9 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     read = {} if whole else {name: adapters.read(folder) for name, folder in chosen.items()}
     folder = next(iter(whole.values())) if whole else base_of(read, base)
     config = _config(folder)
+    unfit = list(_class(config, folder, read))
+    if tested := f"{version}.".startswith(f"{VLLM}."):
+        raise_if(unfit)
     served = [_whole(*pair) for pair in whole.items()] + export(
         read, folder, options.outputs, options.unproven
     )
@@ -135,10 +140,12 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     notes += stops_said + ([why] if why else []) + [note for s in served for note in _notes(s)]
     if options.host not in LOOPBACK and not os.environ.get("VLLM_API_KEY"):
         notes.append(f"{options.host} is reachable from other machines, by anybody: set VLLM_API_KEY")
-    if not f"{version}.".startswith(f"{VLLM}."):
+    if not tested:
         notes.append(
             f"vLLM {version} is installed; the rules here were tested with {VLLM}: trust the live proof"
         )
+        notes += [f"{fault.found}: {version} may differ" for fault in unfit]
+    notes += rules.untried(config)
     return Server(
         folder,
         base_name,
@@ -174,6 +181,17 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RecipeError(Problem(shown(file), "is no configuration of a model", "copy the base again"))
     return found
+
+
+def _class(config: dict[str, Any], base: Path, read: dict[str, Adapter]) -> Iterator[Problem]:
+    """Why the class that vLLM loads for `base` would not run it, or an adapter that was `read`."""
+    if not read and (alone := rules.no_class(config)):
+        yield Problem(f"{shown(base)}/config.json architectures", *alone)
+    for adapter in read.values():
+        yield from (
+            Problem(f"{shown(adapter.path)}/adapter_config.json target_modules", found, do)
+            for found, do in rules.class_faults(config, adapter.modules)
+        )
 
 
 def export(read: dict[str, Adapter], base: Path, outputs: Path, unproven: bool = False) -> list[Served]:

@@ -1,14 +1,18 @@
-"""What vLLM refuses of an adapter, and the ranks it serves. Imports no torch.
+"""What vLLM refuses of an adapter, and the classes, modules and ranks that it serves. Imports no torch.
 
-The rules are those of vLLM 0.32 (vllm/lora/peft_helper.py, config/lora.py).
+The rules are those of vLLM 0.32 (vllm/lora/peft_helper.py, config/lora.py, worker_manager.py, lora_model.py);
+what its classes take stands in vllm.json, which scripts/vllm_table.py makes of them.
 """
 
-from collections.abc import Collection, Iterator
+import functools
+import json
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import cli
 from lora_recipes.core.adapter_folder import rank
-from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.errors import Problem, RecipeError, listed
 
 VLLM = "0.32"
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
@@ -25,6 +29,7 @@ UNSUPPORTED = {
     "use_qalora": ("QALoRA", "merge, or serve it elsewhere"),
     "trainable_token_indices": ("trained token embeddings", "merge it and serve the merged model"),
 }
+HEADS = ("lm_head", "embed_out")  # no module of the class that runs transformers' own code
 
 
 def max_lora_rank(needed: int) -> int | None:
@@ -118,3 +123,72 @@ def z_without_qkv(modules: Collection[str]) -> tuple[str, str] | None:
             f"vLLM {VLLM} joins the two and cannot load z alone: train both, or merge",
         )
     return None
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """What the classes of vLLM take of an adapter: vllm.json."""
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("vllm.json").read_text(encoding="ascii"))
+    return found
+
+
+def served_class(config: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
+    """The architecture of a config.json that vLLM goes by, and what the table says of it; None where it has
+    no class of its own.
+    """
+    known: dict[str, Any] = table()["classes"]
+    names = config.get("architectures") or [table()["types"].get(config.get("model_type"))]
+    name = next((name for name in names if name in known), names[0])
+    return name, known.get(name)
+
+
+def no_class(config: dict[str, Any]) -> tuple[str, str] | None:
+    """(found, what to do) when no class of vLLM runs the model at all."""
+    name, entry = served_class(config)
+    if entry is not None or name is None or name in table()["fallback"]:
+        return None
+    return f"vLLM {VLLM} has no class {name}", "use the model by transformers, and the adapter by PEFT"
+
+
+def untried(config: dict[str, Any]) -> list[str]:
+    """What to know of a model that vLLM has no class for and runs, if it can, by transformers' own code."""
+    name, _ = served_class(config)
+    said = f"vLLM {VLLM} has no class {name} and tries transformers' own code, which was not tried here"
+    return [f"{said}: only the start tells"] if name in table()["fallback"] else []
+
+
+def class_faults(config: dict[str, Any], modules: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(found, what to do) for what the class that vLLM loads for a base does not take of an adapter.
+    `config`: the base's config.json; `modules`: those adapted, whole names or their last parts.
+    """
+    name, entry = served_class(config)
+    if alone := no_class(config):
+        yield alone
+    if name is None or entry is None:
+        return
+    if not entry.get("lora", True):
+        yield f"vLLM {VLLM} serves {name}, but no LoRA on it", "merge it and serve the merged model"
+        return
+    takes = _modules(config, entry)
+    leaves = {m.rsplit(".", 1)[-1]: m for m in modules if ".experts" not in m}
+    refused = [leaf for leaf in leaves if not takes(leaf)]
+    if refused:
+        said = f"; it takes {', '.join(entry['modules'])}" if "modules" in entry else ""
+        yield (
+            f"vLLM {VLLM} takes no adapter on {listed(refused, 5)} of {name}{said}",
+            "leave it out of target_modules, or merge and serve the merged model",
+        )
+
+
+def _modules(config: dict[str, Any], entry: dict[str, Any]) -> Callable[[str], bool]:
+    """Does the class take an adapter on a module of that (last part of a) name?"""
+    if "ignored" in entry or entry.get("backend"):  # transformers' own modules, all that are linear
+        return lambda leaf: leaf not in (*HEADS, *entry.get("ignored", []))
+    if "modules" not in entry:  # its class could not be read
+        return lambda leaf: True
+    inner = config.get("text_config") if entry.get("inner") else None
+    if inner is None:
+        return lambda leaf: leaf in entry["modules"]
+    within = served_class(inner)[1]
+    also = _modules(inner, within) if within else lambda leaf: True
+    return lambda leaf: leaf in entry["modules"] or also(leaf)

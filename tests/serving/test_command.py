@@ -19,6 +19,7 @@ from lora_recipes.serving import serve
 from lora_recipes.serving import server as process
 from lora_recipes.serving.command import Options
 from lora_recipes.serving.live import Proof, table
+from tests.cases import families
 from tests.cases.edits import BROKEN, EDITS
 from tests.typed import there
 
@@ -287,6 +288,33 @@ def test_the_plan_says_that_z_without_qkv_could_not_be_served(tmp_path):
         resolve(recipes.load("qwen35_4b_style", ["lora.target_modules=[in_proj_z, in_proj_qkv]"]), tmp_path)
     )
     assert there(made.facts.adapter).max_lora_rank == 8
+
+
+def test_a_base_on_whose_class_vllm_serves_no_adapter_is_refused_before_the_start(run, tmp_path):
+    """With another vLLM, which may have learned it, it is said."""
+    base = Path(shutil.copytree(run / "tiny_base" / "model", tmp_path / "changed"))
+    edit(base / "config.json", architectures=["StableLmForCausalLM"])
+    with pytest.raises(RecipeError, match=r"no LoRA on it\n    -> merge it and serve the merged model"):
+        prepared(run, base=base)
+    assert any(
+        "no LoRA on it: 0.99.1 may" in n for n in prepared(run, base=base, build_=("vllm", "0.99.1")).notes
+    )
+    assert vllm_command.prepare({"m": base}, None, Options(), GPU).served
+    edit(base / "config.json", architectures=["RecurrentGemmaForCausalLM"])
+    with pytest.raises(RecipeError, match=r"config.json architectures: .* has no class RecurrentGemma"):
+        vllm_command.prepare({"m": base}, None, Options(), GPU)
+
+
+def test_the_plan_names_the_modules_that_the_served_class_does_not_take(tmp_path):
+    base, rows = families.make("glm4", tmp_path), families.rows(tmp_path)
+    (tmp_path / "glm.yaml").write_text(
+        f"model: {{name_or_path: {base}, dtype: float32}}\ndata: {{train: {rows}}}\n"
+        "lora: {r: 4, lora_alpha: 8, target_modules: [q_proj, gate_up_proj]}\n"
+        "train: {max_steps: 1, max_length: 64, learning_rate: 1.0e-3}\n"
+    )
+    made = plan.make(resolve(recipes.load(str(tmp_path / "glm.yaml")), tmp_path))
+    assert any("no adapter on gate_up_proj of Glm4ForCausalLM" in w for w in made.warnings)
+    assert there(made.facts.adapter).max_lora_rank is None
 
 
 def test_weights_are_known_by_their_content_however_they_are_stored(run, tmp_path):

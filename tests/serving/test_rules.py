@@ -274,3 +274,56 @@ def test_bfloat16_values_are_read_without_torch(tmp_path):
         len(header).to_bytes(8, "little") + header + (raw.view(np.uint32) >> 16).astype("<u2").tobytes()
     )
     assert np.allclose(safetensors.values(file, safetensors.header(file)["a"]), raw, rtol=0.01)
+
+
+def config(architecture: str, **more) -> dict:
+    return {"architectures": [architecture], **more}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules", "said"),
+    [
+        ("FalconForCausalLM", ["query_key_value"], "FalconForCausalLM, but no LoRA on it"),
+        ("StableLmForCausalLM", ["q_proj"], "StableLmForCausalLM, but no LoRA on it"),
+        ("RecurrentGemmaForCausalLM", ["q_proj"], "has no class RecurrentGemmaForCausalLM"),
+        ("BertForMaskedLM", ["query"], "has no class BertForMaskedLM"),
+        ("Glm4ForCausalLM", ["model.layers.0.mlp.gate_up_proj"], "gate_up_proj of Glm4ForCausalLM; it takes"),
+        ("Phi3ForCausalLM", ["q_proj", "o_proj"], "no adapter on q_proj of Phi3ForCausalLM"),
+        ("GPTBigCodeForCausalLM", ["c_attn", "c_fc"], "no adapter on c_attn of GPTBigCodeForCausalLM"),
+        ("SmolLM3ForCausalLM", ["q_proj", "lm_head"], "no adapter on lm_head of SmolLM3ForCausalLM"),
+    ],
+)
+def test_a_class_or_module_on_which_vllm_serves_no_adapter_is_named(architecture, modules, said):
+    [(found, do)] = rules.class_faults(config(architecture), modules)
+    assert said in found and do
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules"),
+    [
+        ("Phi3ForCausalLM", ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]),
+        ("GPTNeoXForCausalLM", ["query_key_value", "dense", "dense_4h_to_h"]),
+        ("Qwen3MoeForCausalLM", ["q_proj", "mlp.gate", "mlp.experts.0.up_proj"]),
+        ("Qwen3_5ForConditionalGeneration", ["in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj"]),
+        ("GraniteForCausalLM", ["q_proj", "lm_head", "embed_tokens"]),
+    ],
+)
+def test_what_a_class_takes_is_let_through(architecture, modules):
+    assert list(rules.class_faults(config(architecture), modules)) == []
+
+
+def test_the_language_model_within_decides_where_its_config_does():
+    """Of LLaVA and its like: named by `architectures` of the text_config, or by its model_type."""
+    for text in {"model_type": "mistral"}, config("MistralForCausalLM"):
+        two_part = config("LlavaForConditionalGeneration", text_config=text)
+        assert list(rules.class_faults(two_part, ["q_proj", "down_proj"])) == []
+        [(found, _)] = rules.class_faults(two_part, ["query_key_value"])
+        assert "query_key_value of LlavaForConditionalGeneration" in found
+
+
+def test_a_class_that_transformers_code_may_run_is_said_to_be_untried():
+    helium = config("HeliumForCausalLM")
+    assert list(rules.class_faults(helium, ["q_proj"])) == [] and rules.no_class(helium) is None
+    [said] = rules.untried(helium)
+    assert "no class HeliumForCausalLM" in said and "only the start tells" in said
+    assert rules.untried(config("LlamaForCausalLM")) == []
