@@ -40,6 +40,16 @@ def scaling(config: dict[str, Any], module: str) -> float:
     return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
 
 
+def parameters(config: dict[str, Any], module: str) -> list[str]:
+    """What target_parameters names of `module` (as the adapter's tensors name it): names of its parameters.
+
+    PEFT wraps a module once for each of them, and calls what it has wrapped `base_layer`.
+    """
+    owner = f".{module.replace('.base_layer', '')}"
+    found = (entry.rpartition(".") for entry in config.get("target_parameters") or [])
+    return [leaf for of, _, leaf in found if not of or owner.endswith(f".{of}")]
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter folder as it is on disk: adapter_config.json, and the tensors of adapter_model.safetensors

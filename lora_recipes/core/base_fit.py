@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lora_recipes.core import cli, provenance, weights
-from lora_recipes.core.adapter_folder import Adapter
+from lora_recipes.core.adapter_folder import Adapter, parameters
 from lora_recipes.core.errors import Problem, listed
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
@@ -70,7 +70,8 @@ def fit(adapter: Adapter, folder: Path, known: Provenance | None = None) -> list
     for module, pair in adapter.modules.items():
         name = renamed(module, base)
         if name is None:
-            missing.append(module)
+            # Parameters that transformers joins of several tensors are judged as they load (model/attach.py).
+            missing += [] if parameters(adapter.config, module) else [module]
             continue
         if len(base[f"{name}.weight"]) != 2:
             return [

@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lora_recipes.memory import fake, kernels, storages
 from lora_recipes.memory.storages import Peak, Storages, Stretch
-from lora_recipes.model import embeddings, freeze, parts
+from lora_recipes.model import embeddings, freeze, parts, targets
 from lora_recipes.recipe.sections import Freeze
 
 aten = torch.ops.aten
@@ -135,9 +135,9 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
     if setup.freeze is not None:
         freeze.apply(base, setup.freeze)
     adapter = copy.deepcopy(setup.peft_config)
-    model = fake.adapted(
-        base, adapter and embeddings.training(adapter, base, list(setup.new_tokens)), setup.adapter
-    )
+    new = list(setup.new_tokens)
+    adapter = adapter and targets.resolved(base, embeddings.training(adapter, base, new))
+    model = fake.adapted(base, adapter, setup.adapter)
     if adapter:
         embeddings.readable_head(model)
     if setup.arguments.gradient_checkpointing:

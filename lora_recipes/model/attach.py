@@ -52,7 +52,7 @@ def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
     for name, adapter in adapters.items():
         got = get_peft_model_state_dict(attached, adapter_name=name, save_embedding_layers=False)
         wanted = {
-            n: t for n, t in load_file(adapter.file).items() if ".base_layer." not in n
+            n: t for n, t in load_file(adapter.file).items() if ".base_layer." not in n or ".lora_" in n
         }  # an adapted embedding is saved whole too
         saved = {got[n].data_ptr() for n in got if n in wanted}  # tensors of tied modules are saved once
         got = {n: t for n, t in got.items() if n in wanted or t.data_ptr() not in saved}

@@ -377,6 +377,7 @@ def _prepared(
         embeddings.begin(base, new, recipe.train.seed)
     if recipe.freeze:
         freeze.apply(base, recipe.freeze)
-    config = embeddings.training(targets.of_text(config, base), base, new) if config else None
+    config = targets.of_text(config, base) if config else None
+    config = config and targets.resolved(base, embeddings.training(config, base, new))
     initialise.before(base, config, recipe, rows)
     return config

@@ -24,6 +24,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -290,7 +291,7 @@ def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
     merged, known = _load(target, job.arithmetic, job), job.known
     stops.save(target, stops.settings(target), attach.stops(job.adapter.path, tokenizer, merged))
     names = list(merged.state_dict())
-    facts |= stored.check(job.adapter, job.source, target, changes, names, wanted.dequantised)
+    facts |= stored.check(job.adapter, job.source, target, changes, names, wanted.dequantised, merged)
     facts |= _judge(merged, wanted, changes, job)
     for name in PROCESSORS:
         if (job.source / name).is_file():
@@ -472,7 +473,12 @@ def _write(attached: PeftModel, job: Job, target: Path, dequantised: dict[str, t
         base = weights.tensors(job.source)
         for name, module in attached.get_base_model().named_modules():
             weight: Any = getattr(getattr(module, "base_layer", None), "weight", None)
-            if isinstance(module, BaseTunerLayer) and weight is not None:
+            if isinstance(module, ParamWrapper):
+                parameter = module.get_param()
+                kind, parameter.data = parameter.dtype, parameter.data.float()
+                module.merge(safe_merge=True)
+                module.get_param().data = module.get_param().data.to(kind)
+            elif isinstance(module, BaseTunerLayer) and weight is not None:
                 own = base_fit.own_name(f"{name}.weight", base)
                 exact = dequantised.get(name, base[own].tensor() if own else weight.data)
                 kind, weight.data = weight.dtype, exact.float()

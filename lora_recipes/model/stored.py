@@ -15,10 +15,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from lora_recipes.core import base_fit, weights
 from lora_recipes.core.adapter_folder import Adapter, scaling
@@ -32,7 +35,8 @@ ROWS = 2048  # of a matrix at once, so that a float64 copy of it stays small
 class Update:
     """W + s B A of one module: the names of A and B in the adapter's file, s, and whether the weight is
     stored as its transpose. By DoRA m (W + s B A) / |W + s B A|, norms over the inputs: `magnitude` is the
-    name of m.
+    name of m. `experts`: how many matrices the parameter holds, each with an A and a B of its own (PEFT's
+    target_parameters); 0 for one without that dimension.
     """
 
     a: str
@@ -40,6 +44,7 @@ class Update:
     scaling: float
     transposed: bool
     magnitude: str | None = None
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,13 @@ def changes(attached: PeftModel, adapter: Adapter) -> Changes:
             updates |= {f"{name}.{n.removeprefix(at)}": Whole(n) for n in adapter.tensors if n.startswith(at)}
         elif isinstance(module, AuxiliaryTrainingWrapper):
             others.append(name)
+        elif isinstance(module, ParamWrapper) and set(pair) == {"A", "B"}:
+            own = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+            shape, factor = module.get_param().shape, scaling(adapter.config, own)
+            # PEFT's own question to the class: are its matrices [in, out]?
+            inward = len(shape) == 3 and not module._did_swap_in_out_features
+            count = shape[0] if len(shape) == 3 else 0
+            updates[own] = Update(pair["A"], pair["B"], factor, inward, experts=count)
         elif isinstance(module, LoraLayer) and set(pair) == {"A", "B"} and _known(module):
             magnitude = f"{at}lora_magnitude_vector" if module.lora_variant else None
             transposed = transposed or "lora_embedding" in pair["A"]
@@ -120,19 +132,24 @@ def check(
     changed: Changes,
     names: Iterable[str],
     dequantised: dict[str, torch.Tensor],
+    merged: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
     """Hold every tensor of the merged model in `target` against the base's files and the adapter's.
 
-    `names`: of the parameters of the class that was trained. `dequantised`: weights that the base had in
+    `names`: of the parameters of the class that was trained. `merged`: a model of that class, which knows how
+    those that it joins of several tensors are stored. `dequantised`: weights that the base had in
     training, by module, where they are not those of its files. Returns how many tensors were computed, how
     many are the base's, which were not compared, and `lost_in_rounding`: the share of the update (Frobenius)
     that rounding took. RecipeError names the tensors that are something else.
     """
     base, made = weights.tensors(source), weights.tensors(target)
     trained = {own: name for name in names if (own := base_fit.own_name(name, made))}
-    wrong, left, same, computed, lost, size = [], [], 0, 0, 0.0, 0.0
+    own_names = {*trained.values()} if merged is not None else changed.updates.keys()
+    joined = [name for name in changed.updates if name not in own_names]
+    wrong, left, same, computed, lost, size = [], [], 0, len(joined), 0.0, 0.0
     with safe_open(adapter.file, "pt") as pairs:
-        for name in made:
+        apart = _joined(base, made, pairs, changed, joined, merged)
+        for name in made.keys() - apart.keys():
             own = trained.get(name, name)
             stored, before = made[name].tensor(), dequantised.get(own.removesuffix(".weight"))
             tied = name not in base  # a head that is tied no longer: trained, or what it was tied to
@@ -140,16 +157,17 @@ def check(
                 before = stored if tied else base[name].tensor()
             if update := changed.updates.get(own):
                 computed += 1
-                found = _updated(stored, before, pairs, update)
-                lost, size = lost + found[1], size + found[2]
-                if not found[0] <= 1:
-                    wrong.append(f"{name} is off by {found[0]:.3g} times what rounding allows")
+                apart[name] = _updated(stored, before, pairs, update)
             elif changed.touches(own) or stored.shape != before.shape:
                 left.append(name)
             else:
                 same += 1
                 if not (_held(stored, base) if tied else torch.equal(stored, before.to(stored.dtype))):
                     wrong.append(f"{name} is not the base's, and carries no adapter")
+    for name, found in apart.items():
+        lost, size = lost + found[1], size + found[2]
+        if not found[0] <= 1:
+            wrong.append(f"{name} is off by {found[0]:.3g} times what rounding allows")
     if computed != len(changed.updates):
         wrong.append(f"{len(changed.updates) - computed} adapted modules are not in the files")
     if wrong:
@@ -173,6 +191,8 @@ def _updated(
 
     Allowed: half a step of the dtype in which it is stored, and what float32 may lose on the way.
     """
+    if isinstance(update, Update) and update.experts:
+        return _near(stored, before.double(), *_experts(pairs, update))
     if isinstance(update, Update):
         return _lora(stored, before, pairs, update)
     if isinstance(update, Whole):
@@ -185,6 +205,65 @@ def _updated(
     allowed = (step.eps / 2 + rounded) * wanted.abs() + step.smallest_normal
     off = (apart / allowed).nan_to_num(nan=torch.inf).max().item()
     return off, apart.square().sum().item(), (wanted - before.double()).square().sum().item()
+
+
+def _experts(pairs: Any, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each s B A of the experts, [experts, out, in], or [experts, in, out] where the class has it so; and
+    what float32 may lose of it.
+
+    A is [experts * r, in], an expert after the other; B is [out, r * experts], the experts innermost (PEFT's
+    ParamWrapper).
+    """
+    a, b = pairs.get_tensor(update.a).double(), pairs.get_tensor(update.b).double()
+    a = a.reshape(update.experts, -1, a.shape[-1])
+    b = b.reshape(b.shape[0], -1, update.experts).permute(2, 0, 1)
+    sums = (len(a[0]) + 4) * torch.finfo(torch.float32).eps / 2 * abs(update.scaling) * (b.abs() @ a.abs())
+    delta = update.scaling * (b @ a)
+    return (delta.mT, sums.mT) if update.transposed else (delta, sums)
+
+
+def _joined(
+    base: dict[str, weights.Stored],
+    made: dict[str, weights.Stored],
+    pairs: Any,
+    changed: Changes,
+    names: list[str],
+    model: Any,
+) -> dict[str, tuple[float, float, float]]:
+    """`_updated` of every stored tensor, by its name, that the parameters `names` of `model` are made of:
+    they have other names there, or are several."""
+    found = {}
+    for name in names:
+        update: Any = changed.updates[name]
+        single = not getattr(update, "experts", 0)
+        parts = [torch.zeros(1, 1)] if single else _experts(pairs, update)
+        for tensor, values in _as_stored(model, name, *parts).items():
+            if tensor not in made or tensor not in base:
+                found[tensor] = torch.inf, 0.0, 0.0
+                continue
+            stored, before = made[tensor].tensor(), base[tensor].tensor()
+            found[tensor] = (
+                _updated(stored, before, pairs, update) if single else _near(stored, before.double(), *values)
+            )
+    return found
+
+
+def _as_stored(model: Any, name: str, *values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+    """`values` of the parameter `name` as the tensors of a checkpoint: transformers joins those of the
+    experts while it loads, and takes them apart again, by rules of each class."""
+    found = [revert_weight_conversion(model, {name: value.contiguous()}) for value in values]
+    return {tensor: tuple(each[tensor] for each in found) for tensor in found[0]}
+
+
+def _near(
+    stored: torch.Tensor, before: torch.Tensor, delta: torch.Tensor, lossy: torch.Tensor
+) -> tuple[float, float, float]:
+    """`_updated` of before + delta, all float64, where `lossy` may be lost on the way beside the rounding."""
+    step, wanted = torch.finfo(stored.dtype), before + delta
+    apart, single = (stored.double() - wanted).abs(), torch.finfo(torch.float32).eps
+    allowed = step.eps / 2 * wanted.abs() + lossy + single * before.abs() + step.smallest_normal
+    off = (apart / allowed).nan_to_num(nan=torch.inf).max().item()
+    return off, apart.square().sum().item(), delta.square().sum().item()
 
 
 def _lora(

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -38,14 +38,15 @@ _EVERYWHERE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Coverage:
-    """One kind of layer: how many there are, and which of its linear modules are `adapted` and which
-    `left`.
+    """One kind of layer: how many there are, and which of its linear modules and routed experts are `adapted`
+    and which `left`; `frozen`: the routed experts among the latter.
     """
 
     kind: str
     layers: int
     adapted: tuple[str, ...]
     left: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """E.g. `full_attention 8 layers: q_proj, v_proj (not: k_proj, o_proj)`; a kind without an adapted
@@ -54,9 +55,9 @@ class Coverage:
         head = f"{self.kind} {self.layers} layers: "
         names = ", ".join(map(_label, self.adapted))
         untouched = ", ".join(
-            _label(name) for name in self.left if not name.startswith("mlp.") and not _routed(name)
+            _label(name) for name in self.left if not name.startswith("mlp.") and name not in self.frozen
         )
-        frozen = ", ".join(_label(name) for name in self.left if _routed(name))
+        frozen = ", ".join(map(_label, self.frozen))
         tail = f"; routed experts frozen: {frozen}" if frozen else ""
         if untouched and all(name.startswith("mlp.") for name in self.adapted):
             whole = "nothing" if not names else names if "(" in names or "." in names else "mlp only"
@@ -97,25 +98,108 @@ def matched(model: PreTrainedModel, config: Any) -> list[str]:
         return []  # PEFT would choose by model type; `problems` asks for names
     names = modules(model)
     if _all_linear(config.target_modules):
+        # Linear modules, and of a mixture of experts neither the routed experts nor what chooses among them.
+        left = routers(model)
         names = {
             n: m
             for n, m in names.items()
-            if isinstance(m, nn.Linear | Conv1D) and m is not model.get_output_embeddings()
+            if isinstance(m, nn.Linear | Conv1D)
+            and m is not model.get_output_embeddings()
+            and not (n in left or _routed(f"{n}."))
         }
         config = _with(config, target_modules=r".*")
     return [n for n in names if check_target_module_exists(config, n)]
 
 
-def experts(model: PreTrainedModel) -> list[str]:
-    """The parameters that hold all routed experts of a layer in one: lora.target_parameters reaches them, no
-    name of a module does."""
-    return [
-        f"{name}.{leaf}"
+def experts(model: PreTrainedModel) -> dict[str, int]:
+    """The parameters that hold all routed experts of a layer in one, and how many: lora.target_parameters
+    reaches them, no name of a module does.
+
+    Of three dimensions, under `experts`, or the first of them as large as the config says that there are.
+    """
+    counts = {
+        value
+        for key, value in vars(model.config.get_text_config()).items()
+        if "experts" in key and isinstance(value, int) and not re.search("shared|per_tok|size", key)
+    }
+    return {
+        f"{name}.{leaf}": parameter.shape[0]
         for name, module in modules(model).items()
-        if _routed(f"{name}.") and not isinstance(module, ADAPTABLE)
+        if not isinstance(module, nn.Conv1d)
         for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    ]
+        if parameter.dim() == 3 and (_routed(f"{name}.") or parameter.shape[0] in counts)
+    }
+
+
+def routers(model: PreTrainedModel) -> set[str]:
+    """The modules that choose among routed experts: beside them in their block, as transformers calls them
+    there, `gate` or `router`."""
+    blocks = {n.partition(".experts.")[0] if _routed(n) else n.rsplit(".", 2)[0] for n in experts(model)}
+    return {
+        name
+        for name, module in modules(model).items()
+        if {"gate", "router"} & set(name.split("."))
+        and next(module.parameters(recurse=False), None) is not None
+        and any(name.startswith(f"{block}.") for block in blocks)
+    }
+
+
+def resolved(model: PreTrainedModel, config: Any) -> Any:
+    """`config` as PEFT must get it, so that it adapts the modules that `matched` names and no others.
+
+    A module goes to PEFT by the parameter `NAME.weight` (target_parameters; A and B are the same and are
+    saved under the same names) where its name would mean another: on most mixtures of experts PEFT makes
+    `gate_proj` the routed experts' gate_up_proj (peft/utils/transformers_weight_conversion.py, for adapters
+    that transformers 4 trained). So does a router that is no plain linear module.
+    """
+    if getattr(config, "target_modules", None) is None:
+        return config
+    handed = by_weight(model, config)
+    if not handed and not (_all_linear(config.target_modules) and routers(model)):
+        return config
+    wanted, every = matched(model, config), list(modules(model))
+    kept = _named([n for n in wanted if n not in handed], every)
+    if not handed:
+        return _with(config, target_modules=kept)
+    patterns = {}
+    for key in ("rank_pattern", "alpha_pattern"):  # PEFT asks them about NAME.weight then
+        given = getattr(config, key) or {}
+        values = {n: given[k] for n in handed if (k := get_pattern_key(list(given), n)) in given}
+        patterns[key] = given | {re.escape(f"{n}.weight"): value for n, value in values.items()}
+    weights = _named([f"{n}.weight" for n in handed], [n for n, _ in model.named_parameters()])
+    return _with(
+        config,
+        target_modules=kept,
+        target_parameters=[*(config.target_parameters or []), *weights],
+        exclude_modules=None,  # they are left out already
+        layers_to_transform=None,
+        layers_pattern=None,
+        **patterns,
+    )
+
+
+def by_weight(model: PreTrainedModel, config: Any) -> list[str]:
+    """The modules of `matched` that PEFT gets as the parameter `NAME.weight` (see `resolved`)."""
+    if config.peft_type != "LORA":
+        return []
+    wanted, of, choosing = matched(model, config), modules(model), routers(model)
+    taken = {leaf for leaf in map(_leaf, wanted) if _taken(model, config, {leaf})}
+    return [n for n in wanted if _leaf(n) in taken or (n in choosing and not _plain(of[n]))]
+
+
+def _plain(module: nn.Module) -> bool:
+    """Is it a linear module that computes as one, in 4 bits or not? Llama 4's router is one by its class, and
+    returns two tensors."""
+    forward: Any = type(module).forward
+    return forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes")
+
+
+def _named(wanted: list[str], every: list[str]) -> list[str]:
+    """`wanted` of the names `every` as a list that PEFT matches by their ends: without the layer's number
+    where that means the same."""
+    short = list(dict.fromkeys(m.group(2) if (m := _LAYER.match(n)) else n for n in wanted))
+    same = {n for n in every if any(_ends(n, entry) for entry in short)} == set(wanted)
+    return short if same else wanted
 
 
 def matched_parameters(model: PreTrainedModel, config: Any) -> list[str]:
@@ -140,7 +224,7 @@ def problems(
         # Only with right targets can the others be judged: they choose among the modules that the targets
         # match.
         found = (
-            list(_rewritten(model, config, recipe))
+            list(_handed(model, config, recipe))
             or [*_excludes(model, config, recipe, beside), *_layers(model, config, recipe)]
             or list(_emptied(model, config, recipe))
         )
@@ -150,7 +234,8 @@ def problems(
 
 def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]:
     """For each kind of layer (transformers' `layer_types`) which of its linear modules, and of its routed
-    experts, are adapted (`adapted`: names of modules and parameters), and which are not.
+    experts, are adapted (`adapted`: names of modules and parameters), and which are not. A router stands
+    there only where it is adapted.
 
     A module that is adapted in only some layers of its kind stands with the count: `q_proj (3 of 8)`. Token
     mixers come first, and in each block the projections in before the one out.
@@ -159,16 +244,22 @@ def coverage(model: PreTrainedModel, adapted: Collection[str]) -> list[Coverage]
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     have: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     linear = [name for name, module in modules(model).items() if isinstance(module, ADAPTABLE)]
-    for name in [*linear, *experts(model)]:
-        if match := _LAYER.match(name):
-            have[types[int(match.group(1))]][match.group(2)].append(name in adapted)
+    whole, by_name = experts(model), {n.removesuffix(".weight") for n in adapted} | set(adapted)
+    more = [n for n in adapted if n not in whole and n.removesuffix(".weight") not in linear]  # a router
+    choosing = routers(model)
+    for name in [*linear, *more, *whole]:
+        if (match := _LAYER.match(name)) and (name in by_name or name not in choosing):
+            have[types[int(match.group(1))]][match.group(2)].append(name in by_name)
+    apart = {m.group(2) for n in whole if (m := _LAYER.match(n))}
     result = []
     for kind, done in have.items():
         names = sorted(done, key=lambda n: (n.startswith("mlp."), _leaf(n) == "out_proj"))
         hit = tuple(
             n if all(done[n]) else f"{n} ({sum(done[n])} of {len(done[n])})" for n in names if any(done[n])
         )
-        result.append(Coverage(kind, types.count(kind), hit, tuple(n for n in names if not any(done[n]))))
+        left = tuple(n for n in names if not any(done[n]))
+        frozen = tuple(n for n in left if n in apart or _routed(n))
+        result.append(Coverage(kind, types.count(kind), hit, left, frozen))
     return result
 
 
@@ -295,25 +386,27 @@ def _meant_experts(model: PreTrainedModel, entry: str) -> list[str]:
     return [name for name in names if words <= set(_leaf(name).split("_"))]
 
 
-def _rewritten(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
-    """Names that PEFT takes for others: on some mixtures of experts `gate_proj` becomes the routed experts'
-    gate_up_proj, and no longer means the shared expert or a dense layer
-    (peft/utils/transformers_weight_conversion.py, for adapters that transformers 4 trained).
-    """
-    if config.peft_type != "LORA":
+def _handed(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
+    """Modules that PEFT would get by their weight, with settings that it has for modules only."""
+    if not (names := by_weight(model, config)):
         return
-    named = matched(model, config)
-    taken = {leaf for leaf in map(_leaf, named) if _taken(model, config, {leaf})}
-    if not taken and not _taken(model, config, config.target_modules):
-        return
-    lost = dict.fromkeys(_label(name) for name in named if _leaf(name) in taken)
-    stay = dict.fromkeys(_leaf(name) for name in named if _leaf(name) not in taken)
-    reached = dict.fromkeys(m.group(2) for n in experts(model) if (m := _LAYER.match(n)))
-    out = f", not for {listed(lost, 4)}" if lost else ""
-    found = f"on {model.config.model_type} PEFT takes names here for the routed experts{out}"
-    do = f"write what it leaves as it is, [{listed(stay)}]" if stay else "remove them"
-    do += f"; for the routed experts target_parameters: [{listed(reached)}]"
-    yield Problem(recipe.at("lora", "target_modules"), found, do)
+    section: Any = recipe.lora
+    settings = {
+        ("lora", "lora_dropout"): bool(config.lora_dropout),
+        ("lora", "use_dora"): bool(config.use_dora),
+        ("lora", "lora_bias"): bool(config.lora_bias),
+        ("lora", "init_lora_weights"): section.init_lora_weights not in (True, False, "gaussian"),
+        ("model", "quantize"): recipe.model.quantize is not None,
+        ("warm_start", "from_recipe"): recipe.warm_start is not None,
+    }
+    stay = dict.fromkeys(_leaf(n) for n in matched(model, config) if n not in names)
+    for at in (at for at, given in settings.items() if given):
+        labels = dict.fromkeys(map(_label, names))
+        found = (
+            f"does not go with {listed(labels, 4)}: on {model.config.model_type} PEFT takes such names for"
+            " other modules, and adapts them by their weight, without this setting"
+        )
+        yield Problem(recipe.at(*at), found, f"remove it, or set lora.target_modules: [{listed(stay)}]")
 
 
 def _taken(model: PreTrainedModel, config: Any, names: Any) -> bool:
@@ -439,9 +532,14 @@ def _refused(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Pr
     once.
     """
     named, at = modules(model), recipe.at(recipe.method, "target_modules")
-    for leaf, name in {_leaf(n): n for n in matched(model, config)}.items():
+    handed = by_weight(model, config)
+    for leaf, name in {_leaf(n): n for n in matched(model, config) if n not in handed}.items():
         module = named[name]
-        if module is model.get_output_embeddings():
+        if _by_kernel(model, config, leaf):
+            do = f"exclude_modules: [{leaf}]" if isinstance(config.target_modules, str) else "remove it"
+            found = f"PEFT refuses {leaf!r} of a {model.config.model_type}: its kernels take the weight alone"
+            yield Problem(at, found, do)
+        elif module is model.get_output_embeddings():
             do = (
                 "TRL computes the loss from lm_head.weight directly: an adapter there would never be trained."
                 " Remove it"
@@ -471,6 +569,15 @@ def _refused(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Pr
             yield Problem(at, f"{leaf!r} is a {type(module).__name__}, which cannot carry a LoRA", do)
 
 
+def _by_kernel(model: PreTrainedModel, config: Any, leaf: str) -> bool:
+    """Does PEFT refuse an adapter on modules called `leaf`, as a kernel of this class reads their weight?"""
+    try:
+        _check_lora_target_modules_mamba(config, model, leaf)
+    except ValueError:
+        return True
+    return False
+
+
 def _elsewhere(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Problem]:
     """What is trained beside the targets: modules_to_save, target_parameters, trainable_token_indices."""
     named, parameters = modules(model), [n for n, _ in model.named_parameters()]
@@ -487,8 +594,15 @@ def _elsewhere(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[
                 f"write more of the name, e.g. {meant[-1]}",
             )
     for where, entry, _ in _entries(recipe, "target_parameters"):
-        if not any(_ends(n, entry) for n in parameters):
+        reached = [n for n in parameters if _ends(n, entry)]
+        packed = {n.removesuffix(".weight") for n in reached} & {
+            n for n, m in named.items() if isinstance(m, nn.Linear)
+        }
+        if not reached:
             yield _nothing(where, entry, parameters, "matches no parameter")
+        elif packed and recipe.model.quantize:
+            found = f"{entry!r} is the weight of a linear module, which is packed in {recipe.model.quantize}"
+            yield Problem(where, found, f"name the module in target_modules: {_leaf(min(packed))}")
     tokens, where = config.trainable_token_indices or [], recipe.at(recipe.method, "trainable_token_indices")
     vocab: Any = model.get_input_embeddings().num_embeddings
     for name, indices in {"": tokens}.items() if isinstance(tokens, list) else tokens.items():

@@ -264,7 +264,8 @@ def _idle(asked: Asked, adapted: tuple[str, ...]) -> tuple[str, ...]:
     if model is None or not here:
         return ()
     try:
-        attached = get_peft_model(model, LoraConfig(r=2, target_modules=sorted(here), task_type="CAUSAL_LM"))
+        config = LoraConfig(r=2, target_modules=sorted(here), task_type="CAUSAL_LM")
+        attached = get_peft_model(model, targets.resolved(model, config))
         logits = attached(input_ids=_text(), use_cache=False).logits
         cross_entropy(logits[0, :-1].float(), _text()[0, 1:]).backward()
     except _ERRORS:

@@ -64,7 +64,8 @@ def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str], base:
     rank = adapter_folder.rank(saved)
     size *= saved["r"] // section.r
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    faults = list(rules.config_faults(saved | {"trainable_token_indices": config.trainable_token_indices}))
+    made = {key: getattr(config, key) for key in ("trainable_token_indices", "target_parameters")}
+    faults = list(rules.config_faults(saved | made))
     if alone := rules.z_without_qkv(set(adapted)):
         faults.append(("target_modules", *alone))
     faults += [("target_modules", *said) for said in rules.class_faults(base, adapted)]

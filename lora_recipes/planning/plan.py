@@ -283,7 +283,7 @@ def _model(
     if recipe.freeze:
         trainable = freeze.apply(model, recipe.freeze)
     if config:
-        config = embeddings.training(config, model, indices)
+        config = targets.resolved(model, embeddings.training(config, model, indices))
         adapted = [] if config.is_prompt_learning else targets.matched(model, config)
         parameters = targets.matched_parameters(model, config)
         found = targets.coverage(model, [*adapted, *parameters]) if adapted or parameters else []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import provenance, safetensors, weights
-from lora_recipes.core.adapter_folder import Adapter, matched
+from lora_recipes.core.adapter_folder import Adapter, matched, parameters
 from lora_recipes.core.base_fit import fit, renamed
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.provenance import Provenance
@@ -84,6 +84,8 @@ def _ranks(adapter: Adapter) -> list[Problem]:
     """
     pattern = adapter.config.get("rank_pattern") or {}
     for module, pair in adapter.modules.items():
+        if parameters(adapter.config, module):
+            continue  # r for each expert
         said = matched(pattern, module) or adapter.config["r"]
         for kind, name in pair.items():
             shape = adapter.tensors[name].shape

@@ -78,6 +78,12 @@ def config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for key, (name, do) in UNSUPPORTED.items():
         if config.get(key):
             yield key, f"vLLM {VLLM} serves no {name}", do
+    if experts := [p for p in config.get("target_parameters") or [] if not p.endswith(".weight")]:
+        yield (
+            "target_parameters",
+            f"vLLM {VLLM} serves no parameters of an adapter ({', '.join(experts)})",
+            f"merge it ({cli.command('merge')}) and serve the merged model",
+        )
     if config.get("bias", "none") != "none":
         yield (
             "bias",

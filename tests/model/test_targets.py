@@ -2,6 +2,7 @@
 rest is exactly PEFT's.
 """
 
+import copy
 import string
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -26,6 +28,7 @@ from lora_recipes.model import targets
 from lora_recipes.recipe import contract
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.recipe import Recipe
+from tests.cases import families
 from tests.typed import there
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -692,11 +695,14 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained_by_peft(of: PreTrainedModel, **lora: Any) -> set[str]:
-    """Where PEFT really puts A and B, cut to what follows the layer's number."""
-    peft_model = get_peft_model(of, LoraConfig(task_type="CAUSAL_LM", r=4, **lora), low_cpu_mem_usage=True)
+def trained_by_peft(of: PreTrainedModel, **lora: Any) -> tuple[set[str], int]:
+    """Where PEFT really puts A and B, cut to what follows the layer's number, and how many numbers it
+    trains."""
+    config = targets.resolved(of, LoraConfig(task_type="CAUSAL_LM", r=4, **lora))
+    peft_model = get_peft_model(of, config, low_cpu_mem_usage=True)
     names = (n for n, p in peft_model.named_parameters() if p.requires_grad and ".lora_A." in n)
-    return {n.split(".layers.")[1].split(".", 1)[1].split(".lora_A")[0] for n in names}
+    found = {n.split(".layers.")[1].split(".", 1)[1].split(".lora_A")[0] for n in names}
+    return found, peft_model.get_nb_trainable_parameters()[0]
 
 
 def test_a_shared_expert_is_named_as_one_and_the_routed_ones_are_said_to_be_frozen(bases, tmp_path):
@@ -709,7 +715,7 @@ def test_a_shared_expert_is_named_as_one_and_the_routed_ones_are_said_to_be_froz
         f"full_attention 2 layers: q_proj, {shared} (not: k_proj, v_proj, o_proj);"
         " routed experts frozen: experts.gate_up_proj, experts.down_proj"
     )
-    assert trained_by_peft(of, target_modules=wanted) == {
+    assert trained_by_peft(of, target_modules=wanted)[0] == {
         "self_attn.q_proj",
         *(f"mlp.shared_expert.{name}" for name in MLP),
     }
@@ -737,7 +743,7 @@ def test_experts_that_are_trained_stand_in_the_coverage(name, bases, tmp_path):
     adapted = [*targets.matched(of, config), *targets.matched_parameters(of, config)]
     for covered in targets.coverage(of, adapted):
         assert set(covered.adapted) == {"self_attn.q_proj", *entries} and "frozen" not in str(covered)
-    assert {n.partition(".experts")[0] for n in trained_by_peft(of, **lora)} == {"self_attn.q_proj", "mlp"}
+    assert {n.partition(".experts")[0] for n in trained_by_peft(of, **lora)[0]} == {"self_attn.q_proj", "mlp"}
 
 
 @pytest.mark.parametrize(
@@ -745,27 +751,55 @@ def test_experts_that_are_trained_stand_in_the_coverage(name, bases, tmp_path):
     [
         ("glm4_moe", ["q_proj", *MLP]),
         ("glm4_moe", ["q_proj", "shared_experts.gate_proj", "shared_experts.up_proj"]),
-        ("glm4_moe", "all-linear"),
-        ("mixtral", "all-linear"),
-        ("qwen3_moe", "all-linear"),
         ("glm4_moe", r".*\.(gate_proj|up_proj)"),
         ("glm4_moe", ["q_proj", "gate_proj"]),
+        ("glm4_moe", ["q_proj", "gate"]),
+        ("gpt_oss", ["q_proj", "router"]),
     ],
 )
-def test_names_that_peft_takes_for_the_experts_are_refused(name, wanted, bases, tmp_path):
-    """PEFT rewrites them for adapters of transformers 4; what it then trains is not what the names match."""
+def test_names_of_modules_mean_modules_also_where_peft_takes_them_for_experts(name, wanted, bases, tmp_path):
+    """PEFT rewrites such names for adapters of transformers 4, or cannot adapt a router that is no linear
+    module: they go to it by their weight."""
     of = mixture(name, bases)
-    (found,) = problems(tmp_path, of, target_modules=wanted)
-    assert "PEFT takes names here for the routed experts" in found.found
-    assert "target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]" in found.do
-    meant = LoraConfig(task_type="CAUSAL_LM", target_modules=wanted)
-    named = {n.split(".layers.")[1].split(".", 1)[1] for n in targets.matched(of, meant)}
-    try:
-        assert trained_by_peft(of, target_modules=wanted) != named, "then it need not be refused"
-    except ValueError as error:
-        assert "because they are fused" in str(error)
-    if "write what it leaves" in found.do:
-        remedy = found.do.partition("[")[2].partition("]")[0].split(", ")
-        assert problems(tmp_path, mixture(name, bases), target_modules=remedy) == []
-    else:
-        assert isinstance(wanted, str) and "remove them" in found.do, "the pattern names nothing else"
+    assert problems(tmp_path, of, target_modules=wanted) == []
+    meant = targets.matched(of, LoraConfig(task_type="CAUSAL_LM", target_modules=wanted))
+    shapes = [of.get_submodule(n).weight.shape for n in meant]
+    named = {n.split(".layers.")[1].split(".", 1)[1] for n in meant}
+    assert trained_by_peft(of, target_modules=wanted) == (named, sum(4 * sum(shape) for shape in shapes))
+
+
+def test_what_is_adapted_by_its_weight_keeps_its_rank_and_refuses_what_only_modules_have(bases, tmp_path):
+    of, lora = mixture("glm4_moe", bases), {"target_modules": "all-linear"}
+    ranked = LoraConfig(task_type="CAUSAL_LM", r=4, rank_pattern={"down_proj": 2}, **lora)
+    peft_model = get_peft_model(of, targets.resolved(of, ranked), low_cpu_mem_usage=True)
+    ranks = {n.split(".")[-4]: p.shape[0] for n, p in peft_model.named_parameters() if ".lora_A." in n}
+    assert ranks["down_proj"] == 2 and {*ranks.values()} == {2, 4}
+    problem = only(problems(tmp_path, mixture("glm4_moe", bases), **lora, lora_dropout=0.1))
+    assert problem.where.endswith("lora.lora_dropout") and "gate_proj" in problem.found
+    assert problem.do.endswith("lora.target_modules: [q_proj, k_proj, v_proj, o_proj]")
+
+
+@cache
+def of_family(name: str) -> Any:
+    """The text model of tests/cases/families.py, without weights."""
+    kind, fields = families.FAMILIES[name]
+    config = getattr(transformers, kind).config_class(**fields).get_text_config()
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+MIXTURES = ["deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "granitemoehybrid", "jamba", "llama4"]
+MIXTURES += ["mixtral", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_all_linear_is_the_linear_modules_without_routers_and_routed_experts(name: str) -> None:
+    of = of_family(name)
+    meant = targets.matched(of, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    count = sum(4 * sum(of.get_submodule(n).weight.shape) for n in meant)
+    assert meant and not [n for n in meant if {"router", "gate", "experts"} & set(n.split("."))]
+    covered = targets.coverage(of, meant)
+    assert any("routed experts frozen: experts." in str(c) for c in covered)
+    model_ = copy.deepcopy(of)
+    named = {n.split(".layers.")[1].split(".", 1)[1] for n in meant}
+    assert trained_by_peft(model_, target_modules="all-linear") == (named, count)

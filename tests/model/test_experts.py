@@ -1,0 +1,103 @@
+"""Adapters on routed experts (lora.target_parameters): merged, and held against the stored tensors of base
+and adapter, however a class stores its experts.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lora_recipes.core import adapter_folder
+from lora_recipes.core.errors import RecipeError
+from lora_recipes.model import attach, stored, targets
+from lora_recipes.model import merge as merging
+from lora_recipes.model.merge import merge
+from tests.cases import families
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+# family: an expert's tensor in its files. Mixtral's have other names than its class has, gpt-oss keeps them
+# in one, and transposed, Granite calls them linear layers.
+STORED = {
+    "qwen3_moe": "model.layers.1.mlp.experts.2.up_proj.weight",
+    "mixtral": "model.layers.1.block_sparse_moe.experts.2.w3.weight",
+    "gpt_oss": "model.layers.1.mlp.experts.gate_up_proj",
+    "granitemoe": "model.layers.1.block_sparse_moe.input_linear.weight",
+}
+
+
+@pytest.fixture(scope="module", params=STORED)
+def made(request, tmp_path_factory) -> tuple[str, Path, Path]:
+    """A family, its base and an adapter on q_proj and the routed experts, as PEFT saves it: random A and B,
+    another rank and another alpha on one of the two."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = families.make(request.param, folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora: dict[str, Any] = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}}
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj"], **lora)
+    config.target_parameters, config.init_lora_weights = EXPERTS, False
+    get_peft_model(model, config).save_pretrained(str(folder / "adapter"))
+    return request.param, base, folder / "adapter"
+
+
+def test_a_router_that_has_another_name_in_the_files_merges_into_it(tmp_path):
+    base = families.make("mixtral", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "gate"])
+    config.init_lora_weights = False
+    get_peft_model(model, targets.resolved(model, config)).save_pretrained(str(tmp_path / "adapter"))
+    record = merge(tmp_path / "adapter", tmp_path / "merged", base, unproven=True)
+    assert record["tensors_computed"] == 2 * 2 and record["tensors_not_compared"] == []
+
+
+def test_an_adapter_on_routed_experts_merges_into_the_tensors_of_each_expert(made, tmp_path):
+    family, base, adapter = made
+    record = merge(adapter, tmp_path / "merged", base, unproven=True)
+    assert record["modules"] == record["tensors_computed"] == 2 * 3
+    assert record["tensors_not_compared"] == [] and record["logit_max"] < 1e-5
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert set(before) == set(after), "the names of its files are kept"
+    assert not torch.equal(before[STORED[family]], after[STORED[family]])
+
+
+@pytest.mark.parametrize("wrong", ["left as it was", "of the other experts", "half of the update"])
+def test_a_stored_expert_that_is_not_base_and_adapter_is_named(made, tmp_path, wrong):
+    family, base, folder = made
+    adapter, name = adapter_folder.read(folder), STORED[family]
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    attached = attach.attach(model, {"default": adapter})
+    changes = stored.changes(attached, adapter)
+    merged: Any = attached.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(tmp_path)
+    was, tensors = load_file(base / "model.safetensors")[name], load_file(tmp_path / "model.safetensors")
+    names = list(merged.state_dict())
+    assert stored.check(adapter, base, tmp_path, changes, names, {}, merged)["tensors_computed"] == 6
+    delta = tensors[name] - was
+    others = delta.roll(1, 0) if delta.ndim == 3 else tensors[name.replace(".2.", ".1.")] - was
+    change = {"left as it was": 0 * delta, "of the other experts": others, "half of the update": delta / 2}
+    save_file(tensors | {name: (was + change[wrong]).contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(RecipeError, match=rf"is not base \+ adapter: {name} is off by"):
+        stored.check(adapter, base, tmp_path, changes, names, {}, merged)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_bfloat16_experts_are_rounded_once(tmp_path, monkeypatch, arithmetic):
+    """Merged in float32 one parameter after the other, also where the model itself does not fit in it."""
+    monkeypatch.setattr(merging, "_arithmetic", lambda *_: arithmetic)
+    base = families.make("qwen3_moe", tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    shutil.rmtree(base)
+    half.save_pretrained(base)
+    families.tokenizer().save_pretrained(base)
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[], target_parameters=EXPERTS)
+    config.init_lora_weights = False
+    get_peft_model(half, config).save_pretrained(str(tmp_path / "adapter"))
+    record = merge(tmp_path / "adapter", tmp_path / "merged", base, unproven=True)
+    assert record["dtype"] == "bfloat16" and record["arithmetic"] == arithmetic
+    assert record["tensors_computed"] == 4
