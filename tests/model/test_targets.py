@@ -769,7 +769,8 @@ def test_names_of_modules_mean_modules_also_where_peft_takes_them_for_experts(na
 
 
 def test_what_is_adapted_by_its_weight_keeps_its_rank_and_refuses_what_only_modules_have(bases, tmp_path):
-    of, lora = mixture("glm4_moe", bases), {"target_modules": "all-linear"}
+    of = mixture("glm4_moe", bases)
+    lora: dict[str, Any] = {"target_modules": "all-linear"}
     ranked = LoraConfig(task_type="CAUSAL_LM", r=4, rank_pattern={"down_proj": 2}, **lora)
     peft_model = get_peft_model(of, targets.resolved(of, ranked), low_cpu_mem_usage=True)
     ranks = {n.split(".")[-4]: p.shape[0] for n, p in peft_model.named_parameters() if ".lora_A." in n}
