@@ -760,7 +760,7 @@ def test_experts_that_are_trained_stand_in_the_coverage(name, bases, tmp_path):
 def test_names_of_modules_mean_modules_also_where_peft_takes_them_for_experts(name, wanted, bases, tmp_path):
     """PEFT rewrites such names for adapters of transformers 4, or cannot adapt a router that is no linear
     module: they go to it by their weight."""
-    of = mixture(name, bases)
+    of: Any = mixture(name, bases)
     assert problems(tmp_path, of, target_modules=wanted) == []
     meant = targets.matched(of, LoraConfig(task_type="CAUSAL_LM", target_modules=wanted))
     shapes = [of.get_submodule(n).weight.shape for n in meant]
