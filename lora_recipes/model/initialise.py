@@ -170,10 +170,11 @@ def warm(model: torch.nn.Module, folder: Path) -> dict[str, float]:
             continue
         parts: Any = module
         layer, key = module.get_base_layer(), name.removeprefix("base_model.model.")
-        own = base_fit.renamed(key, stored)
+        own = base_fit.own_name(f"{key}.weight", stored)
         assert own is not None, key
-        full = stored[f"{own}.weight"].tensor().to(layer.weight.device)
+        full = stored[own].tensor().to(layer.weight.device)
         delta = full.float() - dequantize_module_weight(layer).float()
+        delta = delta.T if parts.fan_in_fan_out else delta
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
         for adapter, rank in module.r.items():
             root = (values[:rank] / module.scaling[adapter]).sqrt()

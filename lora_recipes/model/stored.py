@@ -152,9 +152,10 @@ def check(
         for name in made.keys() - apart.keys():
             own = trained.get(name, name)
             stored, before = made[name].tensor(), dequantised.get(own.removesuffix(".weight"))
-            tied = name not in base  # a head that is tied no longer: trained, or what it was tied to
+            at = base_fit.own_name(name, base)
+            tied = at is None  # a head that is tied no longer: trained, or what it was tied to
             if before is None:
-                before = stored if tied else base[name].tensor()
+                before = base[at].tensor() if at else stored
             if update := changed.updates.get(own):
                 computed += 1
                 apart[name] = _updated(stored, before, pairs, update)
