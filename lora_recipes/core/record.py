@@ -255,6 +255,16 @@ class Probes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossCheck:
+    """The loss that TRL trains against that of the model's own logits, on a row of the run, before step 1."""
+
+    trl: Annotated[float, "TRL's, nats a token"]
+    own: Annotated[float, "cross entropy of the model's own logits, nats a token"]
+    tokens: Annotated[int, "trained tokens of the row"]
+    allowed: Annotated[float, "how far they may be apart, nats a token: rounding in the logits' dtype"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryUse:
     """Memory while training ran."""
 
@@ -392,6 +402,9 @@ class Run(Record):
     warnings: Annotated[list[str], "the plan's warnings"]
     warm_start: Annotated[WarmStart | None, "of a warm_start: recipe"] = None
     resumed: Annotated[list[Resumed] | None, "each time it was continued"] = None
+    loss_check: Annotated[
+        LossCheck | None, "is the trained loss the model's own? Asked where it is whole"
+    ] = None
     probes: Annotated[Probes | None, "the probes' answers"] = None
     steps: Annotated[int | None, "optimiser steps done; from the end of training on"] = None
     epochs: Annotated[float | None, "epochs done; as steps"] = None

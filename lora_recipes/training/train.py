@@ -31,7 +31,7 @@ from lora_recipes.planning import space
 from lora_recipes.planning.plan import Plan
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import Recipe
-from lora_recipes.training import launch, usage, verify, watch
+from lora_recipes.training import launch, loss, usage, verify, watch
 from lora_recipes.training.finish import Session, finish, report, say
 from lora_recipes.training.resume import differences, left, may_start
 
@@ -298,9 +298,10 @@ def _begin(session: Session) -> Run:
             f"\nwarm start  A and B leave out {lost.mean:.1%} of the update (mean of modules;"
             f" {lost.worst:.1%} of {lost.module})"
         )
-    before = None
+    before = checked = None
     if not session.plan.layout.sharded:
         trainer.model.to(trainer.args.device)  # DeepSpeed would do it later
+        checked = loss.check(trainer, session.plan.gate.train, session.resolved)
         before = Probes(before=probes.probes(trainer.model, session.tokenizer, recipe))
     run = Run(
         status="running",
@@ -321,6 +322,7 @@ def _begin(session: Session) -> Run:
         resume_facts=session.facts,
         warnings=session.plan.warnings,
         warm_start=lost,
+        loss_check=checked,
         probes=before,
     )
     if PartialState().is_main_process:
