@@ -42,7 +42,7 @@ def main() -> None:
             adapter = facts.adapter
             served = "whole model" if adapter is None else "yes" if adapter.max_lora_rank else "no"
             merges = "-" if adapter is None else "yes" if adapter.merges else "no"
-            note = " (closed form)" if peak.why_closed else ""
+            note = " (at least)" if peak.unknown else ""
             cells = [
                 file.stem,
                 f"{facts.model.trainable:,}",

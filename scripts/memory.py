@@ -51,8 +51,8 @@ def main() -> int:
                 parts = ", ".join(
                     f"{part} {size / 1e9:.1f}" for part, size in memory.parts.items() if size >= 5e7
                 )
-                closed = " (closed form)" if memory.why_closed else ""
-                print(f"{name:<18}{method:<8}{memory.peak_bytes / 1e9:>13.1f}{document:>13}  {parts}{closed}")
+                least = f" (at least: {memory.unknown})" if memory.unknown else ""
+                print(f"{name:<18}{method:<8}{memory.peak_bytes / 1e9:>13.1f}{document:>13}  {parts}{least}")
                 print(
                     *(f"{'':<26}{line}" for line in (why, *memory.notes) if line),
                     sep="\n",

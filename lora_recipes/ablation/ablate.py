@@ -97,9 +97,9 @@ def spread(
         (f"{card} GB {most.verdict(card)}" for card in CARDS if most.verdict(card) != NOT),
         f"no card up to {CARDS[-1]} GB",
     )
-    return cluster.generate(
-        engine, ablation, runs, command, outputs, f"planned peak {gib(most.peak_bytes)} GiB of a GPU: {card}"
-    )
+    least = "at least " * any(found.unknown for _, found in plans.values())
+    peak = f"planned peak {least}{gib(most.peak_bytes)} GiB of a GPU: {card}"
+    return cluster.generate(engine, ablation, runs, command, outputs, peak)
 
 
 def _head(ablation: Ablation) -> None:

@@ -96,7 +96,7 @@ def table(ablation: Ablation, plans: dict[str, tuple[Plan, Memory]], cuda: bool)
         facts, adapter = made.facts, made.facts.adapter
         steps = facts.steps.total if facts.steps else None
         total += steps or 0
-        size = f"{gib(found.peak_bytes)} GiB" + "*" * bool(found.why_closed)
+        size = ">=" * bool(found.unknown) + f"{gib(found.peak_bytes)} GiB"
         cells = (
             f"{facts.model.trainable:>12,}  {adapter.bytes if adapter else 0:>10,} B "
             f" {(adapter and adapter.max_lora_rank) or '-':>8}"
@@ -105,8 +105,8 @@ def table(ablation: Ablation, plans: dict[str, tuple[Plan, Memory]], cuda: bool)
             f"{arm.name:<{width}}  {cells}  {steps or '?':>7}  {size:>12} "
             f" {' '.join(arm.overrides) or 'the recipe as it is'}"
         )
-    if closed := {found.why_closed for _, found in plans.values() if found.why_closed}:
-        yield f"* closed form, the step was not run: {listed(sorted(closed), 3)}"
+    if unknown := {found.unknown for _, found in plans.values() if found.unknown}:
+        yield f">= the peak is not known, at least this is held: {listed(sorted(unknown), 3)}"
     said: dict[str, list[str]] = {}
     for name, (made, _) in plans.items():
         for warning in made.warnings:

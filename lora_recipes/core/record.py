@@ -179,7 +179,7 @@ class MemoryFacts:
     peak_bytes: Annotated[int, "bytes of all tensors at the peak: torch.cuda.max_memory_allocated"]
     parts: Annotated[dict[str, int], "bytes at the peak, by part"]
     at: Annotated[str, "in which part of a step the peak is"]
-    method: Annotated[str, "one training step on fake tensors, or closed form"]
+    method: Annotated[str, "one training step on fake tensors; or not known: bytes are then the least"]
     why_closed: Annotated[str, "why the step could not be run; empty where it ran"]
     assumptions: Annotated[list[str], "what was counted with"]
     notes: Annotated[list[str], "what else to know"]

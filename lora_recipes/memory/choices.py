@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_recipes.data.gate import Gate
 from lora_recipes.memory import fits, memory
-from lora_recipes.memory.fits import FITS, NOT, Memory, Option
+from lora_recipes.memory.fits import FITS, NOT, UNKNOWN, Memory, Option
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import METHODS, Recipe
 
@@ -35,16 +35,16 @@ def fit(
 def _largest(
     options: list[tuple[Option, int]], rehearsals: memory.Rehearsals, card_gb: float
 ) -> Iterator[Option]:
-    """From the largest batch down: the first that is likely to fit, and the first that does. A batch that is
-    halved is tried first.
+    """From the largest batch down: the first that is likely to fit, and the first that does; or the first of
+    which it is not known.
     """
     likely = False
     for option, index in options:
         done = replace(option, memory=rehearsals[index])
         verdict = done.memory.verdict(card_gb)
-        if verdict == FITS or (verdict != NOT and not likely):
+        if verdict in (FITS, UNKNOWN) or (verdict != NOT and not likely):
             yield done
-        if verdict == FITS:
+        if verdict in (FITS, UNKNOWN):
             return
         likely = likely or verdict != NOT
 

@@ -3,7 +3,6 @@ what training would hold.
 """
 
 import contextlib
-import copy
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -27,36 +26,6 @@ from trl.trainer import utils as trl_utils
 
 from lora_recipes.memory import kernels
 from lora_recipes.model import parts, targets
-
-
-def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """`config` with only the first `layers` layers."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    for name, value in list(vars(text).items()):
-        if name.endswith("layer_types") and isinstance(value, list):
-            setattr(text, name, value[:layers])
-    return config
-
-
-def depths(config: PreTrainedConfig, last: int = 0) -> tuple[int, int, int]:
-    """Two depths whose peaks tell that of the whole model, a period of its kinds of layers apart, and its own
-    depth.
-
-    `last`: how many blocks at the end differ from the others, being trained; they are in the second half of
-    the first depth. A model that is no deeper than the second is run as it is: then all three are its own.
-    """
-    text = config.get_text_config()
-    layers, kinds = text.num_hidden_layers, getattr(text, "layer_types", None)
-    period = 1
-    if kinds:
-        period = next(
-            p for p in range(1, layers + 1) if all(kinds[i] == kinds[i + p] for i in range(layers - p))
-        )
-    low = max(period, 2) + layers % period
-    low += max(0, -(-(2 * last - low) // period)) * period
-    return (low, low + period, layers) if low + period < layers else (layers, layers, layers)
 
 
 def base(
@@ -107,16 +76,15 @@ def in_4bit(module: Any) -> bool:
     return type(module).__name__ == "Linear4bit"
 
 
-def materialise(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> list[torch.Tensor]:
-    """Put a fake CPU tensor in place of every meta parameter and buffer; tied ones stay tied; 4-bit ones are
-    packed.
+@contextlib.contextmanager
+def materialised(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> Iterator[list[torch.Tensor]]:
+    """A fake CPU tensor stands in place of every meta parameter and buffer, for a while; tied ones stay tied;
+    4-bit ones are packed.
 
-    `dtype`: of the weights before they were quantised. Returns the 4-bit weights' statistics, which are no
+    `dtype`: of the weights before they were quantised. Gives the 4-bit weights' statistics, which are no
     parameters.
     """
-    made: dict[
-        int, tuple[torch.Tensor, torch.Tensor]
-    ] = {}  # the original too: an id is only unique among the living
+    made: dict[int, torch.Tensor] = {}
     statistics: list[torch.Tensor] = []
     module: Any
     if any(in_4bit(module) for module in model.modules()):
@@ -124,20 +92,28 @@ def materialise(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> l
 
         # It computes this when it first needs it, from real numbers.
         name2qmap.setdefault("dynamic", create_dynamic_map())
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in list(tensors.items()):
+    before: list[tuple[Any, dict[str, Any]]] = [
+        (tensors, dict(tensors)) for m in model.modules() for tensors in (m._parameters, m._buffers)
+    ]
+    try:
+        for tensors, given in before:
+            for name, tensor in given.items():
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
                     with mode:
-                        made[id(tensor)] = _fake(tensor, dtype, statistics), tensor
-                tensors[name] = made[id(tensor)][0]
-        if in_4bit(module):
-            weight: Any = module.weight
-            module.quant_state = weight.quant_state
-            module.support_avx512bf16_for_cpu = False
-    return statistics
+                        made[id(tensor)] = _fake(tensor, dtype, statistics)
+                tensors[name] = made[id(tensor)]
+        for module in model.modules():
+            if in_4bit(module):
+                weight: Any = module.weight
+                module.quant_state = weight.quant_state
+                module.support_avx512bf16_for_cpu = False
+        yield statistics
+    finally:
+        for tensors, given in before:
+            tensors.clear()
+            tensors.update(given)
 
 
 def _fake(tensor: torch.Tensor, dtype: torch.dtype, statistics: list[torch.Tensor]) -> torch.Tensor:

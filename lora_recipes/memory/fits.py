@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from lora_recipes.core.record import MemoryFacts, ProcessBytes
 
@@ -38,16 +37,15 @@ CONTEXT = 141 * MIB
 # pass has its own.
 WORKSPACE = 2 * (4096 * 2 + 16 * 8) * 1024
 PARTS = ("base", "adapter", "gradients", "optimiser", "activations", "workspace")
-LAYERED = ("forward", "backward", "evaluation")  # the stretches of a step that each layer has
-FITS, LIKELY, NOT = "fits", "likely", "does not"
+FITS, LIKELY, NOT, UNKNOWN = "fits", "likely", "does not", "not known"
 
 
 @dataclass(frozen=True)
 class Memory:
     """What training is predicted to hold at its peak, in bytes by part, and what was assumed.
 
-    `at`: in which part of a step the peak is. `why_closed`: why the step could not be run and a closed form
-    stands here; empty when it ran. `parameters`, `trainable`: counted on what ran.
+    `at`: in which part of a step the peak is. `unknown`: why the peak is not known; `parts` are then the
+    least that is held, and no card is said to hold it. `parameters`, `trainable`: of the model that was run.
     """
 
     parts: dict[str, int]
@@ -55,13 +53,13 @@ class Memory:
     parameters: int
     trainable: int
     assumptions: tuple[str, ...] = ()
-    why_closed: str = ""
+    unknown: str = ""
     seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
 
     @property
     def peak_bytes(self) -> int:
-        """What torch.cuda.max_memory_allocated would say."""
+        """What torch.cuda.max_memory_allocated would say; at least that, where the peak is `unknown`."""
         return sum(self.parts.values())
 
     def process_bytes(self, ratio: float = RESERVED_MEDIAN) -> int:
@@ -69,10 +67,12 @@ class Memory:
         return int(self.peak_bytes * ratio) + CONTEXT
 
     def verdict(self, card_gb: float) -> str:
-        """`fits` (with the worst reserve that was seen), `likely` (with the median one) or `does not`;
-        `card_gb`: in 10^9 bytes.
+        """`fits` (with the worst reserve that was seen), `likely` (with the median one) or `does not`; `not
+        known` where the peak is not, and the least that is held would fit. `card_gb`: in 10^9 bytes.
         """
         room = card_gb * 10**9
+        if self.unknown:
+            return UNKNOWN if self.peak_bytes <= room else NOT
         if self.process_bytes(RESERVED_WORST) <= room:
             return FITS
         return LIKELY if self.process_bytes() <= room else NOT
@@ -83,8 +83,8 @@ class Memory:
             peak_bytes=self.peak_bytes,
             parts=self.parts,
             at=self.at,
-            method="closed form" if self.why_closed else "one training step on fake tensors",
-            why_closed=self.why_closed,
+            method="not known" if self.unknown else "one training step on fake tensors",
+            why_closed=self.unknown,
             assumptions=list(self.assumptions),
             notes=list(self.notes),
             cards_gb={str(card): self.verdict(card) for card in CARDS},
@@ -93,12 +93,16 @@ class Memory:
 
     def lines(self) -> list[tuple[str, str]]:
         """For people: (label, text) pairs."""
-        how = f"closed form, not run ({self.why_closed})" if self.why_closed else f"at {self.at}"
         parts = " + ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size)
-        said = [("memory", f"peak {gib(self.peak_bytes)} GiB, {how}\n{parts}")]
-        said.append(("assumed", "\n".join([*self.assumptions, *self.notes])))
-        said.append(("cards", verdicts(self)))
-        return said
+        assumed = ("assumed", "\n".join([*self.assumptions, *self.notes]))
+        if self.unknown:
+            least = f"\nat least {gib(self.peak_bytes)} GiB: {parts}" if parts else ""
+            return [("memory", f"not known, and neither is what fits: {self.unknown}{least}"), assumed]
+        return [
+            ("memory", f"peak {gib(self.peak_bytes)} GiB, at {self.at}\n{parts}"),
+            assumed,
+            ("cards", verdicts(self)),
+        ]
 
 
 def gib(size: float) -> str:
@@ -150,10 +154,11 @@ def table(options: Iterable[Option], card_gb: float) -> list[str]:
     for option in options:
         size = f"{option.batch} x {option.accumulation}"
         words = ("on" if option.checkpointing else "off"), ("nf4" if option.quantised else "as is")
-        peak = gib(option.memory.peak_bytes) + ("*" if option.memory.why_closed else "")
+        peak = (">=" if option.memory.unknown else "") + gib(option.memory.peak_bytes)
         verdict = option.memory.verdict(card_gb)
+        why = f"  ({option.memory.unknown})" if option.memory.unknown else ""
         lines.append(
-            f"{size:<22}{words[0]:<15}{words[1]:<8}{peak:>9}  {verdict:<8}{' '.join(option.overrides)}"
+            f"{size:<22}{words[0]:<15}{words[1]:<8}{peak:>9}  {verdict:<8}{' '.join(option.overrides)}{why}"
         )
     return (
         lines
@@ -168,76 +173,8 @@ def comparison(memories: dict[str, Memory]) -> list[str]:
     for name, memory in memories.items():
         sizes = [*(memory.parts.get(part, 0) for part in PARTS), memory.peak_bytes]
         card = next(
-            (f"{c} GB {memory.verdict(c)}" for c in CARDS if memory.verdict(c) != NOT),
-            f"none up to {CARDS[-1]} GB",
+            (f"{c} GB {memory.verdict(c)}" for c in CARDS if memory.verdict(c) in (FITS, LIKELY)),
+            f"not known, at least this: {memory.unknown}" if memory.unknown else f"none up to {CARDS[-1]} GB",
         )
-        lines.append(
-            f"{name:<8}"
-            + "".join(f"{gib(size):>12}" for size in sizes)
-            + f"  {card}"
-            + " *" * bool(memory.why_closed)
-        )
+        lines.append(f"{name:<8}" + "".join(f"{gib(size):>12}" for size in sizes) + f"  {card}")
     return lines
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the closed form needs to know of a model: parameters (quantised, others, trained), layers, width,
-    MLP, vocabulary.
-    """
-
-    linear: int
-    other: int
-    trainable: int
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-
-
-def closed(
-    sizes: Sizes,
-    tokens: int,
-    widths: tuple[int, int],
-    full: bool,
-    quantised: bool,
-    checkpointing: bool,
-    state: float,
-) -> dict[str, int]:
-    """Parts by the usual arithmetic, for when the step cannot be run.
-
-    `widths`: bytes of a weight and of a trained one; `state`: optimiser bytes for each trained one.
-    Activations of a layer and token: 34 values of the hidden size where the MLP has 4 times its width
-    (Korthikanti et al. 2022, table 2, without attention's scores), kept for every layer, or for one with
-    checkpointing, which keeps each layer's input besides. The head works in tiles of 4,096 tokens by 32,768
-    words. NF4 with double quantisation takes 4.127 bits.
-    """
-    width, trained = widths
-    base = sizes.linear * (4.127 / 8 if quantised else width) + sizes.other * width
-    layer = tokens * (18 * sizes.hidden + 4 * sizes.intermediate) * width / 2
-    kept = layer + tokens * sizes.hidden * width * sizes.layers if checkpointing else layer * sizes.layers
-    head = min(tokens, 4096) * min(sizes.vocabulary, 32768) * width
-    adapter = 0 if full else sizes.trainable * trained
-    numbers = (base, adapter, sizes.trainable * trained, sizes.trainable * state, kept + head, WORKSPACE)
-    return {name: int(number) for name, number in zip(PARTS, numbers, strict=True)}
-
-
-def extended(
-    low: dict[Any, Any], high: dict[Any, Any], shallow: int, deep: int, wanted: int
-) -> dict[Any, dict[str, int]]:
-    """The peaks of a model of `wanted` layers from those of one of `shallow` and one of `deep` layers,
-    stretch by stretch, part by part.
-
-    Every period of layers adds the same, so what lives in a given stretch is affine in the depth: counted
-    from the first layer for the first half of the shallow model, from the last one for the rest. What lies
-    between runs along a line from one to the other.
-    """
-    found, steps = {}, (wanted - shallow) // (deep - shallow)
-    for (name, index), peak in low.items():
-        from_end = name in LAYERED and index >= shallow // 2
-        other = high[name, index + deep - shallow if from_end else index]
-        found[name, index + wanted - shallow if from_end else index] = {
-            part: peak.parts.get(part, 0) + steps * (other.parts.get(part, 0) - peak.parts.get(part, 0))
-            for part in {*peak.parts, *other.parts}
-        }
-    return found

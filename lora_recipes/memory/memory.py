@@ -20,10 +20,11 @@ from trl import pack_dataset
 from lora_recipes.data import new_tokens
 from lora_recipes.data.gate import Gate
 from lora_recipes.data.render import Example
-from lora_recipes.memory import fake, fits, kernels, rehearsal
+from lora_recipes.memory import blocks, fake, fits, kernels, rehearsal
 from lora_recipes.memory.fits import Memory
 from lora_recipes.memory.rehearsal import Batch, Setup
-from lora_recipes.model import build, checkpoint, freeze, initialise, peft_callbacks
+from lora_recipes.memory.storages import Stretch
+from lora_recipes.model import build, checkpoint, initialise, peft_callbacks
 from lora_recipes.recipe.base import Resolved
 
 SECONDS = 60.0  # of processor time, for one recipe; a 4B takes a few
@@ -46,7 +47,7 @@ def plan(resolved: Resolved, gate: Gate | None = None, seconds: float = SECONDS,
 
     `gate`: the data as it will be trained, for the lengths of its rows; without it, or where its tokens are
     not counted, each row is taken to be train.max_length long. `seconds`: the limit in processor time, after
-    which a closed form stands in, and says so.
+    which the peak is not known, and why is said.
     """
     setup = of_recipe(resolved, gate, cuda)
     with Rehearsals([setup], seconds) as rehearsals:
@@ -150,7 +151,7 @@ class Rehearsals:
         self.process = None
 
     def __getitem__(self, index: int) -> Memory:
-        """The memory of the setup `index`, by a closed form where it cannot be rehearsed."""
+        """The memory of the setup `index`; where it cannot be rehearsed the least that it needs."""
         if self.process is None:
             self._start()
         began, found = time.monotonic(), f"no answer within {self.seconds:g} s"
@@ -162,7 +163,7 @@ class Rehearsals:
                 self.__exit__()
         except (EOFError, OSError):  # killed: at its limit, or by the system
             self.__exit__()
-        memory = closed(self.setups[index], found) if isinstance(found, str) else found
+        memory = least(self.setups[index], found) if isinstance(found, str) else found
         return replace(memory, seconds=time.monotonic() - began)
 
     def _start(self) -> None:
@@ -186,77 +187,74 @@ def _work(pipe: Any, setups: list[Setup], seconds: float) -> None:
             resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), limit))
             try:
                 pipe.send(rehearsed(setups[index]))
-            except Exception as error:  # whatever a library raises on fake tensors; the closed form says it
+            except Exception as error:  # whatever a library raises on fake tensors; the plan says it
                 pipe.send(
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
                 )
 
 
 def rehearsed(setup: Setup) -> Memory:
-    """The memory of `setup`, in this process."""
-    low, high, layers = fake.depths(setup.config, setup.freeze.last_blocks if setup.freeze else 0)
-    first = rehearsal.run(setup, low)
-    peaks = {stretch: peak.parts for stretch, peak in first.peaks.items()}
-    counts = (first.parameters, first.trainable, first.paged)
-    if low < layers:
-        second = rehearsal.run(setup, high)
-        peaks = fits.extended(first.peaks, second.peaks, low, high, layers)
-        steps, more = (layers - low) // (high - low), (second.parameters, second.trainable, second.paged)
-        parameters, trainable, paged = (a + steps * (b - a) for a, b in zip(counts, more, strict=True))
-        counts = (parameters, trainable, paged)
+    """The memory of `setup`, in this process: from a few of the blocks, or, where those cannot stand alone,
+    from all of them.
+    """
+    whole = rehearsal.whole(setup)
+    peaks, paged = _peaks(setup, whole)
     stretch = max(peaks, key=lambda s: sum(peaks[s].values()))
     parts = {name: peaks[stretch].get(name, 0) for name in fits.PARTS}
     parts["workspace"] = fits.WORKSPACE if setup.cuda else 0
     notes = (
-        [f"paged: {fits.gib(counts[2])} GiB of optimiser state in paged memory, not in the peak"]
-        if counts[2]
-        else []
+        (f"paged: {fits.gib(paged)} GiB of optimiser state in paged memory, not in the peak",)
+        if paged
+        else ()
     )
-    return Memory(
-        parts, PLACES[stretch[0]], counts[0], counts[1], tuple(assumptions(setup)), notes=tuple(notes)
-    )
+    return Memory(parts, PLACES[stretch[0]], *whole.parameters, tuple(assumptions(setup)), notes=notes)
 
 
-def closed(setup: Setup, why: str) -> Memory:
-    """The usual arithmetic, for a step that could not be run."""
-    base = fake.base(setup.config, setup.dtype, setup.attention, setup.quantize)
-    packed: list[Any] = [m for m in base.modules() if fake.in_4bit(m)]
-    linear = sum(m.in_features * m.out_features for m in packed)
-    whole = sum(p.numel() for p in base.parameters())
-    trainable = whole if setup.freeze is None else freeze.apply(base, setup.freeze)
-    if setup.peft_config:
-        trainable = sum(
-            p.numel()
-            for p in fake.adapted(base, setup.peft_config, setup.adapter).parameters()
-            if p.requires_grad
-        )
-    config = setup.config.get_text_config()
-    intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    sizes = fits.Sizes(
-        linear,
-        whole - linear,
-        trainable,
-        config.num_hidden_layers,
-        config.hidden_size,
-        intermediate,
-        config.vocab_size,
+def _peaks(setup: Setup, whole: rehearsal.Whole) -> tuple[dict[Stretch, blocks.Parts], int]:
+    """The peak of each stretch by part, and the bytes in paged memory."""
+    if whole.blocks is not None and (few := blocks.few(whole.kinds)):
+        try:
+            return _of_few(setup, whole, few)
+        except Exception:  # a library's, for a block that needs its neighbours; all of them have those
+            pass
+    run = rehearsal.run(setup, whole)
+    return {stretch: peak.parts for stretch, peak in run.peaks.items()}, run.paged
+
+
+def _of_few(setup: Setup, whole: rehearsal.Whole, few: blocks.Few) -> tuple[dict[Stretch, blocks.Parts], int]:
+    """The same, from a few blocks. LookupError where their parameters do not make up the whole model's."""
+    first = rehearsal.run(setup, whole, few.first)
+    more = {kind: rehearsal.run(setup, whole, chosen) for kind, chosen in few.more.items()}
+
+    def counted(of: str) -> int:
+        return blocks.counted(few, getattr(first, of), {kind: getattr(r, of) for kind, r in more.items()})
+
+    if (counted("parameters"), counted("trainable")) != whole.parameters:
+        raise LookupError(f"blocks of one kind differ: {counted('parameters'):,} parameters")
+    peaks = blocks.extended(few, first.peaks, {kind: run.peaks for kind, run in more.items()})
+    return peaks, counted("paged")
+
+
+def least(setup: Setup, why: str) -> Memory:
+    """What is held whatever a step does, for one that could not be run: weights, adapter, gradients. By
+    shapes alone; NF4 with double quantisation takes 4.127 bits. `why` says why it could not.
+    """
+    try:
+        whole = rehearsal.whole(setup)
+    except Exception as error:  # whatever a library raises
+        why = f"{why}; {type(error).__name__}: {error}"
+        return Memory(dict.fromkeys(fits.PARTS, 0), "", 0, 0, unknown=why)
+    model, packed = whole.model, {id(m.weight) for m in whole.model.modules() if fake.in_4bit(m)}
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    held = sum(
+        p.numel() * 4.127 / 8 if id(p) in packed else p.nbytes
+        for p in model.parameters()
+        if not p.requires_grad
     )
-    optim, width = str(getattr(setup.arguments.optim, "value", setup.arguments.optim)), setup.dtype.itemsize
-    trained = width if setup.peft_config is None else (setup.adapter or torch.float32).itemsize
-    state = 0.0 if "paged" in optim else 2.0 if "8bit" in optim else 2.0 * trained
-    tokens = setup.batch.rows * setup.batch.width
-    checkpointing = bool(setup.arguments.gradient_checkpointing)
-    parts = fits.closed(
-        sizes,
-        tokens,
-        (width, trained),
-        setup.peft_config is None,
-        setup.quantize is not None,
-        checkpointing,
-        state,
-    )
-    total = whole + (trainable if setup.peft_config else 0)
-    return Memory(parts, "", total, trainable, tuple(assumptions(setup)), why_closed=why)
+    parts = dict.fromkeys(fits.PARTS, 0)
+    parts |= {"base": int(held) + sum(b.nbytes for b in model.buffers()), "gradients": trained}
+    parts["adapter" if setup.peft_config else "base"] += trained
+    return Memory(parts, "", *whole.parameters, tuple(assumptions(setup)), unknown=why)
 
 
 def assumptions(setup: Setup) -> Iterator[str]:

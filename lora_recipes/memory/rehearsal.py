@@ -2,6 +2,7 @@
 storages counted.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from trl.models.selective_activation_checkpointing import enable_selective_activ
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from lora_recipes.memory import fake, kernels, storages
+from lora_recipes.memory import blocks, fake, kernels, storages
 from lora_recipes.memory.storages import Peak, Storages, Stretch
 from lora_recipes.model import embeddings, freeze, parts, targets
 from lora_recipes.recipe.sections import Freeze
@@ -86,18 +87,50 @@ class Run:
     paged: int = 0
 
 
-def run(setup: Setup, layers: int) -> Run:
-    """One step of `setup` on a model of `layers` layers, the optimiser's state in place as from the second
-    step on.
+@dataclass
+class Whole:
+    """The model that trains, on the meta device, and the `base` inside it; its `blocks`, None where it has no
+    list of them, and the `kinds` of those.
     """
-    config = fake.shallow(setup.config, layers)
+
+    model: Any
+    base: Any
+    blocks: nn.ModuleList | None
+    kinds: list[int]
+    mode: FakeTensorMode
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """How many, all and trained."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return sum(p.numel() for p in self.model.parameters()), trained
+
+
+def whole(setup: Setup) -> Whole:
+    """The model of `setup` with its adapter. Takes no memory for tensors."""
+    config = copy.deepcopy(setup.config)
     config.get_text_config().use_cache = False
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     model, base = _model(setup, config)
-    statistics = fake.materialise(model, setup.dtype, mode)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    inputs, held_out = _inputs(setup.batch, mode), setup.evaluation and _inputs(setup.evaluation, mode)
-    with fake.untraced(config, setup.fast, setup.cuda), mode:
+    decoder = parts.decoder(base)
+    stack = blocks.stack(decoder)
+    opened = any(getattr(m, "_require_grads_hooks", None) for m in base.modules())
+    kinds = blocks.kinds(decoder, stack, opened) if stack is not None else []
+    return Whole(model, base, stack, kinds, FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def run(setup: Setup, whole: Whole, chosen: list[int] | None = None) -> Run:
+    """One step of `setup` on the `chosen` blocks (default: all), the optimiser's state in place as from the
+    second step on.
+    """
+    model, base, mode = whole.model.train(), whole.base, whole.mode
+    with contextlib.ExitStack() as stack:
+        if chosen is not None and whole.blocks is not None:
+            stack.enter_context(blocks.only(parts.decoder(base), whole.blocks, chosen))
+        statistics = stack.enter_context(fake.materialised(model, setup.dtype, mode))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        inputs, held_out = _inputs(setup.batch, mode), setup.evaluation and _inputs(setup.evaluation, mode)
+        stack.enter_context(fake.untraced(base.config.get_text_config(), setup.fast, setup.cuda))
+        stack.enter_context(mode)
         optimizer, paged = _optimizer(model, trained, setup)
         counted = _storages(setup, setup.batch)
         ids = {id(p) for p in trained}
@@ -108,12 +141,14 @@ def run(setup: Setup, layers: int) -> Run:
         copies = [torch.empty_like(p) for p in trained for _ in range(setup.copies)]
         counted.add(copies, owned)
         counted.add(_tensors(optimizer, paged), "optimiser")
-        _hooks(counted, base, trained, layers)
+        for hook in _hooks(counted, base, trained, whole.blocks):
+            stack.callback(hook.remove)
+        counted.stretch = "embedding" if whole.blocks else "forward", 0
         _train(model, optimizer, trained, setup, counted, inputs)
         if held_out:
             _evaluate(model, setup, counted, held_out)
-    parameters = sum(p.numel() for p in model.parameters()) if not setup.quantize else _unpacked(model)
-    return Run(counted.peaks, parameters, sum(p.numel() for p in trained), sum(p.nbytes for p in paged))
+        parameters = sum(p.numel() for p in model.parameters()) if not setup.quantize else _unpacked(model)
+        return Run(counted.peaks, parameters, sum(p.numel() for p in trained), sum(p.nbytes for p in paged))
 
 
 def _unpacked(model: nn.Module) -> int:
@@ -174,7 +209,18 @@ def _storages(setup: Setup, batch: Batch) -> Storages:
             return tensor
         return func(tensor, indices, *args, **kwargs)
 
+    def grouped(func: Any, one: torch.Tensor, other: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(S, K) by (E, K, N) is (S, N), a group of rows with each of E; (K, S) by (S, N) is (E, K, N). The
+        kernel takes other dtypes than bfloat16 too, on CPU and CUDA; its shape function does not.
+        """
+        if one.dtype == torch.bfloat16:
+            return func(one, other, *args, **kwargs)
+        experts = (args[0] if args else kwargs["offs"]).shape[0]
+        shape = (one.shape[0], other.shape[-1])
+        return one.new_empty(shape if other.dim() == 3 else (experts, *shape))
+
     handlers: dict[Any, Any] = {
+        aten._grouped_mm.default: grouped,
         aten._local_scalar_dense.default: value,
         aten.index.Tensor: chosen,
         aten._index_put_impl_.default: put,
@@ -227,12 +273,14 @@ def _tensors(optimizer: Any, without: list[torch.Tensor]) -> list[torch.Tensor]:
     ]
 
 
-def _hooks(counted: Storages, base: Any, trained: list[nn.Parameter], layers: int) -> None:
-    stacks = [m for m in parts.decoder(base).modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    storages.mark(counted, list(stacks[0]))
-    storages.head(counted, base.base_model, layers)
+def _hooks(
+    counted: Storages, base: Any, trained: list[nn.Parameter], stack: nn.ModuleList | None
+) -> list[Any]:
+    layers = list(stack) if stack is not None else []
+    made = [*storages.mark(counted, layers), storages.head(counted, parts.decoder(base), len(layers))]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: counted.add([p.grad], "gradients"))
+    return made
 
 
 def _inputs(batch: Batch, mode: FakeTensorMode) -> dict[str, Any]:
@@ -259,7 +307,6 @@ def _train(
             parameter.grad = torch.zeros_like(parameter)
         counted.add((p.grad for p in trained), "gradients")
     counted.add((v for v in inputs.values() if isinstance(v, torch.Tensor)), "activations")
-    counted.stretch = "embedding", 0
     with counted:
         with fake.autocast(setup.arguments):
             outputs = model(**inputs, use_cache=False, **({"fused_lm_head": True} if setup.trl else {}))

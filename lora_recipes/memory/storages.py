@@ -99,9 +99,9 @@ class Storages(TorchDispatchMode):
         return result
 
 
-def mark(storages: Storages, layers: list[torch.nn.Module]) -> None:
+def mark(storages: Storages, layers: list[torch.nn.Module]) -> list[Any]:
     """From now on each layer's forward pass (or evaluation) and, by its output's gradient, its backward pass
-    is a stretch of its own.
+    is a stretch of its own. Returns the hooks, to remove.
 
     A backward stretch ends where the gradient of the layer's input is there: the layers before it come next.
     The forward pass that checkpointing runs again inside the backward pass belongs to the backward stretch.
@@ -114,28 +114,31 @@ def mark(storages: Storages, layers: list[torch.nn.Module]) -> None:
             "forward" if storages.stretch[0] in ("embedding", "forward") else "evaluation",
             index,
         )
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+        given = kwargs.get("hidden_states")
+        hidden = next((t for t in (given, *args) if isinstance(t, torch.Tensor)), None)
+        if hidden is not None and hidden.requires_grad:
             hidden.register_hook(functools.partial(left, index - 1))
 
     def left(index: int, gradient: torch.Tensor) -> None:
         storages.stretch = "backward", index
 
-    for index, layer in enumerate(layers):
+    return [
         layer.register_forward_pre_hook(functools.partial(entered, index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
 
 
-def head(storages: Storages, backbone: torch.nn.Module, layers: int) -> None:
+def head(storages: Storages, backbone: torch.nn.Module, layers: int) -> Any:
     """The stretch after the last layer: its norm, the head and the loss; and the backward pass up to the last
-    layer's output.
+    layer's output. Returns the hook, to remove.
     """
 
     def done(module: torch.nn.Module, args: Any, output: Any) -> None:
         if storages.stretch[0].startswith("backward"):
             return
         storages.stretch = "head" if storages.stretch[0] == "forward" else "evaluation head", 0
-        hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        hidden = output[0]  # of a tuple, or of a ModelOutput
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: setattr(storages, "stretch", ("backward", layers - 1)))
 
-    backbone.register_forward_hook(done)
+    return backbone.register_forward_hook(done)

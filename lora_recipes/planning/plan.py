@@ -25,7 +25,7 @@ from lora_recipes.core.record import (
 )
 from lora_recipes.data import gate, new_tokens
 from lora_recipes.data.gate import Gate
-from lora_recipes.memory import choices, memory
+from lora_recipes.memory import blocks, choices, memory
 from lora_recipes.memory.fits import Memory, gib
 from lora_recipes.model import (
     build,
@@ -218,7 +218,13 @@ def add_memory(
     It takes seconds for a model of billions of parameters, so it is asked for apart; `found` where that was
     done before.
     """
-    found = whole = found or memory.plan(resolved, plan.gate, cuda=accelerator)
+    found = found or memory.plan(resolved, plan.gate, cuda=accelerator)
+    counts = plan.facts.model.total, plan.facts.model.trainable
+    if not found.unknown and counts != (here := (found.parameters, found.trainable)):
+        ran = f"{here[0]:,} parameters, {here[1]:,} trained"
+        why = f"it was run for {ran}, not {counts[0]:,} and {counts[1]:,}"
+        found = replace(found, unknown=why, parts=dict.fromkeys(found.parts, 0))
+    whole = found
     if plan.layout != SINGLE:
         assert plan.sizes
         sizes = replace(plan.sizes, trainable=found.trainable)
@@ -233,15 +239,6 @@ def add_memory(
     for label, text in found.lines():
         if accelerator or label != "cards":
             plan.say(label, text)
-    counts, here = (
-        (plan.facts.model.total, plan.facts.model.trainable),
-        (found.parameters, found.trainable),
-    )
-    if counts != here:
-        plan.warnings.append(
-            f"memory was planned for {here[0]:,} parameters, {here[1]:,} trained, not {counts[0]:,} and"
-            f" {counts[1]:,}"
-        )
     return found
 
 
@@ -251,7 +248,11 @@ def beside_lora(plan: Plan, resolved: Resolved, here: Memory) -> None:
     """
     if (plain := choices.plain(resolved.recipe)) is None:
         return
-    peak = memory.plan(resolved.by(plain), plan.gate).peak_bytes
+    beside = memory.plan(resolved.by(plain), plan.gate)
+    if here.unknown or beside.unknown:
+        plan.say("with LoRA", f"not known: {here.unknown or beside.unknown}")
+        return
+    peak = beside.peak_bytes
     assert plan.facts.memory, "add_memory comes first: `here` is what it found"
     plan.facts.memory = replace(plan.facts.memory, lora_peak_bytes=peak)
     kind = "the same without its variant" if resolved.recipe.lora else "r 16 on all linear modules"
@@ -329,10 +330,7 @@ def _model(
 
 def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
     """What the memory of several processes is computed from; `trainable` comes later."""
-    depth = model.config.get_text_config().num_hidden_layers
-    layers = next(
-        m for m in parts.decoder(model).modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth
-    )
+    layers = blocks.stack(parts.decoder(model)) or [model]
     tied: list[Any] = [
         m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
     ]

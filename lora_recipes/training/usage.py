@@ -52,15 +52,16 @@ class Usage:
         """Planned against measured. RSS holds the libraries and PyTorch's caches too, so that it is no
         measure of the plan.
         """
+        said = f"{'at least ' * bool(planned.unknown)}{gib(planned.peak_bytes)} GiB"
         if self.allocated is None or self.reserved is None:
             grown = (
                 f"the process grew from {gib(self.before)} to {gib(self.rss)} GiB of RSS, libraries and"
                 " caches included"
             )
-            return f"peak memory: {gib(planned.peak_bytes)} GiB of tensors planned; {grown}"
+            return f"peak memory: {said} of tensors planned; {grown}"
         apart = 100 * (planned.peak_bytes / self.allocated - 1)
         real = f"{gib(self.allocated)} allocated ({apart:+.1f} %), {gib(self.reserved)} reserved"
-        return f"peak memory: {gib(planned.peak_bytes)} GiB planned, {real}"
+        return f"peak memory: {said} planned, {real}"
 
 
 def now() -> int:
@@ -94,7 +95,7 @@ def out_of_memory(
         f"out of memory at step {step + 1}: {gib(planned.peak_bytes)} GiB planned, {room / GIB:.1f} GiB on"
         f" {device}"
     )
-    fitting = choices.fit(resolved, room / 10**9, gate)[:3]
+    fitting = [o for o in choices.fit(resolved, room / 10**9, gate) if not o.memory.unknown][:3]
     do = (
         "no batch, checkpointing or NF4 makes it fit: a shorter train.max_length, a smaller base or a larger"
         " device"
@@ -130,7 +131,7 @@ def beyond(planned: Memory, resolved: Resolved, gate: Gate, layout: Layout) -> l
     Only what was planned by a step on fake tensors, with nothing that the plan leaves out, on whole weights:
     the errors of the rest are not known. On a CPU swap counts as memory.
     """
-    unplanned = planned.why_closed or any(line.startswith("not planned:") for line in planned.assumptions)
+    unplanned = planned.unknown or any(line.startswith("not planned:") for line in planned.assumptions)
     swapping = psutil.virtual_memory().total + psutil.swap_memory().total
     room, device = _room(resolved.recipe, swapping)
     if unplanned or layout.kind not in (ONE, DDP) or planned.peak_bytes <= BEYOND * room:

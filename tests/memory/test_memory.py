@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, Qwen2Config, TrainingA
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import gate
 from lora_recipes.memory import choices, fits, memory, rehearsal
-from lora_recipes.memory.fits import FITS, GIB, LIKELY, MIB, NOT, Memory
+from lora_recipes.memory.fits import FITS, GIB, LIKELY, MIB, NOT, UNKNOWN, Memory
 from lora_recipes.memory.rehearsal import Batch, Setup
 from lora_recipes.memory.storages import Storages
 from lora_recipes.model import build
@@ -266,7 +266,7 @@ def rehearsed(tmp_path_factory):
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipes.RECIPES.glob("*.yaml")))
 def test_every_shipped_recipe_is_planned_by_running_its_step(name, rehearsed):
     made, found = rehearsed(name)
-    assert found.why_closed == "" and found.peak_bytes > 0
+    assert found.unknown == "" and found.peak_bytes > 0
     assert (found.parameters, found.trainable) == (
         made.facts.model.total,
         made.facts.model.trainable,
@@ -329,15 +329,21 @@ def test_full_lora_and_qlora_are_compared_on_the_same_recipe(tmp_path):
     assert "full" in fits.comparison(found)[1]
 
 
-def test_a_step_that_cannot_be_run_gives_the_closed_form_and_says_so(tmp_path, rehearsed):
+def test_a_step_that_cannot_be_run_gives_no_peak_and_no_verdict_but_what_is_held_at_least(
+    tmp_path, rehearsed
+):
     recipe = recipes.load("qwen35_4b_style")
     found = memory.plan(resolve(recipe, tmp_path), seconds=0.01)
-    assert found.why_closed == "no answer within 0.01 s"
-    assert "closed form, not run" in found.lines()[0][1] and found.facts().method == "closed form"
-    ran = rehearsed("qwen35_4b_style")[1]
-    assert ran.why_closed == "" and (
-        found.parts["base"] == pytest.approx(ran.parts["base"], rel=0.01) and found.trainable == ran.trainable
+    assert found.unknown == "no answer within 0.01 s" and found.facts().method == "not known"
+    lines = dict(found.lines())
+    assert (
+        lines["memory"].startswith("not known, and neither is what fits: no answer") and "cards" not in lines
     )
+    assert "at least" in lines["memory"] and (found.verdict(80), found.verdict(1)) == (UNKNOWN, NOT)
+    ran = rehearsed("qwen35_4b_style")[1]
+    assert ran.unknown == "" and found.peak_bytes < ran.peak_bytes
+    assert found.parts["base"] == pytest.approx(ran.parts["base"], rel=0.01)
+    assert found.trainable == ran.trainable
 
 
 @pytest.mark.parametrize(("peak", "verdict"), [(10.0, FITS), (18.5, FITS), (20.0, LIKELY), (23.0, NOT)])

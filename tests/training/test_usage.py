@@ -87,7 +87,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_loads_and_goes_on_when_asked
     [
         (1.2, SINGLE, {}, True),
         (1.05, SINGLE, {}, False),  # within what the plan may be wrong by
-        (9.0, SINGLE, {"why_closed": "no answer"}, False),
+        (9.0, SINGLE, {"unknown": "no answer"}, False),
         (9.0, SINGLE, {"assumptions": ("not planned: train.activation_offloading",)}, False),
         (9.0, Layout("FSDP2", 2), {}, False),
         (9.0, Layout("DDP", 2), {}, True),
