@@ -77,7 +77,7 @@ def test_blocks_taken_for_alike_that_are_not_are_found_out(tmp_path):
 
 
 def test_deepseek_v3_is_not_37_billion_and_fits_no_card(tmp_path):
-    """By hand: 671,026,404,352 parameters in bfloat16 are 1,250 GiB (routers are in float32); 58 of 61 blocks have experts."""
+    """By hand: 671,026,404,352 parameters in bfloat16 are 1,250 GiB (routers are in float32)."""
     found = memory.rehearsed(setup(tmp_path, DeepseekV3Config(), torch.bfloat16))
     assert found.parameters - found.trainable == 671_026_404_352
     assert found.parts["base"] == pytest.approx(671_026_404_352 * 2, rel=1e-3)
