@@ -32,6 +32,7 @@ PREFERENCE = (
     "preference data, for trl's DPOTrainer; supervised training takes the good answer alone: rename chosen to"
     " completion and remove rejected"
 )
+OTHER_MEDIA = "images, audio and video are not offered here, text alone is trained: drop these rows"
 # Fields of a row that belong to what is trained, and that no library here would read -> what to do.
 TRAINED = {
     **dict.fromkeys(
@@ -40,9 +41,7 @@ TRAINED = {
     ),
     **dict.fromkeys(("history", "input"), "put it into the prompt, or remove the field"),
     "functions": "rename it to tools",
-    **dict.fromkeys(
-        ("image", "images", "audio", "audios", "video", "videos"), "text alone is trained: drop these rows"
-    ),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), OTHER_MEDIA),
 }
 # A message that says whether it is trained: 0 or false, 1 or true (OpenAI's weight, axolotl's train, ...).
 SWITCHES = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
@@ -329,6 +328,8 @@ def _content_faults(message: dict[str, Any]) -> Iterator[Fault]:
     if isinstance(content, str):
         if not content.strip() and not calls and message["role"] != "tool":  # a tool may return nothing
             yield "content is empty", "drop the turn or the row"
+    elif isinstance(content, list) and (media := _media(content)):
+        yield f"content has a part of type {', '.join(media)}", OTHER_MEDIA
     elif content is not None:
         yield (
             f"content is of type {type(content).__name__}",
@@ -349,6 +350,12 @@ def _content_faults(message: dict[str, Any]) -> Iterator[Fault]:
                 "tool_calls are not as templates read them",
                 '[{"type": "function", "function": {"name": ..., "arguments": {...}}}]',
             )
+
+
+def _media(content: list[Any]) -> list[str]:
+    """The types of its parts that are no text: image, image_url, audio, ..."""
+    kinds = [str(part.get("type")) for part in content if isinstance(part, dict) and "type" in part]
+    return [kind for kind in dict.fromkeys(kinds) if kind != "text"]
 
 
 def _option_faults(value: dict[str, Any]) -> list[Fault]:

@@ -9,7 +9,8 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from lora_recipes.core import weights
+from lora_recipes.core import base_fit, weights
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.weights import Stored
 from lora_recipes.core.yamlfile import shown
@@ -103,13 +104,52 @@ def load(source: Base | Folder, kind: Any = None, attn_at: str = "", **options: 
     return parts.frozen(model)
 
 
-def trained(source: Base | Folder, config: PreTrainedConfig, stored: Collection[str] | None) -> parts.Trained:
-    """What trains of the checkpoint `source` with `config`, whose files hold `stored`. RecipeError where
-    nothing in it continues text."""
-    found = parts.of(config, stored)
+def trained(
+    source: Base | Folder, config: PreTrainedConfig, stored: dict[str, Stored] | list[str] | None
+) -> parts.Trained:
+    """What trains of the checkpoint `source` with `config`, whose files hold `stored` (names, or tensors).
+    RecipeError where nothing in it continues text.
+
+    A text model is taken alone only where transformers loads it whole from these files, by its own names for
+    it or by ours; it is tried on shapes.
+    """
+    try:
+        found = parts.of(config, stored)
+        if found and found.config is not config and isinstance(stored, dict):
+            plain = replace(found, names=None)
+            if not found.mapped and _loads(_Tried.of(plain, stored)):
+                return plain
+            if not _loads(_Tried.of(found, stored)):
+                found = parts.whole(config) if found.mapped else plain
+    except (ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        do = "install what it needs, or name a checkpoint of a text model alone"
+        raise RecipeError(Problem(source.at, *unread(error, source.name, do))) from None
     if found is None:
         raise RecipeError(_no_text(source, config))
-    return found
+    return found if isinstance(stored, dict) or found.mapped else replace(found, names=None)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A text model and the tensors it is to be loaded from, which an answer is kept by."""
+
+    kind: Any
+    names: tuple[tuple[str, str], ...]
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    found: parts.Trained = field(compare=False)
+    stored: dict[str, Stored] = field(compare=False)
+
+    @classmethod
+    def of(cls, found: parts.Trained, stored: dict[str, Stored]) -> "_Tried":
+        """Those of `found` and `stored`."""
+        shapes = tuple((name, tensor.shape) for name, tensor in stored.items())
+        return cls(found.kind, tuple((found.names or {}).items()), shapes, found, stored)
+
+
+@functools.lru_cache(maxsize=8)
+def _loads(tried: _Tried) -> bool:
+    """Does transformers find each tensor of it?"""
+    return not _on_meta(tried.found, tried.stored)[1]["missing_keys"]
 
 
 def planned(base: Base) -> parts.Trained:
@@ -118,6 +158,16 @@ def planned(base: Base) -> parts.Trained:
     several = config.get_text_config() is not config
     here = several and base.folder is not None and base.recipe.model.weights != "random"
     return trained(base, config, _tensors(base) if here else None)
+
+
+def unnamed(base: Base, modules: list[str]) -> list[Problem]:
+    """Those of the `modules` that get an adapter which the base's files hold under no name that a merge, or
+    vLLM, would find."""
+    tensors = _tensors(base) or {}
+    lost = [m for m in modules if base_fit.renamed(m, tensors) is None] if tensors else []
+    found = f"{base.name} holds {len(lost)} of the {len(modules)} adapted modules under other names:"
+    do = "neither merge nor vLLM would find them: fetch it as it was published"
+    return [Problem(base.at, f"{found} {listed(lost, 3)}", do)] if lost else []
 
 
 def _names_on_hub(source: Base) -> list[str] | None:
@@ -285,25 +335,29 @@ def _without_bytes(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model and the report of transformers' own loading, renaming and joining of tensors included, from
     shapes alone."""
+    found = trained(base, config, tensors)
+    try:
+        return _on_meta(found, tensors)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(Problem(base.at, *unread(error, base.name, _ANEW))) from None
+
+
+def _on_meta(found: parts.Trained, tensors: dict[str, Stored]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    text_class: Any = found.kind
     state = {
         name: torch.empty(stored.shape, dtype=DTYPES.get(stored.dtype, torch.int64), device="meta")
         for name, stored in tensors.items()
     }
-    found = trained(base, config, tensors)
-    text_class: Any = found.kind
-    try:
-        with quietly():
-            model, report = text_class.from_pretrained(
-                None,
-                config=found.config,
-                state_dict=state,
-                key_mapping=found.names,
-                device_map={"": "meta"},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(Problem(base.at, *unread(error, base.name, _ANEW))) from None
+    with quietly():
+        model, report = text_class.from_pretrained(
+            None,
+            config=found.config,
+            state_dict=state,
+            key_mapping=found.names,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     return model, report
 
 

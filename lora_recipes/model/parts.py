@@ -9,6 +9,7 @@ no adapter. transformers' own choice comes first, where it takes the text part b
 import copy
 import dataclasses
 import functools
+import importlib
 import json
 import re
 from collections import Counter
@@ -29,8 +30,8 @@ _SEVERAL: Any = AutoModelForMultimodalLM._model_mapping
 class Trained:
     """The class `kind`, built from `config`, trains. `beside`: the modules of the published class that are no
     part of its text model (`model.vision_tower`, ...), all of them that hold parameters; `towers` the
-    outermost. `mapped`: transformers has to be told what the text model's tensors are called in the files;
-    `names` tells it (key_mapping of from_pretrained), where they are known.
+    outermost. `names`: what the text model's tensors are called in the files, where they are known
+    (key_mapping of from_pretrained); `mapped`: transformers has to be told them.
     """
 
     kind: Any
@@ -62,11 +63,18 @@ def of(config: PreTrainedConfig, stored: Collection[str] | None = None) -> Train
     if chosen.config_class is type(config):
         return Trained(chosen, config, beside, towers)
     inner, names = copy.deepcopy(inner), None
-    if mapped and stored is not None:
-        alone = build(inner, torch.float32)
-        names, head = _renaming(alone, stored)
-        inner.tie_word_embeddings = _tied(config, inner, head)
+    if stored is not None:
+        names, head = _renaming(build(inner, torch.float32), stored)
+        if mapped:
+            inner.tie_word_embeddings = _tied(config, inner, head)
     return Trained(chosen, inner, beside, towers, mapped, names)
+
+
+def whole(config: PreTrainedConfig) -> Trained | None:
+    """The published class of a checkpoint of several parts; None where it has no text model of its own."""
+    named = published(config)
+    beside, towers = others(build(config, torch.float32)) if named else ((), ())
+    return Trained(named, config, beside, towers) if towers or type(config) in _CAUSAL else None
 
 
 @dataclass(frozen=True)
@@ -108,17 +116,17 @@ def _chosen(key: _Key) -> tuple[Any, tuple[str, ...], tuple[str, ...], bool]:
         return None, (), (), False
     if named is None or named.config_class is not type(config):
         return taken, (), (), False
-    whole = build(config, torch.float32)
-    beside, towers = others(whole)
+    published_one = build(config, torch.float32)
+    beside, towers = others(published_one)
     if taken is not None:
         return taken, beside, towers, False
     if type(text) in _CAUSAL:
         alone = build(text, torch.float32)
-        shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in published_one.state_dict().items()}
         places = places_of(alone, shapes)
         if all(shapes.get(places.get(n, "")) == t.shape for n, t in alone.state_dict().items()):
             return type(alone), beside, towers, True
-    return (named, beside, towers, False) if towers or type(config) in _CAUSAL else (None, (), (), False)
+    return (named, beside, towers, False) if whole(config) else (None, (), (), False)
 
 
 def published(config: PreTrainedConfig) -> Any:
@@ -136,8 +144,14 @@ def published(config: PreTrainedConfig) -> Any:
 def kind(config: PreTrainedConfig) -> Any:
     """The class of a model with `config`: the published one for a config of several parts, else the causal
     language model."""
-    several = config.get_text_config() is not config
-    return published(config) if several else _get_model_class(config, _CAUSAL)
+    if config.get_text_config() is not config:
+        return published(config)
+    if type(config) in _CAUSAL:
+        return _get_model_class(config, _CAUSAL)
+    # A text model that AutoModelForCausalLM knows by the config of the whole alone (Emu3, Mllama).
+    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    of_it = [c for c in vars(module).values() if getattr(c, "config_class", None) is type(config)]
+    return next(c for c in of_it if c.can_generate())
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> Any:

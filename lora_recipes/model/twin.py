@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_recipes.core.errors import Problem, listed
-from lora_recipes.model import targets
+from lora_recipes.model import parts, targets
 from lora_recipes.recipe.base import Base
 from lora_recipes.recipe.recipe import Recipe
 
@@ -201,6 +201,47 @@ def _judge(asked: Asked) -> Judged | None:
     )
 
 
+def alone(trained: parts.Trained, config: PreTrainedConfig) -> float | None:
+    """How far the text model that is `trained` by itself is from the published class of `config`, with the
+    same weights and without an image: a share of the spread of its logits. None where it is that class, or no
+    twin of it runs here.
+    """
+    named = parts.published(config)
+    if named is None or not trained.beside or trained.whole:
+        return None
+    words = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return _alone(Asked(named, words, config), trained.kind)
+
+
+@functools.lru_cache(maxsize=8)
+def _alone(asked: Asked, kind: Any) -> float | None:
+    whole = make(asked)
+    if whole is None:
+        return None
+    try:
+        text = kind._from_config(copy.deepcopy(whole.config.get_text_config()), dtype=torch.float32).eval()
+        held = whole.state_dict()
+        places = parts.places_of(text, held)
+        text.load_state_dict({name: held[place] for name, place in places.items()})
+        wanted, found = _logits(whole, _text()), _logits(text, _text())
+    except _ERRORS:
+        return None
+    return ((found - wanted).abs().max() / wanted.std()).item()
+
+
+def warnings(trained: parts.Trained, config: PreTrainedConfig) -> list[str]:
+    """What is right here and may be otherwise where the published class answers."""
+    apart = alone(trained, config)
+    if apart is None or apart <= _APART:
+        return []
+    name, named = trained.kind.__name__, parts.published(config).__name__
+    return [
+        f"transformers' {named} answers otherwise than {name}, its text model, which is trained: logits apart"
+        f" by {apart:.2g} of their spread (a small twin of both, the same weights); the live proof of make"
+        " serve says whether the server answers as was trained"
+    ]
+
+
 def packed(model: PreTrainedModel, flash: bool = False) -> str:
     """What is wrong with two rows in one, as TRL packs them, in the class of `model`; empty where each is
     answered as it is alone, or where no twin of it runs here. `flash`: will it train with flash attention,
@@ -303,7 +344,10 @@ def problems(model: PreTrainedModel, config: PeftConfig | None, recipe: Recipe, 
 
 def _of_class(model: PreTrainedModel, recipe: Recipe, base: Base) -> Iterator[Problem]:
     name, found = type(model).__name__, judge(model)
-    if found and found.looks_ahead:
+    if model.base_model is model:
+        said = f"TRL's loss takes the hidden states of the model inside {name}, looked for under"
+        yield Problem(base.at, f"{said} {model.base_model_prefix!r}: it is not there", "name another base")
+    elif found and found.looks_ahead:
         said = (
             f"{name} as its config.json sets it up is an encoder: a later token changes what it answers for"
         )

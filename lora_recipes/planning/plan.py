@@ -126,11 +126,14 @@ def make(
     of_base = checkpoint.check(resolved.base, model)
     known = _facts(resolved, model, arguments, layout)
     raise_if(rules.problems(recipe, known) + _named(model, recipe, trained))
+    if trained.beside and config and not config.is_prompt_learning:
+        raise_if(checkpoint.unnamed(resolved.base, targets.matched(model, config)))
     raise_if(twin.problems(model, config, recipe, resolved.base))
     plan = Plan(rows(resolved, network), layout)
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))
     new = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
+    plan.warnings += twin.warnings(trained, resolved.base.config())
     plan.warnings += of_base + reach.check(model, new, plan.gate, recipe)
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
     plan.say("recipe", f"{recipe.name}{changed}")

@@ -133,7 +133,7 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
             str(max(len(read), 4 if options.dynamic else 1)),
         ]
         command += ["--lora-modules", *(f"{s.name}={s.path}" for s in served)]
-    if "vision_config" in config:
+    if config.get("vision_config") or config.get("audio_config"):
         command.append("--language-model-only")
     rendering, notes = _rendering(folder, served)
     stopping, stops_said = _stopping(folder, served, options) if read else ([], [])

@@ -3,20 +3,23 @@ what stands beside it stays as it came.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AyaVisionConfig
 
 from lora_recipes.__main__ import main
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.model import build, checkpoint
+from lora_recipes.model import build, checkpoint, parts, twin
 from lora_recipes.planning import plan
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import Folder, resolve
 from tests.cases import families
+from tests.typed import there
 
 # family: the class that trains, and what is not trained beside it
 TRAINS = {
@@ -25,6 +28,9 @@ TRAINS = {
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "visual"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "visual"),
 }
+
+
+REPLY = {"role": "assistant", "content": "A cat."}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +56,11 @@ def recipe(place, name, base=None, **lora):
     }
     path.write_text(yaml.safe_dump(sections))
     return path
+
+
+def edit(folder, **fields):
+    read = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(read | fields))
 
 
 def planned(path):
@@ -136,3 +147,73 @@ def test_full_fine_tuning_leaves_the_towers_frozen(place):
     base = resolve(recipes.load(str(recipe(place, "qwen2_5_vl"))), place).base
     trained = {n.split(".")[1] for n, p in build.meta_model(base).named_parameters() if p.requires_grad}
     assert trained == {"language_model", "weight"}  # model.language_model, lm_head.weight
+
+
+def test_a_text_part_that_does_not_load_from_the_files_is_not_taken(place):
+    name, folder = "gemma3", place / "renamed"
+    shutil.copytree(families.make(name, place / "bases"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    vision = {n: t for n, t in tensors.items() if not n.startswith("language_model")}
+    text = {n.replace("language_model.model.", "model.language_model."): t for n, t in tensors.items()}
+    save_file(vision | {n: t for n, t in text.items() if n not in tensors}, folder / "model.safetensors")
+    assert type(checkpoint.load(Folder(folder))).__name__ == "Gemma3ForCausalLM"  # an older form of its names
+    lost = text.pop("model.language_model.norm.weight")
+    save_file(vision | {n: t for n, t in text.items() if n not in tensors}, folder / "model.safetensors")
+    said = refused(recipe(place, "renamed", folder))
+    assert "lacks 1 of the tensors of Gemma3ForConditionalGeneration" in said and lost.numel() == 32
+
+
+def test_an_unknown_model_type_is_named(place):
+    folder = place / "unknown"
+    shutil.copytree(families.make("gemma3", place / "bases"), folder)
+    edit(folder, model_type="gemma99")
+    assert "names the model_type 'gemma99', which transformers" in refused(recipe(place, "unknown", folder))
+
+
+def test_a_class_that_does_not_continue_text_is_refused(place):
+    folder = place / "retrieval"
+    shutil.copytree(families.make("gemma3", place / "bases"), folder)
+    edit(folder, architectures=["Gemma3ForSequenceClassification"])
+    assert "is Gemma3ForSequenceClassification: no causal" in refused(recipe(place, "retrieval", folder))
+
+
+def test_names_that_a_merge_would_not_find_are_refused_by_the_plan(place):
+    """Transformers 5.24 writes the text layers of a Kimi K2.5 as `blocks`, and reads them again."""
+    base = resolve(recipes.load(str(recipe(place, "gemma3"))), place).base
+    assert checkpoint.unnamed(base, ["model.layers.0.self_attn.q_proj"]) == []
+    (problem,) = checkpoint.unnamed(base, ["model.layers.0.self_attn.q_proj", "model.blocks.0.mlp.up_proj"])
+    assert "1 of the 2 adapted modules under other names: model.blocks.0.mlp.up_proj" in problem.found
+
+
+def test_a_published_class_that_answers_otherwise_is_told(place):
+    """Aya Vision of transformers 5.24 leaves out the logit_scale of its Cohere2."""
+    config = AutoConfig.from_pretrained(families.make("mistral3", place / "bases"))
+    trained = there(parts.of(config))
+    assert twin.alone(trained, config) == 0.0 and twin.warnings(trained, config) == []
+    text = {"model_type": "cohere2", **families.FAMILIES["cohere2"][1]}
+    config = AyaVisionConfig(text_config=text, vision_config=families.FAMILIES["gemma3"][1]["vision_config"])
+    assert twin.warnings(there(parts.of(config)), config)[0].startswith("transformers' AyaVisionForCond")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}]},
+                {"role": "assistant", "content": "A."},
+            ]
+        },
+        {"prompt": "What is it?", "completion": "A cat.", "images": ["cat.png"]},
+    ],
+)
+def test_rows_with_images_are_refused(row, place):
+    path = recipe(place, "gemma3")
+    (place / "images.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(RecipeError, match=r"images.jsonl:1[^#]*images, audio and video are not"):
+        plan.make(resolve(recipes.load(str(path), [f"data.train={place / 'images.jsonl'}"]), place))
+
+
+def test_a_class_whose_loss_trl_cannot_take_is_refused_by_the_plan(place):
+    """Llama4ForCausalLM looks for its backbone under `language_model`, which it has not."""
+    assert "TRL's loss" in refused(recipe(place, "llama4", target_modules=["q_proj"]))
