@@ -120,6 +120,7 @@ def examples(split: Split, tokenizer: Any, recipe: Recipe) -> list[Example]:
     marks = [] if "control_tokens" in recipe.data.permit else control_tokens(tokenizer)
     done: list[Example] = []
     faults: list[Problem] = []
+    system: dict[str, list[Row]] = {}  # refused for their system turn, by the template's words
     for row in split.rows:
         forged = _forged(row, marks, tokenizer)
         try:
@@ -133,17 +134,36 @@ def examples(split: Split, tokenizer: Any, recipe: Recipe) -> list[Example]:
         except RecipeError as error:
             faults += error.problems
         except (TemplateError, TypeError, ValueError) as error:
-            faults.append(
-                Problem(
-                    row.where,
-                    f"the chat template refuses this row: {error}",
-                    "see the template's own rules for turns",
-                )
-            )
+            if _without_system(row, tokenizer, recipe):
+                system.setdefault(str(error), []).append(row)
+            else:
+                found, do = f"the chat template refuses this row: {error}", "see its own rules for turns"
+                faults.append(Problem(row.where, found, do))
         if forged:
             faults.append(Problem(row.where, *forged))
+    faults += [_system(error, rows) for error, rows in system.items()]
     raise_first(faults, "data")
     return done
+
+
+def _without_system(row: Row, tokenizer: Any, recipe: Recipe) -> bool:
+    """Does the chat template take the turns of `row`, which it refuses, without their system turn?"""
+    if not row.conversational or row.messages[0]["role"] != "system":
+        return False
+    kwargs = recipe.data.chat_template_kwargs | row.value.get("chat_template_kwargs", {})
+    try:
+        tokenizer.apply_chat_template(row.messages[1:], tokenize=False, **kwargs)
+    except (TemplateError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _system(error: str, rows: list[Row]) -> Problem:
+    more = f" (and so have {len(rows) - 1:,} more)" if len(rows) > 1 else ""
+    do = "put its text at the beginning of the first user turn, in rows and in requests, or give a"
+    do += " model.chat_template that takes one"
+    found = f"the chat template takes no system turn, and this row has one{more}: {error}"
+    return Problem(rows[0].where, found, do)
 
 
 def control_tokens(tokenizer: Any) -> list[str]:

@@ -26,7 +26,8 @@ class Stops:
     """`trained`: ids that end the rows' replies, most frequent first. `all`: where a reply will stop: those,
     the tokenizer's own end, and where the base stops already. `text`: what the template writes after a reply
     where that is no token of its own, which no server stops at by itself. `names` of all ids. `was`: the
-    tokenizer's own end where another one took its place.
+    tokenizer's own end where another one took its place. `unnamed`: those of `trained` at which the base does
+    not stop by its own files.
     """
 
     trained: tuple[int, ...] = ()
@@ -35,6 +36,7 @@ class Stops:
     names: tuple[str, ...] = ()
     was: str | None = None
     why: str = ""
+    unnamed: tuple[int, ...] = ()
 
     def named(self, ids: tuple[int, ...]) -> list[str]:
         """The tokens of `ids`."""
@@ -144,7 +146,8 @@ def decide(
     # A template that writes eos_token somewhere itself would render other rows with another one.
     if trained and not asked and eos not in trained and "eos_token" not in tokenizer.chat_template:
         found = replace(found, was=tokenizer.eos_token or "none")
-    return _named(trained, [*([eos] if eos is not None else []), *own], tokenizer, found)
+    found = _named(trained, [*([eos] if eos is not None else []), *own], tokenizer, found)
+    return replace(found, unnamed=tuple(i for i in trained if i not in own) if own else ())
 
 
 def adopt(tokenizer: Any, found: Stops) -> None:
@@ -228,6 +231,12 @@ def line(found: Stops, whole: bool) -> str:
     if not found.trained:
         return (f"labels end with the text {found.text!r}" if found.text else "labels hold no end") + after
     was = f", the tokenizer's own was {found.was}" if found.was else ""
+    if found.unnamed:
+        ids = [f"{name} (id {i})" for name, i in zip(found.named(found.unnamed), found.unnamed, strict=True)]
+        after += (
+            f"\nthe base's own generation_config.json does not stop at {', '.join(ids)}: a server that reads"
+        )
+        after += f" only that needs eos_token_id: {list(found.all)}"
     return f"labels {', '.join(found.named(found.trained))} ({found.why}{was}){after}"
 
 

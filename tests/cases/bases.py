@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -57,6 +57,16 @@ ROLES = (
     "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] | trim }}{% for c in m['tool_calls'] or [] %}"
     "{{ '\n' + c['function']['name'] + '\n' + c['function']['arguments'] | tojson }}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 HEADER = ["start_header_id", "end_header_id"]
 
@@ -171,6 +181,35 @@ def gemma(folder: Path) -> None:
     )
 
 
+def phi(folder: Path) -> None:
+    """Phi-3's and Phi-4-mini's: a turn ends with <|end|>, which takes the line break behind it; eos is
+    endoftext, which the template writes after the last turn; generation_config lists both."""
+    ends = ["<|endoftext|>", "<|end|>"]
+    raw = bpe(ends[:1])
+    raw.add_special_tokens(
+        [AddedToken(t, rstrip=True) for t in ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token=ends[0], pad_token=ends[0], chat_template=PHI
+    )
+    eos = tokenizer.eos_token_id
+    config = LlamaConfig(**SMALL, tie_word_embeddings=False, bos_token_id=eos, eos_token_id=eos)
+    save(folder, LlamaForCausalLM(config), tokenizer, tokenizer.convert_tokens_to_ids(ends))
+
+
+def mistral(folder: Path) -> None:
+    """Mistral's first: replies end with </s>, its eos; no system role."""
+    raw = bpe(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=MISTRAL
+    )
+    eos = tokenizer.eos_token_id
+    config = LlamaConfig(
+        **SMALL, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos
+    )
+    save(folder, LlamaForCausalLM(config), tokenizer, eos)
+
+
 def bigtok(folder: Path) -> None:
     """The tokenizer of llama3 with 200 tokens more than that model's embedding has rows."""
     tokenizer = AutoTokenizer.from_pretrained(make("llama3", folder.parent))
@@ -274,6 +313,8 @@ BASES: dict[str, Callable[[Path], None]] = {
     "llama3": llama3,
     "qwen_base": qwen_base,
     "gemma": gemma,
+    "phi": phi,
+    "mistral": mistral,
     "bigtok": bigtok,
     "roles": roles,
     "gpt2": gpt2,

@@ -66,7 +66,7 @@ def test_a_base_whose_eos_is_not_the_template_s_end_learns_the_template_s(passed
     found, resolved = passed("qwen_base_eos")
     assert last_labels(found) == {"<|im_end|>"} and found.counts.open_turns == 0 and not found.warnings
     assert found.tokenizer.eos_token == "<|im_end|>" and found.tokenizer.pad_token == "<|endoftext|>"
-    assert said(found, resolved) == (
+    assert said(found, resolved).partition("\n")[0] == (
         "labels <|im_end|> (by the chat template, the tokenizer's own was <|endoftext|>); adapter/, merged/"
         " and vLLM stop at <|im_end|>, <|endoftext|>"
     )
@@ -83,6 +83,36 @@ def test_the_same_where_the_recipe_says_it(passed):
 def test_gemma_ends_a_turn_with_its_own_token_and_keeps_the_base_s(name, passed):
     found, _ = passed(name)
     assert found.stops.facts().stops == ["<end_of_turn>", "<eos>"] and found.counts.open_turns == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "trained", "every"),
+    [
+        ("phi", "<|end|>", ["<|end|>", "<|endoftext|>"]),
+        ("mistral", "</s>", ["</s>"]),
+        ("llama3", "<|eot_id|>", ["<|eot_id|>", "<|end_of_text|>"]),
+    ],
+)
+def test_each_family_ends_a_reply_as_its_template_does(base, trained, every, passed, bases):
+    found, resolved = passed(model__name_or_path=str(bases(base)))
+    assert found.stops.named(found.stops.trained)[0] == trained and sorted(found.stops.names) == sorted(every)
+    assert found.counts.open_turns == 0 and "does not stop at" not in said(found, resolved)
+
+
+def test_an_end_that_the_base_s_own_files_do_not_name_is_told_with_its_id(passed, bases):
+    found, resolved = passed()
+    (end,) = found.stops.trained
+    assert f"does not stop at <|im_end|> (id {end})" in said(found, resolved)
+    assert f"needs eos_token_id: [{end}, {found.stops.all[1]}]" in said(found, resolved)
+
+
+def test_a_template_without_a_system_role_is_told_once_with_the_way_out(passed, bases):
+    row = {"messages": [{"role": "system", "content": "Speak kindly."}, ASK, NO]}
+    with pytest.raises(RecipeError) as error:
+        passed(rows=[{"messages": [ASK, NO]}, *[row] * 3], model__name_or_path=str(bases("mistral")))
+    (problem,) = error.value.problems
+    assert problem.where.endswith("rows.jsonl:2") and "(and so have 2 more)" in problem.found
+    assert "takes no system turn" in problem.found and "first user turn" in problem.do
 
 
 @pytest.mark.parametrize(
