@@ -45,6 +45,7 @@ from lora_recipes.model import (
     parts,
     peft_callbacks,
     rates,
+    router,
     targets,
 )
 from lora_recipes.model.initialise import Start
@@ -280,6 +281,7 @@ def model(resolved: Resolved) -> PreTrainedModel:
     if getattr(loaded, "_hf_peft_config_loaded", False) or hasattr(loaded, "peft_config"):
         do = "TRL would reset that adapter in silence. Name the base it was trained on, or merge it first"
         raise RecipeError(Problem(recipe.at("model", "name_or_path"), f"{path} carries an adapter", do))
+    router.name_experts(loaded)
     return trainable_4bit(_savable(loaded))
 
 

@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_recipes.core.errors import Problem, listed
-from lora_recipes.model import parts, targets
+from lora_recipes.model import parts, router, targets
 from lora_recipes.recipe.base import Base
 from lora_recipes.recipe.recipe import Recipe
 
@@ -110,7 +110,9 @@ def make(asked: Asked) -> PreTrainedModel | None:
                 continue
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                return _filled(asked.kind._from_config(narrow, dtype=torch.float32).eval())
+                made = _filled(asked.kind._from_config(narrow, dtype=torch.float32).eval())
+                router.name_experts(made)
+                return made
         except _ERRORS:
             continue
     return None
@@ -360,7 +362,7 @@ def _of_class(model: PreTrainedModel, recipe: Recipe, base: Base) -> Iterator[Pr
             said += " (a small twin of it, random weights)"
         do = "TRL takes lm_head alone, and its class does more to the logits: it would be trained for other"
         yield Problem(base.at, f"TRL's loss of {name} {said}", f"{do} answers; name another base")
-    elif found and found.auxiliary and _coefficient(model, recipe):
+    elif found and found.auxiliary and router.coefficient(model, recipe):
         do = "set train.router_aux_loss_coef: 0 (the router is frozen unless lora: names it)"
         said = f"TRL's load-balancing loss of {name} fails: {found.auxiliary}"
         yield Problem(recipe.at("train", "router_aux_loss_coef"), said, do)
@@ -372,14 +374,6 @@ def _of_class(model: PreTrainedModel, recipe: Recipe, base: Base) -> Iterator[Pr
                 do = f"set train.{key}: false; packing_strategy: wrapped runs, but lets rows see each other"
                 yield Problem(recipe.at("train", key), f"{name} does not keep packed rows apart: {wrong}", do)
             return
-
-
-def _coefficient(model: PreTrainedModel, recipe: Recipe) -> float:
-    """Of the load-balancing loss, as SFTTrainer takes it."""
-    given = recipe.train.given.get("router_aux_loss_coef")
-    return float(
-        getattr(model.config.get_text_config(), "router_aux_loss_coef", 0) if given is None else given
-    )
 
 
 def _of_adapter(model: PreTrainedModel, config: PeftConfig | None, recipe: Recipe) -> Iterator[Problem]:

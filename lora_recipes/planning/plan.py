@@ -36,6 +36,7 @@ from lora_recipes.model import (
     probes,
     rates,
     reach,
+    router,
     targets,
     twin,
 )
@@ -291,6 +292,7 @@ def _model(
         adapted = [] if config.is_prompt_learning else targets.matched(model, config)
         parameters = targets.matched_parameters(model, config)
         found = targets.coverage(model, [*adapted, *parameters]) if adapted or parameters else []
+        routed = router.lines(model, recipe, [*adapted, *parameters])
         trainable, total, size = adapter_facts.counts(model, config, recipe)
     share = 100 * trainable / total
     facts = ModelFacts(
@@ -313,6 +315,7 @@ def _model(
         )
         said += "; a whole model, served as it is"
         plan.say("parameters", f"{base:,}, {said}")
+        plan.lines += router.lines(model, recipe)
         return facts, None, None
     plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
     if recipe.lora:
@@ -325,6 +328,7 @@ def _model(
     plan.say("adapter", said)
     plan.warnings += faults
     plan.say("coverage", "\n".join(map(str, found)) or "no module: virtual tokens before each text")
+    plan.lines += routed
     coverage = [
         CoverageFacts(kind=c.kind, layers=c.layers, adapted=list(c.adapted), left=list(c.left)) for c in found
     ]

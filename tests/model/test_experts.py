@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from lora_recipes.core import adapter_folder
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.model import attach, stored, targets
+from lora_recipes.model import attach, build, router, stored, targets
 from lora_recipes.model import merge as merging
 from lora_recipes.model.merge import merge
+from lora_recipes.recipe import load as recipes
+from lora_recipes.recipe.base import resolve
 from tests.cases import families
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -101,3 +105,49 @@ def test_bfloat16_experts_are_rounded_once(tmp_path, monkeypatch, arithmetic):
     record = merge(tmp_path / "adapter", tmp_path / "merged", base, unproven=True)
     assert record["dtype"] == "bfloat16" and record["arithmetic"] == arithmetic
     assert record["tensors_computed"] == 4
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "mixtral", "qwen3_moe"])
+def test_the_load_balancing_loss_of_the_trainer_is_the_model_s_own(tmp_path, name):
+    """TRL asks the config for num_experts, which Granite's does not have."""
+    model: Any = AutoModelForCausalLM.from_pretrained(families.make(name, tmp_path)).eval()
+    router.name_experts(model)
+    model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.5  # each class reads one of the two
+    ids = torch.arange(40, 72)[None]
+    with torch.no_grad():
+        own = model(input_ids=ids, labels=ids, output_router_logits=True)
+        add_fused_lm_head(model)
+        trained = model(input_ids=ids, labels=ids, output_router_logits=True, fused_lm_head=True)
+    assert own.aux_loss > 1 and trained.aux_loss.item() == pytest.approx(own.aux_loss.item(), rel=1e-5)
+    assert trained.loss.item() == pytest.approx(own.loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        (
+            {},
+            "load-balancing loss x 0.001 in the trained loss (router_aux_loss_coef of the base's config.json)",
+        ),
+        (
+            {"router_aux_loss_coef": 0.02},
+            "load-balancing loss x 0.02 in the trained loss (router_aux_loss_coef",
+        ),
+        ({"router_aux_loss_coef": 0.0}, "no load-balancing loss (router_aux_loss_coef of train: 0 or none)"),
+    ],
+)
+def test_the_plan_says_whether_the_load_balancing_loss_and_the_routers_are_trained(tmp_path, train, said):
+    base, rows = families.make("qwen3_moe", tmp_path), families.rows(tmp_path)
+    sections: dict[str, Any] = {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "data": {"train": str(rows)},
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "train": {"max_steps": 2, "learning_rate": 1e-3} | train,
+    }
+    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(sections))
+    recipe = recipes.load(str(tmp_path / "moe.yaml"))
+    model = build.meta_model(resolve(recipe, tmp_path).base)
+    ((label, text),) = router.lines(model, recipe)
+    assert label == "router" and text.startswith(said) and text.endswith("; routers frozen")
+    ((_, text),) = router.lines(model, recipe, ["model.layers.0.mlp.gate"])
+    assert text.endswith("; routers trained")
