@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PromptLearningConfig, get_peft_model, g
 from transformers import PreTrainedModel
 
 from lora_recipes.core import adapter_folder
-from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.record import AdapterFacts
 from lora_recipes.model import build
 from lora_recipes.recipe.base import Base
@@ -81,6 +81,8 @@ def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str], base:
         f"r {config.r}, alpha {config.lora_alpha}, scaling {scaling:g}{patterns}",
         f"{size:,} bytes of tensors",
     ]
+    if config.target_parameters:
+        parts.append(f"added to the weight itself in each pass: {listed(config.target_parameters, 4)}")
     if saved["r"] != config.r:
         parts.append(f"saved for the untouched base with r {saved['r']}")
     parts.append("merges" if merges else "merges only where the base has a bias")

@@ -112,7 +112,7 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     read = {} if whole else {name: adapters.read(folder) for name, folder in chosen.items()}
     folder = next(iter(whole.values())) if whole else base_of(read, base)
     config = _config(folder)
-    unfit = list(_class(config, folder, read))
+    unfit = list(_class(config, folder, read, name))
     if tested := f"{version}.".startswith(f"{VLLM}."):
         raise_if(unfit)
     served = [_whole(*pair) for pair in whole.items()] + export(
@@ -183,8 +183,15 @@ def _config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _class(config: dict[str, Any], base: Path, read: dict[str, Adapter]) -> Iterator[Problem]:
+def _class(
+    config: dict[str, Any], base: Path, read: dict[str, Adapter], build: str = "vllm"
+) -> Iterator[Problem]:
     """Why the class that vLLM loads for `base` would not run it, or an adapter that was `read`."""
+    if read and build == "vllm-cpu" and (count := rules.experts(config)):
+        # fused_moe/oracle/unquantized.py takes Triton's kernel wherever LoRA is on, also without an adapter
+        # on the experts.
+        found = f"{count} routed experts: vLLM {VLLM} has no kernel for them beside LoRA on a CPU"
+        yield Problem(f"{shown(base)}/config.json", found, "serve it on a GPU, or the merged model here")
     if not read and (alone := rules.no_class(config)):
         yield Problem(f"{shown(base)}/config.json architectures", *alone)
     for adapter in read.values():

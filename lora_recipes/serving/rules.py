@@ -6,6 +6,7 @@ what its classes take stands in vllm.json, which scripts/vllm_table.py makes of 
 
 import functools
 import json
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if experts := [p for p in config.get("target_parameters") or [] if not p.endswith(".weight")]:
         yield (
             "target_parameters",
-            f"vLLM {VLLM} serves no parameters of an adapter ({', '.join(experts)})",
+            f"an adapter on {', '.join(experts)} is not served: vLLM {VLLM} takes routed experts under other"
+            " names than PEFT's, on a GPU only, and nothing here has shown that it answers the same",
             f"merge it ({cli.command('merge')}) and serve the merged model",
         )
     if config.get("bias", "none") != "none":
@@ -161,6 +163,17 @@ def untried(config: dict[str, Any]) -> list[str]:
     name, _ = served_class(config)
     said = f"vLLM {VLLM} has no class {name} and tries transformers' own code, which was not tried here"
     return [f"{said}: only the start tells"] if name in table()["fallback"] else []
+
+
+def experts(config: dict[str, Any]) -> int:
+    """How many routed experts a layer of the model has, by its config.json; 0 for a dense one."""
+    text = config.get("text_config") or config
+    counts = [
+        value
+        for key, value in text.items()
+        if "experts" in key and type(value) is int and not re.search("shared|per_tok|size", key)
+    ]
+    return max(counts, default=0)
 
 
 def class_faults(config: dict[str, Any], modules: Collection[str]) -> Iterator[tuple[str, str]]:

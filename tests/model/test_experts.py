@@ -127,7 +127,7 @@ def test_the_load_balancing_loss_of_the_trainer_is_the_model_s_own(tmp_path, nam
     [
         (
             {},
-            "load-balancing loss x 0.001 in the trained loss (router_aux_loss_coef of the base's config.json)",
+            "load-balancing loss x 0.001 in the trained loss (router_aux_loss_coef of the base's config",
         ),
         (
             {"router_aux_loss_coef": 0.02},

@@ -768,6 +768,19 @@ def test_names_of_modules_mean_modules_also_where_peft_takes_them_for_experts(na
     assert trained_by_peft(of, target_modules=wanted) == (named, sum(4 * sum(shape) for shape in shapes))
 
 
+def test_an_expert_by_its_name_is_answered_with_the_parameters_of_all(bases, tmp_path):
+    (found,) = problems(tmp_path, mixture("mixtral", bases), target_modules=["q_proj", "experts.3.w1"])
+    reached = "mlp.experts.gate_up_proj, mlp.experts.down_proj"
+    assert found.do == f"the routed experts are parameters here: lora.target_parameters: [{reached}]"
+
+
+def test_a_module_that_a_kernel_reads_past_its_adapter_is_named_with_the_way_to_leave_it_out(tmp_path):
+    of = of_family("nemotron_h")
+    (found,) = problems(tmp_path, of, target_modules="all-linear")
+    assert "'out_proj' of a nemotron_h" in found.found and found.do == "exclude_modules: [out_proj]"
+    assert problems(tmp_path, of, target_modules="all-linear", exclude_modules=["out_proj"]) == []
+
+
 def test_what_is_adapted_by_its_weight_keeps_its_rank_and_refuses_what_only_modules_have(bases, tmp_path):
     of = mixture("glm4_moe", bases)
     lora: dict[str, Any] = {"target_modules": "all-linear"}
