@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_recipes.core import record
 from lora_recipes.core.cli import quiet
+from lora_recipes.recipe import contract as contracts
 from lora_recipes.recipe import fields as fates
 from lora_recipes.recipe.check import schema
 from lora_recipes.recipe.other_tools import OWNED
@@ -250,6 +251,21 @@ def _plain(text: str) -> str:
     return text.replace("{{", "{").replace("}}", "}")
 
 
+def models() -> str:
+    """Every shipped contract."""
+    read = [contracts.load(name) for name in contracts.names()]
+    rows = [
+        (
+            f"`{c.name}`",
+            c.name_or_path or (c.package.holds if c.package else "made here"),
+            f"{c.parameters:,}",
+            f"`{c.chat_template}`" if c.chat_template else "none",
+        )
+        for c in read
+    ]
+    return table("contract | base | parameters of the text model | chat template", rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(keys, name) for name in SECTIONS},
     "source": lambda: of_object(
@@ -262,6 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fields": fields,
     "files": files,
     "rules": rules,
+    "contracts": models,
 }
 
 

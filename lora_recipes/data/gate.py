@@ -272,7 +272,9 @@ def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
 def example(gate: Gate, recipe: Recipe) -> str:
     """The shortest of the first 50 rows, with what is trained between >> and <<."""
     first = min(gate.train[:50], key=lambda e: len(e.input_ids))
-    stand_in = "; from the chat template alone" if isinstance(gate.tokenizer, Characters) else ""
+    stand_in = ""
+    if isinstance(gate.tokenizer, Characters):
+        stand_in = f"; from the chat template alone: {gate.tokenizer.named or 'none'}"
     return (
         f"{first.where} (trained between >> and"
         f" <<{stand_in})\n{render.shown(first, gate.tokenizer, recipe).strip()}"

@@ -231,6 +231,14 @@ def _check_losses(row: Row, tokenizer: Any, recipe: Recipe) -> None:
     """
     if row.conversational and not tokenizer.chat_template:
         do = "set model.chat_template (a template of TRL by name, or a .jinja file), or train on text"
+        if isinstance(tokenizer, Characters):  # neither the cache nor the contract has one
+            found = (
+                "the rows are conversations, the base's tokenizer is not in the cache, and its contract names"
+                " no chat template"
+            )
+            name = recipe.model.tokenizer or recipe.model.name_or_path
+            do += f"; or fetch the base's own: hf download {name} --include 'tokenizer*' --include '*.jinja'"
+            raise RecipeError(Problem(recipe.at("data", "train"), found, do))
         raise RecipeError(
             Problem(
                 recipe.at("data", "train"),

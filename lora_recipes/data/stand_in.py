@@ -23,8 +23,9 @@ class Characters:
 
     eos_token_id = None
 
-    def __init__(self, chat_template: str | None):
+    def __init__(self, chat_template: str | None, named: str = ""):
         self.chat_template = chat_template
+        self.named = named  # where the template is from, to be read by people
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         """The characters of `text` as `input_ids`."""

@@ -79,8 +79,11 @@ def stand_in(resolved: Resolved) -> Characters:
     characters.
     """
     recipe, contract = resolved.recipe, resolved.base.contract
-    name = recipe.model.chat_template or (contract and contract.chat_template)
-    return Characters(chat_template(name, recipe.at("model"), recipe.path.parent) if name else None)
+    own, name = recipe.model.chat_template, contract and contract.chat_template
+    if not (own or name):
+        return Characters(None)
+    named = own or f"the contract's, {name}"
+    return Characters(chat_template(own or name or "", recipe.at("model"), recipe.path.parent), named)
 
 
 def make(contract: Contract) -> PreTrainedTokenizerFast:

@@ -148,7 +148,8 @@ OURS: dict[str, dict[str, Any]] = {
                 _TEXT
                 | {
                     "description": (
-                        "configs/models/<name>.yaml: the architecture, so that no network is needed to plan"
+                        "configs/models/<name>.yaml, or a .yaml file: the architecture, so that no network is"
+                        " needed to plan"
                     )
                 }
             ),

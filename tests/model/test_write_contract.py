@@ -206,3 +206,26 @@ def test_a_recipe_names_a_contract_of_its_own_beside_itself(tmp_path, silent, wr
     (tmp_path / "mine.yaml").unlink()
     with pytest.raises(RecipeError, match=r"model.contract: the contract mine.yaml is not there"):
         resolve(recipes.load(str(path)), tmp_path)
+
+
+def test_a_plan_says_whose_chat_template_it_rendered_with_and_what_to_do_without_one(tmp_path, write_recipe):
+    path = write_recipe("phi4_mini_style")
+    template = "configs/models/phi4_mini.jinja"
+    made = plan.make(resolve(recipes.load(str(path)), tmp_path))
+    assert f"from the chat template alone: the contract's, {template})" in made.text()
+    folder = published("phi4_mini", tmp_path / "base")
+    assert main(["contract", str(folder), "--name", str(tmp_path / "bare.yaml")]) == 0
+    path = write_recipe("phi4_mini_style", model__contract="bare.yaml")
+    with pytest.raises(RecipeError) as error:
+        plan.make(resolve(recipes.load(str(path)), tmp_path))
+    assert "its contract names no chat template\n    -> set model.chat_template" in str(error.value)
+    assert "hf download microsoft/Phi-4-mini-instruct --include 'tokenizer*'" in str(error.value)
+    path = write_recipe("phi4_mini_style", model__contract="bare.yaml", model__chat_template=template)
+    made = plan.make(resolve(recipes.load(str(path)), tmp_path))
+    assert f"from the chat template alone: {template})" in made.text()
+
+
+def test_a_target_of_another_family_is_answered_with_the_familys_own(tmp_path):
+    recipe = recipes.load("phi4_mini_style", ["lora.target_modules=[q_proj, down_proj]"])
+    with pytest.raises(RecipeError, match=r"target_modules\[0\]: 'q_proj' matches no module.*\n.*qkv_proj"):
+        plan.make(resolve(recipe, tmp_path))
