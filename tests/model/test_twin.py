@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lora_recipes.model import freeze, twin
 from lora_recipes.recipe.sections import Freeze
@@ -61,6 +61,35 @@ def test_one_per_cent_is_seen_at_the_width_of_an_8b(kind, agrees):
         made = kind(config)
     assert judged(made).agrees is agrees
     assert there(twin.make(twin.Asked.of(made))).num_parameters() < 3_000_000
+
+
+PUBLISHED: dict[str, dict[str, object]] = {  # LFM2-1.2B's and Falcon-H1-3B's sizes
+    "lfm2": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "layer_types": ["conv", "conv", "full_attention", "conv"] * 4,
+    },
+    "falcon_h1": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "mamba_d_ssm": 4096,
+        "mamba_n_heads": 32,
+        "mamba_d_head": 128,
+        "mamba_d_state": 256,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_size_is_judged_too(name):
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **PUBLISHED[name]))
+    assert judged(made).agrees and "causal_conv1d" in twin.packed(made)
 
 
 @pytest.mark.parametrize("name", ["bert", "Roberta", "XLNet"])
