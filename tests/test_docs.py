@@ -11,6 +11,7 @@ from lora_recipes.planning import plan
 from lora_recipes.recipe import layout
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
+from tests.cases import families
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -65,9 +66,9 @@ def test_every_key_of_ours_says_what_it_is(section):
     assert not [name for name, value in keys.items() if not value.get("description") and name not in inner]
 
 
-def test_the_page_on_plans_has_the_labels_of_three_unlike_ones(tmp_path):
-    """A chat on a hybrid base; packed rows, LoRA+ and a tracker on two
-    processes; a variant beside plain LoRA."""
+def test_the_page_on_plans_has_the_labels_of_four_unlike_ones(tmp_path):
+    """A chat on a hybrid base; packed rows, LoRA+ and a tracker on two processes; a variant beside plain
+    LoRA; a mixture of experts with a tower beside it, in NF4."""
     chat = plan.make(resolve(recipes.load("qwen35_4b_style"), tmp_path))
     packed = recipes.load(
         "tiny_loraplus", ["train.packing=true", "train.max_length=32", "train.report_to=tensorboard"]
@@ -76,7 +77,16 @@ def test_the_page_on_plans_has_the_labels_of_three_unlike_ones(tmp_path):
     variant = recipes.load("tiny_dora")
     beside = plan.make(resolve(variant, tmp_path))
     plan.beside_lora(beside, resolve(variant, tmp_path), plan.add_memory(beside, resolve(variant, tmp_path)))
-    printed = set().union(*(labels(p.text()) for p in (chat, several, beside)))
+    file = tmp_path / "mixture.yaml"
+    base = families.make("qwen3_5_moe", tmp_path)
+    file.write_text(
+        f"model: {{name_or_path: {base}, dtype: bfloat16, quantize: nf4}}\n"
+        f"data: {{train: {families.rows(tmp_path)}}}\n"
+        "lora: {r: 4, lora_alpha: 4, target_modules: [q_proj]}\ntrain: {learning_rate: 1.0e-3}\n"
+    )
+    mixture = plan.make(resolve(recipes.load(str(file)), tmp_path))
+    plan.add_memory(mixture, resolve(recipes.load(str(file)), tmp_path))
+    printed = set().union(*(labels(p.text()) for p in (chat, several, beside, mixture)))
     explained = re.findall(
         r"^\| `([\w -]+)` \|", (DOCS / "plan.md").read_text(encoding="utf-8"), re.MULTILINE
     )

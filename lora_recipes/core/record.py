@@ -71,6 +71,10 @@ class ModelFacts:
     trainable: Annotated[int, "parameters that are trained"]
     total: Annotated[int, "parameters of base, new tokens and adapter"]
     share_percent: Annotated[float, "trainable in percent of total"]
+    active: Annotated[
+        int | None, "parameters of the base that a token passes; of a mixture of experts only"
+    ] = None
+    attention: Annotated[str | None, "transformers' attention that it trains with"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

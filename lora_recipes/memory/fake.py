@@ -32,10 +32,13 @@ def base(
     config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, quantize: BitsAndBytesConfig | None
 ) -> PreTrainedModel:
     """The base model on the meta device, as `from_pretrained` would leave it: its linear modules 4-bit ones
-    where `quantize` says so.
+    where `quantize` says so. `attention` None: what transformers chooses; others than sdpa and eager hold
+    what sdpa holds without a mask, which stands for them also where the class has no sdpa.
     """
-    options = {"attn_implementation": attention} if attention else {}
+    options = {"attn_implementation": attention} if attention in ("sdpa", "eager") else {}
     model: Any = parts.build(config, dtype, **options)
+    if attention not in (None, "sdpa", "eager"):
+        parts.decoder(model).config._attn_implementation = "sdpa"
     if quantize:
         model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantize)
         model.is_loaded_in_4bit = True

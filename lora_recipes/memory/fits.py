@@ -46,6 +46,7 @@ class Memory:
 
     `at`: in which part of a step the peak is. `unknown`: why the peak is not known; `parts` are then the
     least that is held, and no card is said to hold it. `parameters`, `trainable`: of the model that was run.
+    `quantised`: what of a base in NF4 is packed, and what is not.
     """
 
     parts: dict[str, int]
@@ -54,6 +55,7 @@ class Memory:
     trainable: int
     assumptions: tuple[str, ...] = ()
     unknown: str = ""
+    quantised: str = ""
     seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
 
@@ -95,10 +97,13 @@ class Memory:
         """For people: (label, text) pairs."""
         parts = " + ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size)
         assumed = ("assumed", "\n".join([*self.assumptions, *self.notes]))
+        quantised = [("quantised", self.quantised)] if self.quantised else []
         if self.unknown:
             least = f"\nat least {gib(self.peak_bytes)} GiB: {parts}" if parts else ""
-            return [("memory", f"not known, and neither is what fits: {self.unknown}{least}"), assumed]
+            said = f"not known, and neither is what fits: {self.unknown}{least}"
+            return [*quantised, ("memory", said), assumed]
         return [
+            *quantised,
             ("memory", f"peak {gib(self.peak_bytes)} GiB, at {self.at}\n{parts}"),
             assumed,
             ("cards", verdicts(self)),

@@ -24,7 +24,7 @@ from lora_recipes.memory import blocks, fake, fits, kernels, rehearsal
 from lora_recipes.memory.fits import Memory
 from lora_recipes.memory.rehearsal import Batch, Setup
 from lora_recipes.memory.storages import Stretch
-from lora_recipes.model import build, checkpoint, initialise, peft_callbacks
+from lora_recipes.model import build, checkpoint, experts, initialise, parts, peft_callbacks
 from lora_recipes.recipe.base import Resolved
 
 SECONDS = 60.0  # of processor time, for one recipe; a 4B takes a few
@@ -60,9 +60,8 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
     config, arguments = checkpoint.planned(resolved.base).config, build.sft_config(recipe, resolved.folder)
     text = config.get_text_config()
     adapter = build.peft_config(recipe)
-    sdpa = "sdpa" if build.has_sdpa(config) else "eager"  # what transformers takes where nothing is asked
-    attention = recipe.model.attn_implementation or sdpa
-    masked = attention in ("sdpa", "eager")  # FlashAttention takes lengths instead of a mask
+    attention = recipe.model.attn_implementation
+    masked = attention in (None, "sdpa", "eager")  # FlashAttention takes lengths instead of a mask
     counted = gate is not None and gate.counts.tokens is not None
     train, held_out = (gate.train, gate.evaluation) if gate else (None, None)
     size = arguments.per_device_train_batch_size
@@ -82,7 +81,7 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
         adapter and build.shapes(adapter),
         getattr(torch, recipe.model.adapter_dtype),
         build.nf4(recipe.model.dtype) if recipe.model.quantize == "nf4" else None,
-        attention if masked else sdpa,
+        attention,
         frozenset(p for p in kernels.used(fake.modeling_of(config)) if importlib.util.find_spec(p)),
         cuda,
         evaluation,
@@ -200,14 +199,17 @@ def rehearsed(setup: Setup) -> Memory:
     whole = rehearsal.whole(setup)
     peaks, paged = _peaks(setup, whole)
     stretch = max(peaks, key=lambda s: sum(peaks[s].values()))
-    parts = {name: peaks[stretch].get(name, 0) for name in fits.PARTS}
-    parts["workspace"] = fits.WORKSPACE if setup.cuda else 0
+    held = {name: peaks[stretch].get(name, 0) for name in fits.PARTS}
+    held["workspace"] = fits.WORKSPACE if setup.cuda else 0
     notes = (
         (f"paged: {fits.gib(paged)} GiB of optimiser state in paged memory, not in the peak",)
         if paged
         else ()
     )
-    return Memory(parts, PLACES[stretch[0]], *whole.parameters, tuple(assumptions(setup)), notes=notes)
+    assumed = tuple(assumptions(setup, whole))
+    return Memory(
+        held, PLACES[stretch[0]], *whole.parameters, assumed, notes=notes, quantised=rehearsal.unpacked(whole)
+    )
 
 
 def _peaks(setup: Setup, whole: rehearsal.Whole) -> tuple[dict[Stretch, blocks.Parts], int]:
@@ -237,7 +239,7 @@ def _of_few(setup: Setup, whole: rehearsal.Whole, few: blocks.Few) -> tuple[dict
 
 def least(setup: Setup, why: str) -> Memory:
     """What is held whatever a step does, for one that could not be run: weights, adapter, gradients. By
-    shapes alone; NF4 with double quantisation takes 4.127 bits. `why` says why it could not.
+    shapes alone. `why` says why it could not.
     """
     try:
         whole = rehearsal.whole(setup)
@@ -246,18 +248,19 @@ def least(setup: Setup, why: str) -> Memory:
         return Memory(dict.fromkeys(fits.PARTS, 0), "", 0, 0, unknown=why)
     model, packed = whole.model, {id(m.weight) for m in whole.model.modules() if fake.in_4bit(m)}
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    held = sum(
-        p.numel() * 4.127 / 8 if id(p) in packed else p.nbytes
+    frozen = sum(
+        p.numel() * rehearsal.NF4_BITS / 8 if id(p) in packed else p.nbytes
         for p in model.parameters()
         if not p.requires_grad
     )
-    parts = dict.fromkeys(fits.PARTS, 0)
-    parts |= {"base": int(held) + sum(b.nbytes for b in model.buffers()), "gradients": trained}
-    parts["adapter" if setup.peft_config else "base"] += trained
-    return Memory(parts, "", *whole.parameters, tuple(assumptions(setup)), unknown=why)
+    held = dict.fromkeys(fits.PARTS, 0)
+    held |= {"base": int(frozen) + sum(b.nbytes for b in model.buffers()), "gradients": trained}
+    held["adapter" if setup.peft_config else "base"] += trained
+    assumed, left = tuple(assumptions(setup, whole)), rehearsal.unpacked(whole)
+    return Memory(held, "", *whole.parameters, assumed, unknown=why, quantised=left)
 
 
-def assumptions(setup: Setup) -> Iterator[str]:
+def assumptions(setup: Setup, whole: rehearsal.Whole) -> Iterator[str]:
     """What the prediction takes for granted, a line each."""
     arguments, batch = setup.arguments, setup.batch
     shape = (
@@ -273,9 +276,14 @@ def assumptions(setup: Setup) -> Iterator[str]:
         if not (batch.packed or batch.padded)
         else "with a mask, so not FlashAttention's kernel"
     )
-    yield f"attention: {setup.attention}" + (
-        f", {kernel}" if setup.attention == "sdpa" else ", whole score matrices"
-    )
+    attention, _ = build.attention(whole.base, setup.attention)
+    if attention != "none":
+        scores = ", whole score matrices" if attention == "eager" else f", {kernel}"
+        yield f"attention: {attention}{scores}"
+    if any(layer.chosen for layer in experts.routed(whole.base)):
+        how = parts.decoder(whole.base).config._experts_implementation
+        least = " (on a GPU compute capability 8.0 or more)" if setup.cuda and how == "grouped_mm" else ""
+        yield f"experts: {how}{least}; each token's copy for each of its experts, whichever those are"
     yield "loss: TRL's fused head, tiles of 4,096 tokens x 32,768 words; no logits are built"
     for package in kernels.used(fake.modeling_of(setup.config)):
         name = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}[package]

@@ -18,11 +18,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_recipes.memory import blocks, fake, kernels, storages
+from lora_recipes.memory.fits import gib
 from lora_recipes.memory.storages import Peak, Storages, Stretch
-from lora_recipes.model import embeddings, freeze, parts, targets
+from lora_recipes.model import embeddings, experts, freeze, parts, targets
 from lora_recipes.recipe.sections import Freeze
 
 aten = torch.ops.aten
+NF4_BITS = 4.127  # of a weight in NF4 with double quantisation
 HEAD_OUTPUTS = (
     "log_probs",
     "entropy",
@@ -149,6 +151,29 @@ def run(setup: Setup, whole: Whole, chosen: list[int] | None = None) -> Run:
             _evaluate(model, setup, counted, held_out)
         parameters = sum(p.numel() for p in model.parameters()) if not setup.quantize else _unpacked(model)
         return Run(counted.peaks, parameters, sum(p.numel() for p in trained), sum(p.nbytes for p in paged))
+
+
+def unpacked(whole: Whole) -> str:
+    """What NF4 leaves in the base's own dtype, and why: bitsandbytes replaces nn.Linear alone. "" for a base
+    that is not quantised.
+    """
+    packed = {id(m.weight): m.weight for m in whole.base.modules() if fake.in_4bit(m)}
+    if not packed:
+        return ""
+    routed = {id(p) for layer in experts.routed(whole.base) for p in layer.parameters}
+    ends = [whole.base.get_input_embeddings(), whole.base.get_output_embeddings()]
+    outer = {id(p) for module in ends if module is not None for p in module.parameters()}
+    left = {"experts, which are parameters and no nn.Linear": 0, "embeddings and head": 0, "others": 0}
+    for parameter in whole.base.parameters():
+        if parameter.requires_grad or id(parameter) in packed:
+            continue
+        kind = 0 if id(parameter) in routed else 1 if id(parameter) in outer else 2
+        left[list(left)[kind]] += parameter.nbytes
+    size = int(sum(p.numel() for p in packed.values()) * NF4_BITS / 8)
+    stay = sum(left.values())
+    kinds = ", ".join(f"{gib(nbytes)} {kind}" for kind, nbytes in left.items() if nbytes)
+    done = f"{gib(size)} GiB in NF4, {len(packed):,} linear modules"
+    return f"{done}; {gib(stay)} of {gib(size + stay)} GiB stay as they are: {kinds}"
 
 
 def _unpacked(model: nn.Module) -> int:

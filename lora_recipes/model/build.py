@@ -21,7 +21,6 @@ from transformers import (
     BitsAndBytesConfig,
     EarlyStoppingCallback,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -70,11 +69,34 @@ def meta_model(base: Base) -> PreTrainedModel:
     return model
 
 
-def has_sdpa(config: PreTrainedConfig) -> bool:
-    """Has the model that trains with `config` attention by torch's scaled_dot_product_attention? Gemma 2 has
-    not: it caps the scores.
+def attention(model: PreTrainedModel, asked: str | None) -> tuple[str, str]:
+    """The attention that `model` trains with where the recipe says `asked`, and why, as transformers chooses
+    for its class; `none` for a model that has no attention.
     """
-    return bool(parts.kind(config)._supports_sdpa)
+    own, kind = str(parts.decoder(model).config._attn_implementation), type(model).__name__
+    if not any("attention" in type(m).__name__.lower() for m in model.modules()):
+        return "none", f"{kind} has none"
+    holds = "; it holds whole score matrices"
+    if asked:
+        return asked, "as model.attn_implementation says" + holds * (asked == "eager")
+    if own == "eager":
+        return own, f"{kind} has no sdpa in transformers{holds}"
+    return own, f"transformers' choice for {kind}"
+
+
+def attention_refused(model: PreTrainedModel, asked: str | None) -> tuple[str, str]:
+    """What transformers says against the attention `asked` on this class, and what it says because of a
+    package that this machine has not; "" where it says nothing. A kernel of the hub is not looked for.
+    """
+    if asked is None or "/" in asked:
+        return "", ""
+    try:
+        model.get_correct_attn_implementation(asked, is_init_check=True)
+    except ValueError as error:
+        return str(error).partition(" Please ")[0].rstrip("."), ""
+    except ImportError as error:
+        return "", str(error).partition(" Please ")[0].rstrip(".")
+    return "", ""
 
 
 def peft_config(

@@ -31,6 +31,7 @@ from lora_recipes.model import (
     build,
     checkpoint,
     embeddings,
+    experts,
     freeze,
     parts,
     probes,
@@ -63,6 +64,7 @@ SHORT = (
     "reply ends",
     "steps",
     "reports to",
+    "quantised",
     "memory",
 )
 
@@ -181,7 +183,7 @@ def _facts(resolved: Resolved, model: PreTrainedModel, arguments: SFTConfig, lay
         layout,
         has_bias=any(name.endswith(".bias") for name, _ in model.named_parameters()),
         linear_attention="linear_attention" in (getattr(config, "layer_types", None) or []),
-        has_sdpa=model._supports_sdpa,
+        attention=build.attention_refused(model, resolved.recipe.model.attn_implementation),
         causal_conv1d=importlib.util.find_spec("causal_conv1d") is not None,
         bitsandbytes=importlib.util.find_spec("bitsandbytes") is not None,
         plain_optimizer=resolved.recipe.learning_rates is None or rates.plain(arguments),
@@ -283,7 +285,10 @@ def _model(
     plan.say(
         "base", f"{resolved.base.said}{known}: {kind}, weights in {weights}, compute in {compute} ({why})"
     )
+    attention, reason = build.attention(model, recipe.model.attn_implementation)
+    plan.say("attention", f"{attention}: {reason}")
     total = trainable = model.num_parameters()
+    active, routed = experts.said(model)
     size, found, adapted = 0, [], []
     if recipe.freeze:
         trainable = freeze.apply(model, recipe.freeze)
@@ -304,7 +309,10 @@ def _model(
         trainable=trainable,
         total=total,
         share_percent=share,
+        active=active,
+        attention=attention,
     )
+    routed = f"\n{routed}" if routed else ""
     if config is None:
         parts = freeze.parts(model, recipe.freeze) if recipe.freeze else []
         base = model.num_parameters()  # new tokens included
@@ -314,10 +322,11 @@ def _model(
             else "all trained (full fine-tuning)"
         )
         said += "; a whole model, served as it is"
-        plan.say("parameters", f"{base:,}, {said}")
+        plan.say("parameters", f"{base:,}, {said}{routed}")
         plan.lines += router.lines(model, recipe)
         return facts, None, None
-    plan.say("parameters", f"base {base:,} + adapter = {total:,}; trainable {trainable:,} ({share:.4f} %)")
+    trained = f"trainable {trainable:,} ({share:.4f} %)"
+    plan.say("parameters", f"base {base:,} + adapter = {total:,}; {trained}{routed}")
     if recipe.lora:
         adapter, said, faults = adapter_facts.lora(
             recipe.lora, cast(LoraConfig, config), size, adapted, adapter_facts.published(resolved.base)

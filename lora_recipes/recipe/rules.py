@@ -25,11 +25,11 @@ KINDS = (ONE, DDP, FSDP2, ZERO2, ZERO3)
 class Facts:
     """What rules need to know beside the recipe.
 
-    `layout`: where it will run. Of the model: has any module a bias, has it linear-attention layers, and has
-    its attention a form for torch's scaled_dot_product_attention (sdpa); `causal_conv1d`, `bitsandbytes`: is
-    that package here; `plain_optimizer`: does train.optim take parameter groups. `warm`: the recipe of
-    warm_start.from_recipe, and `same_base`: is its base this recipe's? `doubtful`: sections with a fault
-    that is told already, "" being the file as a whole.
+    `layout`: where it will run. Of the model: has any module a bias, has it linear-attention layers, and
+    what transformers says against model.attn_implementation, of its class and of this machine;
+    `causal_conv1d`, `bitsandbytes`: is that package here; `plain_optimizer`: does train.optim take parameter
+    groups. `warm`: the recipe of warm_start.from_recipe, and `same_base`: is its base this recipe's?
+    `doubtful`: sections with a fault that is told already, "" being the file as a whole.
 
     Of the libraries: what they say against train.optim, train.report_to and train.use_liger_kernel on this
     machine ("": nothing), and `ignored`, the keys that this optimizer does not read. Of the model: has it
@@ -40,7 +40,7 @@ class Facts:
     layout: Layout = SINGLE
     has_bias: bool = True
     linear_attention: bool = False
-    has_sdpa: bool = True
+    attention: tuple[str, str] = ("", "")
     causal_conv1d: bool = True
     plain_optimizer: bool = True
     bitsandbytes: bool = True
@@ -499,10 +499,19 @@ _BASE = [
     ),
     Rule(
         "model.attn_implementation",
-        "sdpa for a model without it",
-        "transformers has no sdpa for this model: its attention does more than that function can",
-        "remove it (transformers then takes eager), or write eager",
-        lambda r, f: r.model.attn_implementation == "sdpa" and not f.has_sdpa,
+        "an attention that the class has not",
+        "transformers refuses it: {said}",
+        "remove it: transformers then chooses what the class has; or write eager",
+        lambda r, f: {"said": f.attention[0]} if f.attention[0] else None,
+    ),
+    Rule(
+        "model.attn_implementation",
+        "an attention whose package is missing",
+        "training would fail on this machine: {said}",
+        "install the package where it is trained, or remove the key",
+        lambda r, f: {"said": f.attention[1]} if f.attention[1] else None,
+        warns=True,
+        here=True,
     ),
     Rule("model.new_tokens", "one token twice", "{tokens} is listed twice", "keep one", _twice),
     Rule(

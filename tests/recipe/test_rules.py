@@ -149,7 +149,7 @@ CASES = [
         "tiny_facts",
         "model.attn_implementation=sdpa",
         "model.attn_implementation=eager",
-        {"has_sdpa": False},
+        {"attention": ("it has no sdpa", "its package is missing")},
         said="eager",
     ),
     Case("model.quantize", "tiny_ia3", "model.quantize=nf4", "-model.quantize", said="remove"),
