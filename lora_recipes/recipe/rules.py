@@ -502,14 +502,14 @@ _BASE = [
         "an attention that the class has not",
         "transformers refuses it: {said}",
         "remove it: transformers then chooses what the class has; or write eager",
-        lambda r, f: {"said": f.attention[0]} if f.attention[0] else None,
+        lambda r, f: _attention(r, f.attention[0]),
     ),
     Rule(
         "model.attn_implementation",
         "an attention whose package is missing",
         "training would fail on this machine: {said}",
         "install the package where it is trained, or remove the key",
-        lambda r, f: {"said": f.attention[1]} if f.attention[1] else None,
+        lambda r, f: _attention(r, f.attention[1]),
         warns=True,
         here=True,
     ),
@@ -1571,6 +1571,12 @@ _NUMBERS = [
 ]
 
 SETTINGS: tuple[Rule, ...] = (*_TRAIN, *_COUNTED, *_NUMBERS)
+
+
+def _attention(recipe: Recipe, said: str) -> Words | None:
+    return {"said": said} if said and recipe.model.attn_implementation not in (None, "eager") else None
+
+
 RULES: tuple[Rule, ...] = (
     *_FIRST,
     *_LORA,
