@@ -288,7 +288,7 @@ def _model(
     attention, reason = build.attention(model, recipe.model.attn_implementation)
     plan.say("attention", f"{attention}: {reason}")
     total = trainable = model.num_parameters()
-    active, routed = experts.said(model)
+    active, passed = experts.said(model)
     size, found, adapted = 0, [], []
     if recipe.freeze:
         trainable = freeze.apply(model, recipe.freeze)
@@ -312,7 +312,7 @@ def _model(
         active=active,
         attention=attention,
     )
-    routed = f"\n{routed}" if routed else ""
+    passed = f"\n{passed}" if passed else ""
     if config is None:
         parts = freeze.parts(model, recipe.freeze) if recipe.freeze else []
         base = model.num_parameters()  # new tokens included
@@ -322,11 +322,11 @@ def _model(
             else "all trained (full fine-tuning)"
         )
         said += "; a whole model, served as it is"
-        plan.say("parameters", f"{base:,}, {said}{routed}")
+        plan.say("parameters", f"{base:,}, {said}{passed}")
         plan.lines += router.lines(model, recipe)
         return facts, None, None
     trained = f"trainable {trainable:,} ({share:.4f} %)"
-    plan.say("parameters", f"base {base:,} + adapter = {total:,}; {trained}{routed}")
+    plan.say("parameters", f"base {base:,} + adapter = {total:,}; {trained}{passed}")
     if recipe.lora:
         adapter, said, faults = adapter_facts.lora(
             recipe.lora, cast(LoraConfig, config), size, adapted, adapter_facts.published(resolved.base)
