@@ -18,16 +18,18 @@ from lora_recipes.recipe.base import resolve
 from tests.cases import families
 from tests.typed import there
 
-A3B = Qwen3MoeConfig(
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    moe_intermediate_size=768,
-    num_experts=128,
-    num_experts_per_tok=8,
+A3B = Qwen3MoeConfig.from_dict(
+    {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    }
 )
 
 
