@@ -5,7 +5,6 @@ the class; which linear layers it builds stands in its code alone, where each ca
 names of its own module. A config may leave some of them out: the table has them all.
 """
 
-import argparse
 import ast
 import functools
 import importlib
@@ -256,18 +255,6 @@ def text(made: dict[str, Any]) -> str:
     return "{\n" + head + '\n "classes": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if the file is stale"
-    )
-    check, made = parser.parse_args().check, text(table())
-    current = TABLE.is_file() and TABLE.read_text() == made
-    if not current and not check:
-        TABLE.write_text(made)
-    print("the table is current" if current else f"stale: {TABLE.name}" if check else f"wrote {TABLE.name}")
-    return 1 if check and not current else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    TABLE.write_text(text(table()))
+    print(f"wrote {TABLE.name}")

@@ -36,9 +36,9 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
     began = time.monotonic()
     with lock.served(s.folder for s in server.served), process.running(server, options, log) as child:
         print(f"up after {time.monotonic() - began:.0f} s\n", flush=True)
-        proofs = live.prove(
-            Endpoint(options.url), server.base_name, {s.name: s.provenance for s in server.served}
-        )
+        # As patient as the start was: on a machine at a load of 17 the first answer took more than 120 s.
+        first = Endpoint(options.url, timeout=process.START)
+        proofs = live.prove(first, server.base_name, {s.name: s.provenance for s in server.served})
         if _report(proofs):
             return NOT_LIVE
         print(f"\n{_ready(server, options)}\nCtrl-C ends it", flush=True)
