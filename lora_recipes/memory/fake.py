@@ -4,6 +4,7 @@ what training would hold.
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft.tuners.lora import dora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
+    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -178,8 +180,14 @@ def autocast(arguments: TrainingArguments) -> Iterator[None]:
 
 
 def modeling_of(config: PreTrainedConfig) -> Any:
-    """The module of transformers that holds the model class of `config`."""
-    return importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    """The module of transformers that holds the model class of `config`: the one beside the config, or, where
+    the class is another family's (EXAONE, InternLM3), that one's.
+    """
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    if importlib.util.find_spec(name) is None:
+        kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        name = kind.__module__
+    return importlib.import_module(name)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
+from transformers import AutoConfig, DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
 from trl import SFTConfig
 
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.memory import memory, rehearsal
+from lora_recipes.memory import fake, memory, rehearsal
 from lora_recipes.memory.rehearsal import Batch, Setup
 from lora_recipes.model import build, experts, parts
 from lora_recipes.planning import plan
@@ -118,6 +118,14 @@ def test_the_parameters_that_a_token_passes_are_those_that_the_publishers_name(c
     assert model.num_parameters() == total
     found, said = experts.said(model)
     assert found == active and chosen in said
+
+
+@pytest.mark.parametrize("family", ["exaone", "internlm3"])
+def test_a_config_whose_class_is_another_familys_is_planned(family, tmp_path):
+    """Transformers has no modeling file beside these configs."""
+    sizes = {key: families.FAMILIES["llama"][1][key] for key in ("vocab_size", "hidden_size")}
+    config = AutoConfig.for_model(family, **sizes, num_hidden_layers=1, num_attention_heads=2)
+    assert fake.modeling_of(config).__name__ == type(parts.build(config, torch.float32)).__module__
 
 
 def test_the_plan_says_what_nf4_leaves_in_16_bits(tmp_path):
