@@ -377,7 +377,7 @@ def _load(folder: Path, dtype: str, job: Job) -> PreTrainedModel:
     options = {"dtype": getattr(torch, dtype)}
     model = checkpoint.load(Folder(folder), **options)
     names = dict(model.named_modules())
-    if any(module not in names for module in job.adapter.modules):
+    if any(module.replace(".base_layer", "") not in names for module in job.adapter.modules):
         model = checkpoint.load(Folder(folder), getattr(transformers, job.architecture), **options)
     embeddings.grow(model, job.tokens)
     return model.eval()

@@ -238,7 +238,8 @@ def _joined(
         update: Any = changed.updates[name]
         single = not getattr(update, "experts", 0)
         parts = [torch.zeros(1, 1)] if single else _experts(pairs, update)
-        for tensor, values in _as_stored(model, name, *parts).items():
+        for inner, values in _as_stored(model, name, *parts).items():
+            tensor = base_fit.own_name(inner, base) or inner  # of a text model within a larger one
             if tensor not in made or tensor not in base:
                 found[tensor] = torch.inf, 0.0, 0.0
                 continue

@@ -34,19 +34,35 @@ STORED = {
 }
 
 
+def saved(base: Path, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora: dict[str, Any] = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}}
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj"], **lora)
+    config.target_parameters, config.init_lora_weights = EXPERTS, False
+    get_peft_model(model, config).save_pretrained(str(folder))
+
+
 @pytest.fixture(scope="module", params=STORED)
 def made(request, tmp_path_factory) -> tuple[str, Path, Path]:
     """A family, its base and an adapter on q_proj and the routed experts, as PEFT saves it: random A and B,
     another rank and another alpha on one of the two."""
     folder = tmp_path_factory.mktemp(request.param)
     base = families.make(request.param, folder)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    lora: dict[str, Any] = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}}
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj"], **lora)
-    config.target_parameters, config.init_lora_weights = EXPERTS, False
-    get_peft_model(model, config).save_pretrained(str(folder / "adapter"))
+    saved(base, folder / "adapter")
     return request.param, base, folder / "adapter"
+
+
+def test_experts_of_a_text_model_merge_into_the_part_of_a_larger_one(tmp_path):
+    base, name = (
+        families.make("qwen3_5_moe", tmp_path),
+        "model.language_model.layers.1.mlp.experts.2.up_proj.weight",
+    )
+    saved(base, tmp_path / "adapter")
+    record = merge(tmp_path / "adapter", tmp_path / "merged", base, unproven=True)
+    assert record["tensors_computed"] == 5 and record["tensors_not_compared"] == []
+    before, after = (load_file(folder / "model.safetensors")[name] for folder in (base, tmp_path / "merged"))
+    assert not torch.equal(before, after)
 
 
 def test_a_router_that_has_another_name_in_the_files_merges_into_it(tmp_path):
@@ -62,7 +78,7 @@ def test_a_router_that_has_another_name_in_the_files_merges_into_it(tmp_path):
 def test_an_adapter_on_routed_experts_merges_into_the_tensors_of_each_expert(made, tmp_path):
     family, base, adapter = made
     record = merge(adapter, tmp_path / "merged", base, unproven=True)
-    assert record["modules"] == record["tensors_computed"] == 2 * 3
+    assert record["modules"] == record["tensors_computed"] == 6
     assert record["tensors_not_compared"] == [] and record["logit_max"] < 1e-5
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     assert set(before) == set(after), "the names of its files are kept"
