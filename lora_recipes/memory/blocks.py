@@ -173,11 +173,11 @@ def extended(
     layered = [name for name in LAYERED if any(n == name for n, _ in first)]
     found: dict[Stretch, Parts] = {}
     for stretch, peak in first.items():
-        if stretch[0] not in layered:
+        if stretch[0] not in layered or stretch[1] < 0:  # -1: the embedding's backward pass
             steps = [(counts[k] - 1, _minus(more[k][stretch].parts, peak.parts)) for k in few.more]
             found[stretch] = _plus(peak.parts, steps)
     for name in layered:
-        seen = {i: peak for (n, i), peak in first.items() if n == name}
+        seen = {i: peak for (n, i), peak in first.items() if n == name and i >= 0}
         shifts = {kind: _shifts(few, kind, name, seen, more[kind]) for kind in few.more}
         for index, kind in enumerate(kinds):
             chosen, peaks = _like(few, index, first, more)
