@@ -45,6 +45,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3_moe": (config("qwen3_moe", 12, mlp_only_layers=[1, 4], decoder_sparse_step=2), {}),
     "gemma3": (config("gemma3_text", 13, layer_types=SIXTH), {}),
     "some": (config("llama", 24), {"lora": SOME}),
+    "full": (config("llama", 8), {"lora": None}),
     "frozen": (
         config("llama", 16),
         {"lora": None, "freeze": Freeze(given={"last_blocks": 4}, last_blocks=4)},
