@@ -16,6 +16,11 @@ from lora_recipes.core.yamlfile import shown
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<kind>lora_(?:embedding_)?[AB])(?:\.weight)?$")
 
 
+def ends(name: str, entry: str) -> bool:
+    """Is `entry` the name of a module, or the end of it, as PEFT reads a list of names?"""
+    return name == entry or name.endswith(f".{entry}")
+
+
 def rank(config: dict[str, Any]) -> int:
     """The largest rank in an adapter_config.json (or a recipe's `lora:` section): r, or a larger value of
     rank_pattern.

@@ -58,6 +58,8 @@ def check(base: Base, planned: PreTrainedModel) -> list[str]:
     raise_if(unfit(base, config))
     raise_if(contract_differences(base, config))
     tensors = _tensors(base)
+    if tensors is None and _given(base):
+        return [f"{base.name} has no weights: the plan is of its config.json alone, and training needs them"]
     if tensors is None:
         half = base.recipe.model.dtype == "float16"
         return [f"{base.name} is not here: that float16 holds its numbers was not looked at"] if half else []
@@ -76,6 +78,10 @@ def load(source: Base | Folder, kind: Any = None, attn_at: str = "", **options: 
     """
     raise_if(unfit(source, config := source.real_config()))
     tensors = _tensors(source)
+    if tensors is None and _given(source):
+        found = f"{shown(Path(source.weights) / weights.NAMES[0])}: not there, nor {weights.NAMES[1]}"
+        found += ", nor an index of either"
+        raise RecipeError(Problem(source.at, found, "name a folder with a whole checkpoint"))
     raise_if(_codes(source, tensors or {}))
     if kind is None:
         found = trained(source, config, tensors)
@@ -287,9 +293,14 @@ def _left_over(config: PreTrainedConfig, model: PreTrainedModel, names: set[str]
     return [n for n in names if not mtp.search(n) and (not several or ".".join(n.split(".")[:2]) in own)]
 
 
+def _given(base: Base | Folder) -> bool:
+    """Is it a folder that somebody named, rather than one of the hub's cache, which may be filled later?"""
+    return Path(base.weights).is_dir()
+
+
 def _tensors(base: Base | Folder) -> dict[str, Stored] | None:
-    """The tensors of its files; None where they are not fetched yet."""
-    given, folder = Path(base.weights).is_dir(), base.folder
+    """The tensors of its files; None where they are not fetched yet, and where a folder has none at all."""
+    folder = base.folder
     if folder is None:
         return None
     try:
@@ -297,12 +308,10 @@ def _tensors(base: Base | Folder) -> dict[str, Stored] | None:
     except ValueError as error:
         raise RecipeError(Problem(base.at, f"{base.name}: {error}", _ANEW)) from None
     if gone := [path for path in files if not path.is_file()]:
-        if not given:
+        if not _given(base) or gone == [folder / weights.NAMES[0]]:
             return None
         found = f"{listed([shown(path) for path in gone], 3)}: not there"
-        if gone == [folder / weights.NAMES[0]]:
-            found += f", nor {weights.NAMES[1]}, nor an index of either"
-        elif other := [name for name in weights.NAMES if (folder / name).is_file()]:
+        if other := [name for name in weights.NAMES if (folder / name).is_file()]:
             found += f" ({listed(other)} is read only where no index names other files)"
         raise RecipeError(Problem(base.at, found, "name a folder with a whole checkpoint"))
     tensors: dict[str, Stored] = {}

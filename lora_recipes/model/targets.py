@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_recipes.core.adapter_folder import ends
 from lora_recipes.core.errors import Problem, listed, nearest
 from lora_recipes.model import parts
 from lora_recipes.recipe.recipe import Recipe
@@ -27,6 +28,7 @@ ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
 _LAYER = re.compile(
     r".*?\.[^.]*\.(\d+)\.(.+)"
 )  # PEFT takes the first number in a module's name for its layer
+_FUSED = dict.fromkeys(("c_attn", "query_key_value", "Wqkv", "W_pack", "att_proj"), "qkv_proj")
 _LORA_ONLY = ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices")
 _EVERYWHERE: dict[str, Any] = {
     "exclude_modules": None,
@@ -198,14 +200,14 @@ def _named(wanted: list[str], every: list[str]) -> list[str]:
     """`wanted` of the names `every` as a list that PEFT matches by their ends: without the layer's number
     where that means the same."""
     short = list(dict.fromkeys(m.group(2) if (m := _LAYER.match(n)) else n for n in wanted))
-    same = {n for n in every if any(_ends(n, entry) for entry in short)} == set(wanted)
+    same = {n for n in every if any(ends(n, entry) for entry in short)} == set(wanted)
     return short if same else wanted
 
 
 def matched_parameters(model: PreTrainedModel, config: Any) -> list[str]:
     """The names of the parameters that `target_parameters` adapts."""
     entries = getattr(config, "target_parameters", None) or []
-    return [n for n, _ in model.named_parameters() if any(_ends(n, entry) for entry in entries)]
+    return [n for n, _ in model.named_parameters() if any(ends(n, entry) for entry in entries)]
 
 
 def problems(
@@ -293,10 +295,6 @@ def _norms(config: Any) -> bool:
     return bool(config.peft_type == "LN_TUNING")
 
 
-def _ends(name: str, entry: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
-
-
 def _entries(recipe: Recipe, key: str) -> Iterable[tuple[str, Any, Any]]:
     """For each entry of a key that takes a value or a list: where it stands, the entry, and the key's value
     if it stood alone.
@@ -372,8 +370,18 @@ def _targets(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[Pr
         elif reached := _meant_experts(model, entry):
             do = f"the routed experts are parameters here: lora.target_parameters: [{listed(reached)}]"
             yield Problem(where, f"{entry!r} matches no module of this model", do)
+        elif len(apart := _meant_apart(entry, leaves)) > 1:
+            do = f"they are modules of their own here: [{listed(apart)}]"
+            yield Problem(where, f"{entry!r} matches no module of this model", do)
         else:
             yield _nothing(where, entry, names)
+
+
+def _meant_apart(entry: str, leaves: list[str]) -> list[str]:
+    """The modules that are one in another family: gate_up_proj of Phi-3, c_attn of GPT-2 and qkv_proj."""
+    words = set(_FUSED.get(_leaf(entry), _leaf(entry)).replace("qkv", "q_k_v").split("_"))
+    found = [leaf for leaf in leaves if set(leaf.split("_")) < words]
+    return found if words == {word for leaf in found for word in leaf.split("_")} else []
 
 
 def _meant_experts(model: PreTrainedModel, entry: str) -> list[str]:
@@ -513,7 +521,7 @@ def _patterns(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[P
     parameters = [
         n
         for n, _ in model.named_parameters()
-        if any(_ends(n, entry) for entry in config.target_parameters or [])
+        if any(ends(n, entry) for entry in config.target_parameters or [])
     ]
     names = [*matched(model, config), *parameters]
     for key in ("rank_pattern", "alpha_pattern"):
@@ -582,7 +590,7 @@ def _elsewhere(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[
     """What is trained beside the targets: modules_to_save, target_parameters, trainable_token_indices."""
     named, parameters = modules(model), [n for n, _ in model.named_parameters()]
     for where, entry, _ in _entries(recipe, "modules_to_save"):
-        meant = [n for n in named if _ends(n, entry)]
+        meant = [n for n in named if ends(n, entry)]
         # PEFT compares the ends of names as texts here, without a dot: `norm` also means `input_layernorm`.
         more = dict.fromkeys(_leaf(n) for n in named if n.endswith(entry) and n not in meant)
         if not meant:
@@ -594,7 +602,7 @@ def _elsewhere(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[
                 f"write more of the name, e.g. {meant[-1]}",
             )
     for where, entry, _ in _entries(recipe, "target_parameters"):
-        reached = [n for n in parameters if _ends(n, entry)]
+        reached = [n for n in parameters if ends(n, entry)]
         packed = {n.removesuffix(".weight") for n in reached} & {
             n for n, m in named.items() if isinstance(m, nn.Linear)
         }
@@ -606,7 +614,7 @@ def _elsewhere(model: PreTrainedModel, config: Any, recipe: Recipe) -> Iterable[
     tokens, where = config.trainable_token_indices or [], recipe.at(recipe.method, "trainable_token_indices")
     vocab: Any = model.get_input_embeddings().num_embeddings
     for name, indices in {"": tokens}.items() if isinstance(tokens, list) else tokens.items():
-        if name and not any(_ends(n, name) for n in named):
+        if name and not any(ends(n, name) for n in named):
             yield _nothing(where, name, named)
         for i in (i for i in indices if not 0 <= i < vocab):
             yield Problem(where, f"{i} is no token of a vocabulary of {vocab}", f"0 to {vocab - 1}")

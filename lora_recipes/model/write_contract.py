@@ -221,7 +221,9 @@ def _independent(
 def _shape_list(stated: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
     try:
         with torch.device("meta"):
-            return _shape_list_of(AutoModelForCausalLM.from_config(AutoConfig.for_model(**stated)))
+            return _shape_list_of(
+                AutoModelForCausalLM.from_config(AutoConfig.for_model(**stated), trust_remote_code=False)
+            )
     except Exception:  # each class refuses in its own way what it cannot go without
         return []
 

