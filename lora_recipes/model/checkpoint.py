@@ -79,9 +79,9 @@ def load(source: Base | Folder, kind: Any = None, attn_at: str = "", **options: 
     raise_if(unfit(source, config := source.real_config()))
     tensors = _tensors(source)
     if tensors is None and _given(source):
-        found = f"{shown(Path(source.weights) / weights.NAMES[0])}: not there, nor {weights.NAMES[1]}"
-        found += ", nor an index of either"
-        raise RecipeError(Problem(source.at, found, "name a folder with a whole checkpoint"))
+        first, second = weights.NAMES
+        gone = f"{shown(Path(source.weights) / first)}: not there, nor {second}, nor an index of either"
+        raise RecipeError(Problem(source.at, gone, "name a folder with a whole checkpoint"))
     raise_if(_codes(source, tensors or {}))
     if kind is None:
         found = trained(source, config, tensors)
