@@ -185,9 +185,27 @@ def places(beside: Path) -> list[Path]:
 
 
 def find(path: str | Path, beside: Path) -> Path:
-    """`path` as given when absolute, else in the first of `places` that has it; if none has, in the last."""
+    """`path` as given when absolute, else in the first of `places` that has it, or files that it matches as
+    a glob; if none has, in the last.
+    """
     tried = [place / path for place in places(beside)]
-    return next((p.resolve() if ".." in p.parts else p for p in tried if p.exists()), tried[-1])
+    here = (p for p, place in zip(tried, places(beside), strict=True) if p.exists() or matches(path, place))
+    return next((p.resolve() if ".." in p.parts else p for p in here), tried[-1])
+
+
+def matches(path: str | Path, place: Path) -> list[Path]:
+    """The files in `place` that `path` matches as a glob (`rows/*.jsonl`, `**`), in order of name; none
+    where it has no wildcard.
+    """
+    path = Path(path)
+    if not re.search(r"[*?[]", str(path)):
+        return []
+    if path.is_absolute():
+        place, path = Path(path.anchor), path.relative_to(path.anchor)
+    try:
+        return sorted(file for file in place.glob(str(path)) if not file.is_dir())
+    except ValueError:  # `**` beside other letters
+        return []
 
 
 def looked(path: str | Path, beside: Path) -> str:
@@ -204,7 +222,7 @@ def anywhere(path: str, beside: Path) -> str:
     found nowhere (a hub id).
     """
     file = find(path, beside)
-    if Path(path).is_absolute() or not file.exists():
+    if Path(path).is_absolute() or not (file.exists() or matches(file, Path("/"))):
         return path
     file, root = file.resolve(), ROOT.resolve()
     return str(file.relative_to(root) if file.is_relative_to(root) else file)

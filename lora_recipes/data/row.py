@@ -123,18 +123,32 @@ class Row:
 
 
 def used(raw: dict[str, Any], text_field: str = "text") -> dict[str, Any]:
-    """The fields of a row that are trained on: no nulls, the text under `text`, `tools` decoded from a JSON
-    text as TRL does.
+    """The fields of a row that are trained on: no nulls, the text under `text`, messages, tools and
+    chat_template_kwargs decoded where they stand as JSON text, as TRL does with tools.
     """
     value = {k: raw[k] for k in FIELDS if raw.get(k) is not None}
     if raw.get(text_field) is not None:
         value["text"] = raw[text_field]
     if _repeats(value):
         del value["prompt"]
-    if isinstance(value.get("tools"), str):
-        with contextlib.suppress(ValueError):  # else it stays a text, and _option_faults names it
-            value["tools"] = json.loads(value["tools"])
+    for key in ("messages", "tools", "chat_template_kwargs"):
+        if isinstance(text := value.get(key), str):
+            with contextlib.suppress(
+                ValueError, RecursionError
+            ):  # else it stays a text, and a fault names it
+                value[key] = json.loads(text)
+            if not text.strip() and key != "messages":
+                del value[key]  # an empty column of CSV
     return value
+
+
+def _as_json(text: str) -> str:
+    """Why a text that should hold JSON does not; empty where it does."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f", and its text is no JSON ({error})"
+    return ""
 
 
 def _repeats(value: dict[str, Any]) -> bool:
@@ -269,7 +283,8 @@ def _message_faults(messages: Any, name: str, begins: bool = True) -> list[Fault
     if not isinstance(messages, list) or not messages:
         return [
             (
-                f"{name} is {'empty' if messages == [] else 'not a list'}",
+                f"{name} is {'empty' if messages == [] else 'not a list'}"
+                + (_as_json(messages) if isinstance(messages, str) else ""),
                 'write [{"role": ..., "content": ...}, ...]',
             )
         ]

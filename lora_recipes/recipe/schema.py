@@ -116,7 +116,7 @@ def _object(
 
 _SOURCE = _object(
     {
-        "path": _TEXT | {"description": "a JSONL file, or a data set on the hub"},
+        "path": _TEXT | {"description": "a file, a folder or a glob of files, or a data set on the hub"},
         "name": _TEXT | {"description": "the hub data set's configuration (as in datasets.load_dataset)"},
         "split": _TEXT | {"description": "of the hub data set (default: train)"},
         "revision": _TEXT | {"description": "branch, tag or commit of the hub data set (default: main)"},
@@ -205,7 +205,8 @@ OURS: dict[str, dict[str, Any]] = {
     ),
     "data": _object(
         {
-            "train": _SOURCES | {"description": "rows to train on: a JSONL file, a hub data set, or a list"},
+            "train": _SOURCES
+            | {"description": "rows to train on: a file, a folder, a glob, a hub data set, or a list"},
             "eval": _SOURCES | {"description": "rows held out for the eval loss, in the same forms"},
             "kept": {
                 **_SOURCES,

@@ -319,7 +319,8 @@ def test_faults_of_all_sources_are_named_at_once_and_a_file_given_twice_only_onc
         ("{}/gone", "cannot be read (No such file or directory)"),
         ("data/none/gone.csv", "cannot be read (No such file or directory)"),
         ("gone.parquet", "cannot be read (No such file or directory)"),
-        ("{}", "cannot be read (Is a directory)"),
+        ("{}/*.jsonl", "matches no file"),
+        ("none/*.jsonl", "matches no file"),
     ],
 )
 def test_a_path_that_is_no_file_is_named_where_the_recipe_gives_it(path, found, make, tmp_path):
@@ -339,12 +340,6 @@ def test_an_empty_file_is_named_also_beside_a_full_one(content, make):
     assert [found for _, found, _ in faults(make([{"messages": []}], content))][1].endswith(
         "b.jsonl has no rows"
     )
-
-
-def test_a_json_list_is_answered_once_with_how_to_convert_it(make):
-    named = faults(make(json.dumps([GOOD] * 3, indent=1).encode()))
-    assert [(where, what) for where, what, _ in named] == [("a.jsonl:1", "a JSON list")]
-    assert "JSONL" in named[0][2]
 
 
 def test_a_utf_16_file_is_answered_once(make):

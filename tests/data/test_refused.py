@@ -422,7 +422,9 @@ def test_pipes_devices_and_sockets_are_refused_at_once(passed, tmp_path):
     ):
         said = refused(passed, "qwen_base_eos", data__train=str(path))
         assert "data.train" in said and what in said, said
-    assert "Is a directory" in refused(passed, "qwen_base_eos", data__train=str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    said = refused(passed, "qwen_base_eos", data__train=str(tmp_path / "empty"))
+    assert "is a folder without a data file" in said
     assert time.monotonic() - began < 20
     server.close()
 
