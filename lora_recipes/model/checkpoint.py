@@ -84,10 +84,10 @@ def load(source: Base | Folder, kind: Any = None, attn_at: str = "", **options: 
         raise RecipeError(Problem(source.at, gone, "name a folder with a whole checkpoint"))
     raise_if(_codes(source, tensors or {}))
     if kind is None:
-        found = trained(source, config, tensors)
-        if found.mapped and tensors is None and isinstance(source, Base):
-            found = trained(source, config, _names_on_hub(source))
-        kind, options = found.kind, {"config": found.config, "key_mapping": found.names, **options}
+        text = trained(source, config, tensors)
+        if text.mapped and tensors is None and isinstance(source, Base):
+            text = trained(source, config, _names_on_hub(source))
+        kind, options = text.kind, {"config": text.config, "key_mapping": text.names, **options}
     try:
         # Another shape would stop it in the middle; so it is reported with all else that is wrong.
         with quietly():
