@@ -8,6 +8,18 @@ import threading
 SECONDS = 4  # in which any answer counts, be it an error
 
 
+def is_id(name: str) -> bool:
+    """Can `name` be a repository of the hub (owner/name)? A path cannot."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def silent() -> str:
     """Why the hub cannot be asked (`huggingface.co does not answer`); empty where it answers."""
     from huggingface_hub import constants

@@ -142,7 +142,7 @@ def _folder(source: str) -> Path:
             raise RecipeError(Problem(source, "is an adapter, not a base model", f"name its base: {base}"))
         do = "name the folder of a whole checkpoint (config.json stands in it), or its hub id (owner/name)"
         raise RecipeError(Problem(source, "has no config.json", do))
-    if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+    if not hub.is_id(source) or "/" not in source:
         raise RecipeError(Problem(source, "is no folder here", "a folder with config.json, or owner/name"))
     if silent := hub.silent():
         cached = locate.local(source)

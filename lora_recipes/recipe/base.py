@@ -153,6 +153,9 @@ def _config(source: Base | Folder, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     local = Path(source.weights).is_dir()
+    if not local and not hub.is_id(source.weights):
+        do = "a folder that holds a checkpoint, or owner/name of one on the hub"
+        raise RecipeError(Problem(source.at, f"{source.name} is no folder here", do))
     silent = "" if local else hub.silent()
     try:
         return AutoConfig.from_pretrained(

@@ -165,6 +165,13 @@ def test_without_the_hub_a_plan_says_the_true_choices_at_once(silent, write_reci
         assert choice in said
 
 
+@pytest.mark.parametrize("named", ["/nowhere/model", "./model", "bases/mine/model"])
+def test_a_path_that_is_nowhere_is_not_looked_for_on_the_hub(named, write_recipe, tmp_path):
+    path = write_recipe("qwen3_8b_fact", model={"name_or_path": named, "dtype": "bfloat16"})
+    with pytest.raises(RecipeError, match=f"name_or_path: {named} is no folder here"):
+        plan.make(resolve(recipes.load(str(path)), tmp_path))
+
+
 def test_a_hub_that_takes_the_call_and_never_answers_is_waited_for_once(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
