@@ -4,12 +4,14 @@ or refused by the plan in words. No row is left out.
 
 import json
 import math
+import re
 
 import pytest
 import yaml
 
 from lora_recipes.__main__ import main
 from lora_recipes.core import safetensors
+from lora_recipes.core.files import ROOT
 from tests.cases import families
 
 # What the plan says of those that are refused.
@@ -76,6 +78,18 @@ def said(capfd, verb, path, *words):
 
 def test_every_family_has_its_outcome_here():
     assert families.FAMILIES.keys() >= REFUSED.keys() | UNSERVED.keys() and MENDED.keys() <= REFUSED.keys()
+
+
+def test_the_docs_tell_the_same_outcomes():
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").split("## Which families")[1]
+    rows = [line.split("|")[2] for line in text.split("## ")[0].splitlines() if line.startswith("| ")][1:]
+    told = [set(re.findall(r"[a-z]\w*", re.sub(r"\(.*?\)", "", row))) for row in rows]
+    served, experts, no_lora, modules, refused = told
+    assert refused == REFUSED.keys() - MENDED.keys()
+    assert experts == {name for name, why in UNSERVED.items() if why == _EXPERTS}
+    assert no_lora == {name for name, why in UNSERVED.items() if why == _NO_LORA}
+    assert modules == UNSERVED.keys() - experts - no_lora
+    assert served == families.FAMILIES.keys() - UNSERVED.keys() - refused
 
 
 @pytest.mark.parametrize("name", sorted(families.FAMILIES.keys() - REFUSED.keys() | MENDED.keys()))
