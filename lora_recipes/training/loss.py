@@ -37,7 +37,8 @@ def check(trainer: Any, rows: list[Example], resolved: Resolved) -> LossCheck | 
     found = model(**batch, labels=labels, use_cache=False, fused_lm_head=True)
     logits = model(**batch, use_cache=False).logits
     virtual, end = logits.shape[1] - labels.shape[1], len(row["input_ids"]) - 1
-    batch["input_ids"][0, end] = batch["input_ids"][0, 0]
+    ids = row["input_ids"]
+    batch["input_ids"][0, end] = next((other for other in ids if other != ids[end]), 0)
     changed = model(**batch, use_cache=False).logits
     model.train(was_training)
     tokens, step = int(found.label_mask.sum()), torch.finfo(logits.dtype).eps * logits.abs().max().item()
