@@ -102,6 +102,9 @@ def pass_through(resolved: Resolved, network: bool) -> Gate:
     tokenizer = _tokenizer(resolved, network)
     raise_if(_unknown_kwargs(recipe, tokenizer, splits))
     train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
+    for which, split in splits.items():
+        if note := render.unread(split, tokenizer, recipe):
+            split.notes.append(f"{which}: {note}")
     following = stops.next_turn(tokenizer, resolved)
     train = stops.closed(splits["train"], train, following)
     evaluation = stops.closed(splits["eval"], evaluation, following)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_recipes.core.errors import Problem, raise_if
 from lora_recipes.data import overlap, sources
+from lora_recipes.data.forms import Form, with_system
 from lora_recipes.data.row import FIELDS, Fault, Row, control, off, used
 from lora_recipes.data.row import faults as row_faults
 from lora_recipes.recipe.recipe import Recipe
@@ -46,29 +47,26 @@ def read(recipe: Recipe, which: str) -> Split:
     """The rows of `data.train` or `data.eval` (`which`), checked; RecipeError lists the first 20 faults and
     counts the rest.
     """
-    given, text_field = getattr(recipe.data, which) or [], recipe.train.dataset_text_field
+    given = getattr(recipe.data, which) or []
     split, first = Split(), None
     faults: list[Problem] = []
     for number, source in enumerate([given] if isinstance(given, str) else given):
         at = recipe.at("data", which, *([] if isinstance(given, str) else [number]))
         entry: dict[str, Any] = {"path": source} if isinstance(source, str) else source
-        rows, unused, notes, before = [], set(), list[str](), len(faults)
+        form = _form(entry, recipe)
+        rows, notes, before = list[Row](), list[str](), len(faults)
         for where, raw in sources.rows(entry, at, faults, notes, recipe):
-            row = Row(where, used(raw, text_field))
-            found = (
-                row_faults(raw, text_field)
-                or _no_json(row)
-                or _mixed(row, first or row)
-                or _unwanted(row, recipe)
-            )
+            row, found = _row(where, raw, form)
+            found = found or _mixed(row, first or row) or _unwanted(row, recipe)
             faults += [Problem(where, *fault) for fault in found]
-            unused |= {k for k, v in raw.items() if v is not None} - {*FIELDS, text_field}
             if not found:
                 rows.append(row)
                 first = first or row
-        split.notes += [f"{which}: {note}" for note in notes]
-        if unused:
-            split.notes.append(f"{which}: fields not used for training: {', '.join(sorted(unused))}")
+        if form.seen and (missing := form.missing(at)):
+            faults[before:] = missing  # each row says it too
+        split.notes += [f"{which}: {note}" for note in notes + form.notes()]
+        if form.unused:
+            split.notes.append(f"{which}: fields not used for training: {', '.join(sorted(form.unused))}")
         weighted = _weighted(rows, entry.get("weight", 1))
         if not weighted and len(faults) == before:
             none = (
@@ -80,6 +78,25 @@ def read(recipe: Recipe, which: str) -> Split:
         split.rows += weighted
     raise_first(faults, f"data.{which}")
     return split
+
+
+def _form(entry: dict[str, Any], recipe: Recipe) -> Form:
+    """How the rows of a source are read: by its own keys, else by those of data."""
+    columns = recipe.data.columns | entry.get("columns", {})
+    text = columns.get("text", recipe.train.dataset_text_field)
+    return Form(entry.get("format", recipe.data.format), columns, text)
+
+
+def _row(where: str, raw: dict[str, Any], form: Form) -> tuple[Row, list[Fault]]:
+    """A row in the form it is trained in, and what is wrong with it."""
+    named, found = form.read(raw)
+    row = Row(where, used(named, form.text_field))
+    if found := found or row_faults(named, form.text_field) or _no_json(row):
+        return row, found
+    form.unused |= {k for k, v in named.items() if v is not None} - {*FIELDS, form.text_field, "system"}
+    value, found = with_system(row.value, named.get("system"))
+    form.systems += value is not row.value
+    return Row(where, value), found
 
 
 def raise_first(faults: list[Problem], where: str) -> None:

@@ -21,12 +21,16 @@ from trl.data_utils import common_prefix_length
 from lora_recipes.core.errors import Problem, RecipeError, nearest
 from lora_recipes.core.files import ROOT, find, looked
 from lora_recipes.data.read import Row, Split, raise_first
+from lora_recipes.data.row import SAID, SWITCHES, off
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.recipe.recipe import Recipe
 
 BLANKS = 2  # tokens between a reply and its end, e.g. a line break
 # What turns are made of in the published templates; other added tokens (<think>, <tool_call>) people write.
 MARK = re.compile(r"<[|\uff5c][^<>\s]*>|<[^<>\s]*[|\uff5c]>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|</?s>")
+
+# Keys of a message that are checked elsewhere, or say nothing to a template.
+READ = ("role", "content", "tool_calls", *SWITCHES)
 
 IGNORED = -100  # torch.nn.CrossEntropyLoss: no loss at this position
 
@@ -225,6 +229,56 @@ def _left_out(row: Row, tokenizer: Any, options: dict[str, Any]) -> Iterator[Pro
             yield Problem(row.where, f"the chat template leaves out {what} (message {i + 1} of the row)", do)
 
 
+def _unsaid(row: Row, tokenizer: Any, options: dict[str, Any]) -> Iterator[Problem]:
+    """What a trained reply says besides its content (`SAID`), and the chat template drops."""
+    do = (
+        "set model.chat_template to one that renders it, data.rows: assistant_turn where the template keeps"
+        " it in the last turn alone, or take it out of the rows"
+    )
+    for i, message in enumerate(row.messages):
+        if message["role"] != "assistant" or i < len(row.history) or off(message):
+            continue
+        for key in SAID:
+            if message.get(key) and not _reads(key, i, row, tokenizer, options):
+                found = f"the chat template leaves out {key} (message {i + 1} of the row)"
+                yield Problem(row.where, found, do)
+
+
+def _reads(key: str, i: int, row: Row, tokenizer: Any, options: dict[str, Any]) -> bool:
+    """Does the chat template render message `i` of a row otherwise without its `key`?"""
+    without = {k: v for k, v in row.messages[i].items() if k != key}
+    changed = [*row.messages[:i], without, *row.messages[i + 1 :]]
+    try:
+        one, other = (
+            tokenizer.apply_chat_template(messages, **{**options, "tokenize": False})
+            for messages in (row.messages, changed)
+        )
+    except (TemplateError, TypeError, ValueError):
+        return True  # it asks for it
+    return " ".join(one.split()) != " ".join(other.split())
+
+
+def unread(split: Split, tokenizer: Any, recipe: Recipe) -> str:
+    """The keys of messages that the chat template does not read, by role, as the first message with each
+    shows; with how many messages have them. Empty where there are none.
+    """
+    seen: set[int] = set()
+    messages: dict[tuple[str, str], list[tuple[Row, int]]] = {}
+    for row in split.rows if tokenizer.chat_template else []:
+        for i, message in enumerate(row.messages if row.conversational else []):
+            if id(message) not in seen:  # a history stands in several rows
+                seen.add(id(message))
+                for key in [k for k, v in message.items() if v is not None and k not in READ]:
+                    messages.setdefault((key, message["role"]), []).append((row, i))
+    said = []
+    for (key, role), where in messages.items():
+        row, i = where[0]
+        kwargs = recipe.data.chat_template_kwargs | row.value.get("chat_template_kwargs", {})
+        if not _reads(key, i, row, tokenizer, {"tools": row.value.get("tools"), **kwargs}):
+            said.append(f"{key} of {len(where):,} {role} turn{'s' * (len(where) > 1)}")
+    return f"the chat template does not read {', '.join(said)}" if said else ""
+
+
 def _check_losses(row: Row, tokenizer: Any, recipe: Recipe) -> None:
     """What a whole split (its rows are all of one kind) asks for in vain; TRL says nothing about the last of
     the three.
@@ -302,7 +356,8 @@ def _conversation(row: Row, tokenizer: Any, recipe: Recipe, training_template: s
     serving = {"tokenize": True, "return_dict": True, "tools": row.value.get("tools"), **kwargs}
     trained = {"chat_template": training_template, **serving}
     special = any(m["role"] in ("system", "tool") or m.get("tool_calls") for m in row.messages)
-    if (special or serving["tools"]) and (missing := list(_left_out(row, tokenizer, serving))):
+    missing = list(_left_out(row, tokenizer, serving)) if special or serving["tools"] else []
+    if missing := missing + list(_unsaid(row, tokenizer, serving)):
         raise RecipeError(missing)
     assistant_only = recipe.train.assistant_only_loss
     trains_prompt = recipe.train.completion_only_loss is False

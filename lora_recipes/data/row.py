@@ -17,17 +17,15 @@ FIELDS = (
 )  # what TRL reads of a row, besides its text
 Fault = tuple[str, str]  # what was found, what to do about it
 MESSAGE = "a message is an object with role and content"
-SHAREGPT = (
-    "rename conversations to messages, from to role (human is user, gpt is assistant) and value to content"
-)
-OTHER_FORMS = {  # a field of another tool's form -> how to write it here
-    "conversations": SHAREGPT,
-    "conversation": SHAREGPT,
-    "instruction": (
-        "join instruction and input into prompt (after the text of system, if any), rename output to"
-        " completion"
+SHAREGPT = "ShareGPT's turns: data.format: sharegpt, with data.columns: {conversations: messages}"
+OTHER_FORMS = {  # a field of another tool's form, which alone makes none -> how to name the others
+    "conversation": (
+        "name it: data.columns: {messages: conversation}; where its turns have from and value:"
+        " {conversations: conversation}"
     ),
+    "instruction": "Alpaca's form is instruction, input, output: data.columns: {input: ..., output: ...}",
 }
+RENAME = "name it in data.columns, e.g. {messages: chat} or {prompt: question, completion: answer}"
 PREFERENCE = (
     "preference data, for trl's DPOTrainer; supervised training takes the good answer alone: rename chosen to"
     " completion and remove rejected"
@@ -35,14 +33,17 @@ PREFERENCE = (
 OTHER_MEDIA = "images, audio and video are not offered here, text alone is trained: drop these rows"
 # Fields of a row that belong to what is trained, and that no library here would read -> what to do.
 TRAINED = {
-    **dict.fromkeys(
-        ("system", "system_prompt", "system_message"),
-        'put it first in messages or prompt: {"role": "system", "content": ...}; in texts, before the rest',
-    ),
+    "system": "in texts it stands before the rest: put it there; a turn it is in messages alone",
+    **{
+        k: f"name it: data.columns: {{system: {k}}}; or remove it"
+        for k in ("system_prompt", "system_message")
+    },
     **dict.fromkeys(("history", "input"), "put it into the prompt, or remove the field"),
-    "functions": "rename it to tools",
+    "functions": "name it: data.columns: {tools: functions}",
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), OTHER_MEDIA),
 }
+# What a served model says besides content and tool_calls, by the names of the OpenAI API, vLLM and others.
+SAID = ("reasoning_content", "reasoning", "thinking", "function_call", "refusal")
 # A message that says whether it is trained: 0 or false, 1 or true (OpenAI's weight, axolotl's train, ...).
 SWITCHES = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
 UNCLEAR = ("mask", "loss_mask", "train_detail")
@@ -200,10 +201,15 @@ def faults(raw: dict[str, Any], text_field: str = "text") -> list[Fault]:
     if chosen and not {"messages", "text", "completion"} & set(value):
         return [(f"{' and '.join(chosen)}, but no completion", PREFERENCE)]
     if not kinds:
-        do = next((advice for name, advice in OTHER_FORMS.items() if name in raw), "rename the field")
+        do = next((advice for name, advice in OTHER_FORMS.items() if name in raw), RENAME)
         return [(f"no messages, prompt/completion or {text_field}, but {_listed(raw)}", do)]
     if len(kinds) > 1:
-        return [(f"both {' and '.join(kinds)}", "keep one; the trainer would choose in silence")]
+        return [
+            (
+                f"both {' and '.join(kinds)}",
+                "keep one, or set data.format; the trainer would choose in silence",
+            )
+        ]
     if has_pair:
         missing = [k for k in ("prompt", "completion") if k not in value]
         found = (
@@ -223,7 +229,8 @@ def _ignored(raw: dict[str, Any], value: dict[str, Any], text_field: str) -> Ite
     fields = {k: v for k, v in raw.items() if v not in (None, "", [], {}) and k != text_field}
     for name, do in TRAINED.items():
         is_other = "text" in value and name in ("input", "history")  # Alpaca's text holds them already
-        if name in fields and not is_other:
+        is_turn = name == "system" and isinstance(value.get("prompt", value.get("messages")), list)
+        if name in fields and not (is_other or is_turn):
             yield f"{name} would not be trained on", do
     if isinstance(label := fields.get("label"), bool) and "completion" in value:
         do = "preference data, for trl's KTOTrainer; keep the rows with label: true, without the field"

@@ -100,6 +100,8 @@ _TOKENIZER = Write("model.tokenizer")
 _ROWS = Write("data.train")
 _EVAL = Write("data.eval")
 _HELD_OUT = Write("data.eval", note="a file of its own")
+_FORMAT = Write("data.format", note="messages, sharegpt, alpaca, completion or text")
+_COLUMNS = Write("data.columns", note="our name: the column's, e.g. {messages: conversation}")
 _NEW_TOKENS = Write("model.new_tokens", note="a list of texts; each becomes one token, and is trained")
 _DTYPE = Write("model.dtype")
 _NF4 = Write("model.quantize", "nf4")
@@ -166,8 +168,11 @@ OTHER_NAMES: dict[str, Answer] = {
     "chat_template_jinja": Write("model.chat_template", note="a .jinja file"),
     "checkpoint_dir": _MODEL,
     "clip_grad_norm": _CLIP,
+    "column_map": _COLUMNS,
     "compile": Write("train.torch_compile"),
     "compute_dtype": _DTYPE,
+    "conversation_column": _COLUMNS,
+    "conversation_style": _FORMAT,
     "curriculum_sampling": _SEQUENTIAL,
     "cutoff_len": _LENGTH,
     "dataset": _ROWS,
@@ -199,10 +204,17 @@ OTHER_NAMES: dict[str, Answer] = {
     "evals_per_epoch": Write("train.eval_steps", note="below 1: a share of all steps"),
     "evaluation_strategy": Write("train.eval_strategy"),
     "export_dir": Run("merge", note="it writes outputs/<recipe name>/merged"),
+    "field_input": _COLUMNS,
+    "field_instruction": _COLUMNS,
+    "field_messages": _COLUMNS,
+    "field_output": _COLUMNS,
+    "field_system": _COLUMNS,
+    "field_tools": _COLUMNS,
     "finetuning_type": _METHOD,
     "flash_attention": _FLASH,
     "flash_attn": _FLASH,
     "flex_attention": Write("model.attn_implementation", "flex_attention"),
+    "formatting": _FORMAT,
     "freeze_trainable_layers": Write("freeze.last_blocks"),
     "full_finetuning": Write("full:"),
     "grad_accum": Write("train.gradient_accumulation_steps"),
@@ -307,6 +319,7 @@ OTHER_NAMES: dict[str, Answer] = {
     "train_on_input": Write("train.completion_only_loss", "false"),
     "train_on_inputs": _MASKED,
     "train_on_prompt": Write("train.completion_only_loss", "false"),
+    "type": _FORMAT,
     "use_auth_token": _TOKEN,
     "use_bnb_nested_quant": _DOUBLE,
     "use_flash_attention_2": _FLASH,

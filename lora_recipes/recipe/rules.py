@@ -239,6 +239,15 @@ _FIRST = [
         early=True,
         sections=_EVALUATION,
     ),
+    Rule(
+        "train.dataset_text_field",
+        "data.columns.text",
+        "data.columns.text names the column of texts",
+        "remove one of the two",
+        lambda r, f: "dataset_text_field" in r.train.given and "text" in r.data.columns,
+        early=True,
+        sections=("data", "train"),
+    ),
 ]
 
 

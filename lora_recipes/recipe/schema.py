@@ -114,6 +114,28 @@ def _object(
     )
 
 
+_FORMAT = {"enum": ["messages", "sharegpt", "alpaca", "completion", "text"]}
+_COLUMNS = _object(
+    {
+        **{
+            name: _TEXT | {"description": f"the column that holds {what}"}
+            for name, what in {
+                "messages": "messages: a list of role and content",
+                "conversations": "ShareGPT's turns: a list of from and value",
+                "prompt": "what is asked",
+                "completion": "what is answered",
+                "text": "text (in place of train.dataset_text_field)",
+                "instruction": "Alpaca's instruction",
+                "input": "Alpaca's input",
+                "output": "Alpaca's output",
+                "history": "Alpaca's earlier turns: pairs of question and answer",
+                "system": "the system turn of a conversation",
+                "tools": "the tools of a conversation",
+                "chat_template_kwargs": "a row's own arguments of the chat template",
+            }.items()
+        }
+    }
+)
 _SOURCE = _object(
     {
         "path": _TEXT | {"description": "a file, a folder or a glob of files, or a data set on the hub"},
@@ -125,6 +147,8 @@ _SOURCE = _object(
             "exclusiveMinimum": 0,
             "description": "share of the rows to take; 2 takes each twice (default: 1)",
         },
+        "format": _FORMAT | {"description": "the form of this source's rows (default: data.format)"},
+        "columns": _COLUMNS | {"description": "this source's names, beside those of data.columns"},
     },
     ["path"],
 )
@@ -212,6 +236,9 @@ OURS: dict[str, dict[str, Any]] = {
                 **_SOURCES,
                 "description": "rows that training never sees: make eval says what was forgotten of them",
             },
+            "format": _FORMAT | {"description": "the form of the rows (default: found by their fields)"},
+            "columns": _COLUMNS
+            | {"default": {}, "description": "the field of a row -> the source's name for it"},
             "rows": {
                 "enum": ["conversation", "assistant_turn"],
                 "default": "conversation",

@@ -27,6 +27,8 @@ class Source(TypedDict, total=False):
     split: str
     revision: str
     weight: float
+    format: str
+    columns: dict[str, str]
 
 
 class Probe(TypedDict):
@@ -61,6 +63,8 @@ class Data(Section):
     train: list[Source | str] | str
     eval: list[Source | str] | str | None = None
     kept: list[Source | str] | str | None = None
+    format: Literal["messages", "sharegpt", "alpaca", "completion", "text"] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
     rows: Literal["conversation", "assistant_turn"] = "conversation"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     permit: list[Literal["control_characters", "control_tokens"]] = field(default_factory=list)

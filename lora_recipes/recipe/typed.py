@@ -34,6 +34,8 @@ class Source(TypedDict, total=False):
     split: str
     revision: str
     weight: float
+    format: str
+    columns: dict[str, str]
 
 
 class Probe(TypedDict):
@@ -45,7 +47,7 @@ class Probe(TypedDict):
 
 '''
 SIMPLE = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
-NAMED = {frozenset({"path", "name", "split", "revision", "weight"}): "Source"}
+NAMED = {frozenset({"path", "name", "split", "revision", "weight", "format", "columns"}): "Source"}
 NAMED |= {frozenset({"prompt", "answer"}): "Probe"}
 MOST = 8  # words in a Literal; longer lists (optimizers, schedules) are texts
 

@@ -110,7 +110,6 @@ def test_rows_without_any_turn_to_train_are_named(passed):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"system": "You are a pirate."}, "system would not be trained on"),
         ({"system_prompt": "You are a pirate."}, "system_prompt would not be trained on"),
         ({"history": [["Hi", "Hello"]]}, "history would not be trained on"),
         ({"functions": [{"name": "look"}]}, "functions would not be trained on"),
@@ -125,9 +124,12 @@ def test_a_field_that_says_what_is_trained_is_refused_where_it_has_no_effect(fie
     assert f"given.jsonl:2: {named}" in refused(passed, "qwen_base_eos", [PAIR, PAIR | fields])
 
 
-def test_the_system_field_of_the_case_is_refused_with_where_to_put_it(passed):
-    said = refused(passed, "system_field")
-    assert "system_field.jsonl:1: system would not be trained on\n    -> put it first in messages" in said
+def test_a_system_field_is_the_system_turn_and_refused_in_texts(passed):
+    made = passed("system_field")
+    assert shown(made)[0][0].startswith("<|im_start|>system\nYou are a pirate.<|im_end|>")
+    assert "train: the system column of 6 rows is their system turn" in made.splits["train"].notes
+    text = {"prompt": "Hi", "completion": " there", "system": "You are a pirate."}
+    assert "system would not be trained on" in refused(passed, "qwen_base_eos", [text])
 
 
 @pytest.mark.parametrize(
@@ -152,26 +154,39 @@ def test_preference_data_is_called_by_its_name(row, passed):
     assert passed("qwen_base_eos", [{"messages": [USER, REPLY]} | row]).train if "messages" in row else True
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": 0}]},
-        {"instruction": "Add", "input": "1 2", "output": "3", "system": "You calculate."},
-    ],
-)
-def test_other_forms_with_their_extras_are_told_how_to_convert(row, passed):
-    assert "rename" in refused(passed, "qwen_base_eos", [row])
-
-
 def test_ultrachats_prompt_is_its_first_message_and_another_prompt_is_refused(passed):
     made = passed("ultrachat")
     assert len(made.train) == 6 and made.splits["train"].rows[0].format == "messages"
     assert shown(made)[0][0].count("Where is the cat?") == 1
     other = {"prompt": "Something else", "messages": [USER, REPLY]}
     assert "both messages and prompt/completion" in refused(passed, "qwen_base_eos", [other])
+    assert passed("qwen_base_eos", [other], data__format="messages").splits["train"].notes == [
+        "train: fields not used for training: prompt"
+    ]
 
 
 # what a template leaves out
+
+
+def test_what_a_trained_reply_says_besides_content_is_rendered_or_refused(passed, tmp_path):
+    row = {"messages": [USER, REPLY | {"reasoning_content": "It is morning."}]}
+    (made,) = shown(passed("system_field", [row]))
+    assert "It is morning." in made[0]
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (tmp_path / "plain.jinja").write_text(template)
+    chosen = {"model__chat_template": str(tmp_path / "plain.jinja"), "data__chat_template_kwargs": {}}
+    found = refused(passed, "system_field", [row], **chosen)
+    assert "given.jsonl:1: the chat template leaves out reasoning_content (message 2 of the row)" in found
+    history = {"prompt": [*row["messages"], USER], "completion": [MORE]}
+    (note,) = passed("system_field", [history], **chosen).splits["train"].notes
+    assert note == "train: the chat template does not read reasoning_content of 1 assistant turn"
+
+
+def test_keys_of_messages_that_the_template_does_not_read_are_noted_with_their_count(passed):
+    rows = [{"messages": [USER | {"name": "Ann", "id": i}, REPLY | {"name": None}]} for i in range(3)]
+    (note,) = passed("qwen_base_eos", rows).splits["train"].notes
+    assert note == "train: the chat template does not read name of 3 user turns, id of 3 user turns"
 
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look", "parameters": {}}}]
