@@ -18,7 +18,7 @@ from lora_recipes.recipe.base import resolve
 from tests.data.test_sources import load, parquet, table, zstd
 
 ASKED = [("Where is the cat?", "On the sofa."), ("And\nthe dog?", 'It said "woof".'), ("When?", "At nine.")]
-CHATS = [
+CHATS: list[dict[str, Any]] = [
     {
         "messages": [
             {"role": "system", "content": "Speak kindly."},
@@ -31,11 +31,11 @@ CHATS = [
     for asked, answer in ASKED
 ]
 FROM = {"system": "system", "user": "human", "assistant": "gpt"}
-SHAREGPT = [
+SHAREGPT: list[dict[str, Any]] = [
     {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in row["messages"]]}
     for row in CHATS
 ]
-ALPACA = [
+ALPACA: list[dict[str, Any]] = [
     {
         "instruction": asked.split("\n")[0],
         "input": "\n".join(asked.split("\n")[1:]),
@@ -45,7 +45,7 @@ ALPACA = [
     }
     for asked, answer in ASKED
 ]
-BESIDE = [{"messages": row["messages"][1:], "system": "Speak kindly."} for row in CHATS]
+BESIDE: list[dict[str, Any]] = [{"messages": row["messages"][1:], "system": "Speak kindly."} for row in CHATS]
 
 
 def renamed(given, **names):
@@ -170,6 +170,14 @@ def test_unknown_formats_and_columns_and_other_tools_words_are_answered(tmp_path
         load(tmp_path, [{"path": "a.jsonl", "type": "sharegpt"}])
 
 
+def test_two_names_for_the_column_of_texts_are_refused(tmp_path):
+    load(tmp_path, ["a.jsonl"], columns={"text": "body"})
+    text = (tmp_path / "made.yaml").read_text()
+    (tmp_path / "made.yaml").write_text(text + "  dataset_text_field: body\n")
+    with pytest.raises(RecipeError, match=r"train.dataset_text_field: data.columns.text names the column"):
+        recipes.load(str(tmp_path / "made.yaml"))
+
+
 ANY: list[Any] = [
     None,
     7,
@@ -241,7 +249,7 @@ def test_three_hundred_mutated_rows_and_files_give_rows_or_faults_at_a_place(tmp
     chosen: Any = None
     refused = 0
     for number in range(300):
-        given = choose.choice([CHATS, SHAREGPT, ALPACA, BESIDE])
+        given: list[Any] = choose.choice([CHATS, SHAREGPT, ALPACA, BESIDE])
         kind = choose.choice(list(kinds))
         if number % 2 and kind in ("jsonl", "json"):
             content = kinds[kind]([given[0], mutated(given[1], choose), given[2]])

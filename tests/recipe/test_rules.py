@@ -80,13 +80,6 @@ CASES = [
     # lora:
     *without("lora.use_qalora lora.alora_invocation_tokens lora.layer_replication lora.use_bdlora"),
     *without("lora.arrow_config lora.ensure_weight_tying lora.megatron_config"),
-    Case(
-        "train.dataset_text_field",
-        "tiny_facts",
-        "train.dataset_text_field=body data.columns={text: body}",
-        "-train.dataset_text_field",
-        said="remove",
-    ),
     Case("lora.task_type", "tiny_facts", "lora.task_type=SEQ_CLS", "lora.task_type=CAUSAL_LM"),
     Case(
         "model.quantize",
