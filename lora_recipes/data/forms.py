@@ -3,13 +3,12 @@ messages, columns get their own names. Imports no torch.
 """
 
 import contextlib
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_recipes.core.errors import Problem, listed
-from lora_recipes.data.row import ROLES, Fault
+from lora_recipes.data.row import DECODER, ROLES, Fault
 
 # data.format -> the fields that make a row one of its kind; `text` is what train.dataset_text_field names
 FIELDS_OF = {
@@ -173,7 +172,7 @@ def _decoded(value: Any) -> Any:
     """`value`, out of its JSON text where it is one (CSV)."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
+            return DECODER.decode(value)
     return value
 
 

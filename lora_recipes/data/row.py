@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,20 @@ UNCLEAR = ("mask", "loss_mask", "train_detail")
 ROW_SWITCHES = ("weight", "train", "training", "sample_weight", "loss_weight")
 # No text that a person wrote: C0 and C1 but for tabs, line and page breaks; half-decoded files and logs.
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]")
+
+
+class Twice(ValueError):
+    """A key that stands twice in one object."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise Twice(next(key for key, times in Counter(k for k, _ in pairs).items() if times > 1))
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)  # it refuses what JSON readers take in silence
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,7 @@ def used(raw: dict[str, Any], text_field: str = "text") -> dict[str, Any]:
             with contextlib.suppress(
                 ValueError, RecursionError
             ):  # else it stays a text, and a fault names it
-                value[key] = json.loads(text)
+                value[key] = DECODER.decode(text)
             if not text.strip() and key != "messages":
                 del value[key]  # an empty column of CSV
     return value
@@ -146,7 +161,9 @@ def used(raw: dict[str, Any], text_field: str = "text") -> dict[str, Any]:
 def _as_json(text: str) -> str:
     """Why a text that should hold JSON does not; empty where it does."""
     try:
-        json.loads(text)
+        DECODER.decode(text)
+    except Twice as error:
+        return f", and the key {str(error)!r} stands twice in an object of its text"
     except (ValueError, RecursionError) as error:
         return f", and its text is no JSON ({error})"
     return ""

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from lora_recipes.core import files, hub, yamlfile
 from lora_recipes.core.errors import Problem, listed
-from lora_recipes.data.row import Fault
+from lora_recipes.data.row import DECODER, Fault, Twice
 from lora_recipes.recipe.recipe import Recipe
 
 # Bytes of one line, and so of one row: ten million tokens and more. A file without line breaks would be read
@@ -258,8 +258,8 @@ def _array(line: bytes, stream: BinaryIO, name: str, number: int, faults: list[P
 def _next(text: str, i: int) -> tuple[dict[str, Any] | Fault, int]:
     """The row of a JSON array that begins at `i`, or why it is none, and where it ends."""
     try:
-        value, end = _DECODER.raw_decode(text, i)
-    except _Twice as error:
+        value, end = DECODER.raw_decode(text, i)
+    except Twice as error:
         return _refused(error), json.JSONDecoder().raw_decode(text, i)[1]
     return _unfit(value) or value, end
 
@@ -270,23 +270,9 @@ def _past(text: str, i: int) -> int:
     return blank.end() if blank else i
 
 
-class _Twice(ValueError):
-    """A key that stands twice in one object."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise _Twice(next(key for key, times in Counter(k for k, _ in pairs).items() if times > 1))
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _refused(error: Exception) -> Fault:
     """What json says of a text, in words."""
-    if isinstance(error, _Twice):
+    if isinstance(error, Twice):
         return (
             f"the key {str(error)!r} stands twice in one object",
             "keep one: JSON takes the last in silence",
@@ -312,7 +298,7 @@ def _unfit(value: Any) -> Fault | None:
 
 def _parsed(line: bytes) -> dict[str, Any] | Fault:
     try:
-        value = _DECODER.decode(line.decode("utf-8"))
+        value = DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return (
             f"not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1})",

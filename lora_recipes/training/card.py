@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lora_recipes.core.record import FinishedRun
+from lora_recipes.data.sources import ENDINGS
 from lora_recipes.recipe.recipe import Recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
@@ -49,7 +50,7 @@ def metadata(recipe: Recipe, run: FinishedRun) -> ModelCardData:
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
         tags=[*lora, "sft", "trl", "lora-recipes"],
-        datasets=[s for s in sources(recipe) if _on_the_hub(recipe, s) and not s.endswith(".jsonl")] or None,
+        datasets=[s for s in sources(recipe) if _on_the_hub(recipe, s) and not s.endswith(ENDINGS)] or None,
         metrics=["loss"] if results else None,
         model_name=recipe.name,
         eval_results=results,

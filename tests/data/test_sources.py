@@ -203,6 +203,18 @@ BROKEN = [
         "a str, not an object",
     ),
     ("a.csv", CSV + b"Hi,Hello,again\n", "a.csv:2", "3 columns, but the header has 2"),
+    (
+        "a.csv",
+        b"messages\nHi\n",
+        "a.csv:2",
+        "messages is not a list, and its text is no JSON (Expecting value",
+    ),
+    (
+        "a.csv",
+        b'messages\n"[{""role"": ""user"", ""role"": ""system"", ""content"": ""Hi""}]"\n',
+        "a.csv:2",
+        "messages is not a list, and the key 'role' stands twice",
+    ),
     ("a.csv", CSV + b"Hi\n", "a.csv:2", "1 columns, but the header has 2"),
     ("a.csv", b"text,text\na,b\n", "a.csv:1", "the column 'text' stands twice in the header"),
     ("a.csv", b"prompt;completion\na;b\n", "a.csv:1", "one column, 'prompt;completion': ';' separates here"),
