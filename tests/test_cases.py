@@ -27,6 +27,7 @@ PLANNED: dict[str, str | None] = {
     "qwen_base_eos": None,
     "qwen_base_eos_set": None,
     "save_only_model": "checkpoints without the optimizer: this run cannot be resumed",
+    "system_field": None,
     "target_regex": None,
     "ultrachat": "set data.rows: assistant_turn",
 }
@@ -41,13 +42,13 @@ REFUSED = {
     "prequantised": ("model.name_or_path", "is quantised already (bitsandbytes"),
     "prequantised_nf4": ("model.name_or_path", "is quantised already (bitsandbytes"),
     "remote_code": ("model.name_or_path", "Python code of its own (auto_map)"),
-    "system_field": ("system_field.jsonl:1", "system would not be trained on"),
     "tools_mixed": ("tools_mixed.jsonl:21", "the chat template leaves out tools"),
 }
 # name: the line of the plan that says what a person may not expect
 SAID = {
     "qwen_base_eos": ("reply ends", "labels <|im_end|> (by the chat template"),
     "moe_shared_expert": ("coverage", "shared_expert"),
+    "system_field": ("note", "train: the system column of 6 rows is their system turn"),
 }
 
 
