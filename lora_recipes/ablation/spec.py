@@ -116,7 +116,7 @@ def load(name: str) -> Ablation:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        do = f"did you mean {nearest(path.stem, names())}? The ablations are {listed(names())}"
+        do = f"did you mean {nearest(path.stem, names())}? The ablations are {listed(names(), 60)}"
         raise RecipeError(Problem(cli.command(ABLATION=name), "no such file", do))
     content, lines, problems = yamlfile.read(path)
 
@@ -182,7 +182,7 @@ def _shape(content: dict[str, Any], at: At) -> Iterator[Problem]:
         if key not in KEYS:
             yield Problem(at(key), "unknown key", f"did you mean {nearest(key, KEYS)}?")
     if not isinstance(content.get("recipe"), str):
-        yield Problem(at("recipe"), "no recipe is named", f"recipe: one of {listed(recipes.names())}")
+        yield Problem(at("recipe"), "no recipe is named", f"recipe: one of {listed(recipes.names(), 60)}")
     if "arms" not in content and "grid" not in content:
         yield Problem(
             at("arms"), "there are no arms", "arms: named lists of overrides, or grid: lists of values"

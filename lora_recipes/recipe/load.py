@@ -32,7 +32,7 @@ def find(name: str, beside: Path | None = None) -> Path:
     if name in names():
         return next(RECIPES.rglob(f"{name}.yaml"))
     known = (
-        f"The recipes are {listed(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, and those in"
+        f"The recipes are {listed(sorted(p.stem for p in RECIPES.glob('*.yaml')), 60)}, and those in"
         " configs/recipes/methods/"
     )
     do = f"did you mean {nearest(Path(name).stem, names())}? {known}"
