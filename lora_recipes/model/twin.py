@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
+from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, listed
 from lora_recipes.model import parts, router, targets
 from lora_recipes.recipe.base import Base
@@ -248,8 +249,8 @@ def warnings(trained: parts.Trained, config: PreTrainedConfig) -> list[str]:
     name, named = trained.kind.__name__, parts.published(config).__name__
     return [
         f"transformers' {named} answers otherwise than {name}, its text model, which is trained: logits apart"
-        f" by {apart:.2g} of their spread (a small twin of both, the same weights); the live proof of make"
-        " serve says whether the server answers as was trained"
+        f" by {apart:.2g} of their spread (a small twin of both, the same weights); {cli.command('serve')}"
+        " proves live whether the server answers as was trained"
     ]
 
 
