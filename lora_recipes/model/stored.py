@@ -149,7 +149,7 @@ def check(
     wrong, left, same, computed, lost, size = [], [], 0, len(joined), 0.0, 0.0
     with safe_open(adapter.file, "pt") as pairs:
         apart = _joined(base, made, pairs, changed, joined, merged)
-        for name in made.keys() - apart.keys():
+        for name in [each for each in made if each not in apart]:
             own = trained.get(name, name)
             stored, before = made[name].tensor(), dequantised.get(own.removesuffix(".weight"))
             at = base_fit.own_name(name, base)
