@@ -42,8 +42,7 @@ def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str
     """
     path = recipe.file(source["path"])
     named = files.matches(path, Path("/"))
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source["path"])
-    if is_hub_id and _kind(path) not in (*ENDINGS, ".txt") and not path.exists():
+    if not path.exists() and _kind(path) not in (*ENDINGS, ".txt") and hub.is_id(source["path"]):
         yield from _hub(source, at, faults)
         return
     if options := [k for k in ("name", "split", "revision") if k in source]:

@@ -192,6 +192,9 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
         # Every A and B has a gradient in every step; looking for those without costs a pass over the graph.
         fields["ddp_find_unused_parameters"] = False
     fields |= (stopping if recipe.early_stopping else {}) | recipe.train.given | owned
+    if fields.get("router_aux_loss_coef") is not None:
+        # TRL hands it on to the model's config, which takes a float alone: 0 ended in a traceback there.
+        fields["router_aux_loss_coef"] = float(fields["router_aux_loss_coef"])
     try:
         made = SFTConfig(**fields)
     except (TypeError, ValueError, ImportError) as error:

@@ -33,7 +33,7 @@ def routed(model: PreTrainedModel) -> list[Routed]:
         else:
             own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
             experts = next((p.shape[0] for p in own if p.dim() == 3), 0)
-            parameters = [p for p in own if p.shape[0] == experts]
+            parameters = [p for p in own if p.dim() == 3 or p.shape[0] == experts]
         if experts > 1 and parameters:
             found.append(Routed(module, experts, _chosen(model, name), parameters))
     return found

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_recipes.core.adapter_folder import ends
 from lora_recipes.core.errors import Problem, listed, nearest
 from lora_recipes.model import parts
+from lora_recipes.model.experts import routed
 from lora_recipes.recipe.recipe import Recipe
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
@@ -116,20 +117,13 @@ def matched(model: PreTrainedModel, config: Any) -> list[str]:
 def experts(model: PreTrainedModel) -> dict[str, int]:
     """The parameters that hold all routed experts of a layer in one, and how many: lora.target_parameters
     reaches them, no name of a module does.
-
-    Of three dimensions, under `experts`, or the first of them as large as the config says that there are.
     """
-    counts = {
-        value
-        for key, value in vars(model.config.get_text_config()).items()
-        if "experts" in key and isinstance(value, int) and not re.search("shared|per_tok|size", key)
-    }
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{name}.{leaf}": parameter.shape[0]
-        for name, module in modules(model).items()
-        if not isinstance(module, nn.Conv1d)
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and (_routed(f"{name}.") or parameter.shape[0] in counts)
+        names[id(parameter)]: parameter.shape[0]
+        for layer in routed(model)
+        for parameter in layer.parameters
+        if parameter.dim() == 3
     }
 
 

@@ -206,11 +206,9 @@ def _judge(asked: Asked) -> Judged | None:
         return None
     own = cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     add_fused_lm_head(model)
-    fused, routed = _fused(model, ids), hasattr(model.config.get_text_config(), "output_router_logits")
-    auxiliary = _fused(model, ids, output_router_logits=True) if routed else 0.0
-    return Judged(
-        moved / max(logits.std().item(), 1e-9), own, fused, auxiliary if isinstance(auxiliary, str) else ""
-    )
+    routed = hasattr(model.config.get_text_config(), "output_router_logits")
+    auxiliary = _auxiliary(model, ids) if routed else ""
+    return Judged(moved / max(logits.std().item(), 1e-9), own, _fused(model, ids), auxiliary)
 
 
 def alone(trained: parts.Trained, config: PreTrainedConfig) -> float | None:
@@ -332,14 +330,27 @@ def _idle(asked: Asked, adapted: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(name for name, moves in reached.items() if not moves))
 
 
-def _fused(model: Any, ids: torch.Tensor, **more: Any) -> float | str:
+def _fused(model: Any, ids: torch.Tensor) -> float | str:
     """TRL's loss of `model`, which has TRL's head; or the error that it ends in."""
     try:
         with torch.no_grad():
-            found: float = model(input_ids=ids, labels=ids, fused_lm_head=True, **more).loss.item()
+            found: float = model(input_ids=ids, labels=ids, fused_lm_head=True).loss.item()
     except _ERRORS as error:
         return said(error)
     return found
+
+
+def _auxiliary(model: Any, ids: torch.Tensor) -> str:
+    """What TRL raises when it takes the load-balancing loss of `model`, as it does in each step (TRL 1.16,
+    sft_trainer.py); empty where it gets one. A class that computes none gives 0, which is no tensor.
+    """
+    try:
+        with torch.no_grad():
+            asked = model(input_ids=ids, labels=ids, fused_lm_head=True, output_router_logits=True)
+            asked.aux_loss.mean().item()
+    except _ERRORS as error:
+        return said(error)
+    return ""
 
 
 def said(error: Exception) -> str:

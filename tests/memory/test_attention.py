@@ -120,6 +120,7 @@ def test_the_parameters_that_a_token_passes_are_those_that_the_publishers_name(c
     assert found == active and chosen in said
 
 
+@pytest.mark.skipif(families.OLDER, reason="transformers has not these families yet")
 @pytest.mark.parametrize("family", ["exaone", "internlm3"])
 def test_a_config_whose_class_is_another_familys_is_planned(family, tmp_path):
     """Transformers has no modeling file beside these configs."""

@@ -123,7 +123,7 @@ def test_bfloat16_experts_are_rounded_once(tmp_path, monkeypatch, arithmetic):
     assert record["tensors_computed"] == 4
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", [*(["granitemoe"] if not families.OLDER else []), "mixtral", "qwen3_moe"])
 def test_the_load_balancing_loss_of_the_trainer_is_the_model_s_own(tmp_path, name):
     """TRL asks the config for num_experts, which Granite's does not have."""
     model: Any = AutoModelForCausalLM.from_pretrained(families.make(name, tmp_path)).eval()

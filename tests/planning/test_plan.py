@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoConfig, SchedulerType
 
 from lora_recipes.__main__ import main
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.memory import memory
 from lora_recipes.model import build
 from lora_recipes.planning import plan
 from lora_recipes.recipe import contract, layout
@@ -309,6 +311,19 @@ def test_the_memory_of_a_method_stands_beside_that_of_plain_lora(name, least, mo
     facts = there(planned.facts.memory)
     assert least <= 100 * (facts.peak_bytes / there(facts.lora_peak_bytes) - 1) <= most
     assert "with LoRA   peak" in planned.text()
+
+
+def test_a_step_that_was_run_for_another_model_gives_no_peak_and_no_card(tmp_path):
+    resolved = resolve(recipes.load("tiny_lora"), tmp_path)
+    planned = plan.make(resolved)
+    right = memory.plan(resolved, planned.gate)
+    wrong = replace(right, parameters=right.parameters + 1)
+    found = plan.add_memory(planned, resolved, found=wrong)
+    assert "not known" in planned.text() and "cards" not in dict(planned.lines)
+    assert f"it was run for {wrong.parameters:,} parameters" in found.unknown
+    again = plan.make(resolved)
+    plan.add_memory(again, resolved, found=right)
+    assert "not known" not in again.text() and "cards" in dict(again.lines)
 
 
 def test_plain_lora_is_not_compared_with_itself(tmp_path):

@@ -18,7 +18,6 @@ import torch
 import transformers
 import trl
 import yaml
-from packaging.version import Version
 from peft import AdaLoraConfig, LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl import SFTConfig
@@ -35,6 +34,7 @@ from lora_recipes.recipe.other_tools import OTHER_NAMES, OWNED, Answer, Environm
 from lora_recipes.recipe.recipe import METHODS
 from lora_recipes.training import launch
 from lora_recipes.training.train import train
+from tests.cases import families
 from tests.typed import there
 
 ROWS: dict[str, Answer] = {**OTHER_NAMES, **OWNED}
@@ -117,9 +117,7 @@ def test_no_answer_is_hidden_by_a_real_key_and_owned_fields_are_real():
         "lora": [LoraConfig],
         "peft": PEFT_TYPE_TO_CONFIG_MAPPING.values(),
     }
-    newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}
-    if Version(transformers.__version__) >= Version("5.24"):
-        newer = set()  # older ones that are admitted may lack them
+    newer = {"activation_checkpointing", "activation_checkpointing_kwargs"} if families.OLDER else set()
     for name in OWNED:
         section, field = name.split(".")
         fields = {f.name for cls in classes[section] for f in dataclasses.fields(cls)}
