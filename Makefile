@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve contract plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
+.PHONY: help setup setup-serve data contract plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -38,6 +38,9 @@ $(SERVE): scripts/setup_serve.sh
 
 setup-serve: $(SERVE)  ## make .venv-serve: vLLM, its CPU build where there is no NVIDIA GPU (3.5 GB)
 	@test ! -f .venv-serve/.unavailable || { cat .venv-serve/.unavailable; exit 1; }
+
+data: $(READY)  ## make a data set: VERB=convert IN="files" OUT=x.jsonl (ARGS="options"; VERB=help lists the verbs)
+	@$(PY) scripts/data.py $(if $(filter help,$(VERB)),--help,$(VERB) $(IN) $(call quoted,$(OUT)) $(ARGS))
 
 contract: $(READY)  ## a contract from MODEL's config.json (a folder or a hub id), so that plans need neither hub nor weights (NAME=, PRINT=1, FORCE=1)
 	@$(PY) scripts/contract.py $(if $(MODEL),$(call quoted,$(MODEL))) $(call named,NAME) $(if $(call on,PRINT),--print) $(if $(call on,FORCE),--force)

@@ -18,12 +18,17 @@ from lora_recipes.core.errors import Problem, RecipeError, nearest
 from lora_recipes.core.files import OUTPUTS
 
 DEFAULT = "tiny_facts"
+DATA = "Make a data set: convert, clean, compare, mix and split files of rows."
 Action = Callable[[Namespace], int | None]
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Parse the verb and its words (default: the command line's), act, and return the exit code."""
     verb, *rest = words if words is not None else sys.argv[1:] or ["--help"]
+    if verb == "data":
+        from lora_recipes.curate import cli as curate
+
+        return curate.main(rest)
     top, verbs = _tree()
     if verb not in verbs:
         if not verb.startswith("-"):
@@ -545,10 +550,19 @@ def cp(given: Namespace) -> None:
     print(f"{given.name} -> {shipped.copy(given.name, given.file)}")
 
 
+def _data(parser: ArgumentParser) -> None:
+    """Has verbs of its own, with their own options: curate/cli.py."""
+
+
+def data(given: Namespace) -> None:
+    """Never called: main hands its words on."""
+
+
 # verb -> its options, its action, what it does
 VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
     "ls": (_ls, ls, "List the shipped recipes, ablations, accelerate files and contracts."),
     "cp": (_cp, cp, "Copy a shipped file, to begin one's own."),
+    "data": (_data, data, DATA),
     "contract": (
         _contract,
         contract,

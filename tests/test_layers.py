@@ -15,6 +15,7 @@ ROOMS = [
     "serving",
     "data",
     "model",
+    "curate",
     "memory",
     "planning",
     "evaluation",

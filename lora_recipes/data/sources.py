@@ -14,12 +14,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from lora_recipes.core import files, hub, yamlfile
 from lora_recipes.core.errors import Problem, listed
 from lora_recipes.data.row import DECODER, Fault, Twice
-from lora_recipes.recipe.recipe import Recipe
 
 # Bytes of one line, and so of one row: ten million tokens and more. A file without line breaks would be read
 # whole before anything is known of it.
@@ -35,7 +34,17 @@ HELD_OUT = re.compile(r"(^|[^a-z])(test|eval|valid|validation|dev)([^a-z]|$)", r
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str], recipe: Recipe) -> Rows:
+class Finds(Protocol):
+    """Who says where a path is looked for: a recipe, or the command line."""
+
+    def file(self, path: str) -> Path:
+        """The file or folder that it means, there or not."""
+
+    def looked(self, path: str) -> str:
+        """Where it was looked for, in words."""
+
+
+def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str], recipe: Finds) -> Rows:
     """Every row of a source with its place: `file:line`, or `file row n` (from 0) of Parquet, JSON arrays and
     the hub. What cannot be read as a row is added to `faults`, which files a folder or a glob means to
     `notes`.
@@ -103,6 +112,15 @@ def _members(folder: Path) -> list[Path]:
         do = "name the files of each split, in a list or by a glob"
         raise _Unclear(f"holds {others} beside {listed(f.name for f in held_out)}", do)
     return found
+
+
+def members(path: Path) -> list[Path]:
+    """The files that a path stands for (a folder, a glob, itself), in the order in which they are read; none
+    for a data set on the hub.
+    """
+    if path.is_dir():
+        return _members(path)
+    return [path] if path.exists() else files.matches(path, Path("/"))
 
 
 def _one_kind(members: list[Path]) -> None:
