@@ -76,23 +76,25 @@ class Inputs:
     def _items(self, faults: list[Problem]) -> Iterator[Item]:
         """Every row and every fault; faults are added to `faults`, too."""
         for source, path in enumerate(self.paths):
-            form, told, found = Form(None, self.columns, self.columns.get("text", "text")), 0, len(faults)
+            form, told = Form(None, self.columns, self.columns.get("text", "text")), len(faults)
             for where, raw in sources.rows({"path": path} | self.hub, path, faults, [], _Here()):
-                for fault in faults[found + told :]:
-                    yield _faulty(fault, source)
-                told = len(faults) - found
+                yield from self._faulty(faults[told:], source)
+                form.seen |= raw.keys()
                 texts = _said(raw, form) if self.texts else []
                 lacks = _silent(raw, form) if self.texts and not texts else None
                 if lacks:
                     faults.append(Problem(where, *lacks))
-                    told += 1
+                told = len(faults)
                 yield Item(where, raw, source, lacks[0] if lacks else "", texts)
-            for fault in faults[found + told :]:
-                if fault.where == path:  # the source as a whole
-                    raise_if([fault])
-                yield _faulty(fault, source)
+            yield from self._faulty(faults[told:], source)
             if form.seen and (missing := form.missing(path)):
                 raise_if(missing)
+
+    def _faulty(self, faults: list[Problem], source: int) -> Iterator[Item]:
+        for fault in faults:
+            if isinstance(fault, sources.Ended) and self.skip_faulty:
+                raise_if([fault])  # what follows it would be lost without being counted
+            yield Item(fault.where, {}, source, fault.found)
 
     def _hashes(self, path: str) -> dict[str, str]:
         """SHA-256 of each file that `path` means; of the rows of a data set on the hub."""
@@ -114,10 +116,6 @@ class _Here:
 
     def looked(self, path: str) -> str:
         return files.looked(path, Path.cwd())
-
-
-def _faulty(fault: Problem, source: int) -> Item:
-    return Item(fault.where, {}, source, fault.found)
 
 
 def options(parser: ArgumentParser) -> None:

@@ -34,6 +34,10 @@ HELD_OUT = re.compile(r"(^|[^a-z])(test|eval|valid|validation|dev)([^a-z]|$)", r
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
+class Ended(Problem):
+    """A fault after which no more of the file is read."""
+
+
 class Finds(Protocol):
     """Who says where a path is looked for: a recipe, or the command line."""
 
@@ -56,7 +60,7 @@ def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str
         return
     if options := [k for k in ("name", "split", "revision") if k in source]:
         found = f"{' and '.join(options)} would be ignored"
-        faults.append(Problem(at, found, f"{yamlfile.shown(path)} is no data set on the hub"))
+        faults.append(Ended(at, found, f"{yamlfile.shown(path)} is no data set on the hub"))
     if path.exists() and not path.is_dir():
         yield from _file(path, at, faults)
     elif path.is_dir() or named:
@@ -64,10 +68,10 @@ def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str
             members = _members(path) if path.is_dir() else named
             _one_kind(members)
         except OSError as error:
-            faults.append(Problem(at, f"{yamlfile.shown(path)} cannot be read ({error.strerror})"))
+            faults.append(Ended(at, f"{yamlfile.shown(path)} cannot be read ({error.strerror})"))
             return
         except _Unclear as error:
-            faults.append(Problem(at, f"{yamlfile.shown(path)} {error.args[0]}", error.args[1]))
+            faults.append(Ended(at, f"{yamlfile.shown(path)} {error.args[0]}", error.args[1]))
             return
         notes.append(f"{len(members)} files of {source['path']}: {listed(f.name for f in members)}")
         for member in members:
@@ -76,14 +80,14 @@ def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str
                 found_any = True
                 yield row
             if not found_any and len(faults) == before:
-                faults.append(Problem(at, f"{yamlfile.shown(member)} has no rows", "remove the file"))
+                faults.append(Ended(at, f"{yamlfile.shown(member)} has no rows", "remove the file"))
     else:
         is_glob = re.search(r"[*?[]", source["path"])
         found = "matches no file" if is_glob else "cannot be read (No such file or directory)"
         looked = recipe.looked(source["path"])
         do = f"give a file ({FORMS}), a folder, a glob, or owner/name of a data set on the hub"
         which = source["path"] if looked else yamlfile.shown(path)
-        faults.append(Problem(at, f"{which} {found}", f"{looked}; {do}" if looked else do))
+        faults.append(Ended(at, f"{which} {found}", f"{looked}; {do}" if looked else do))
 
 
 def _kind(path: Path) -> str:
@@ -157,7 +161,7 @@ def _file(path: Path, at: str, faults: list[Problem]) -> Rows:
     name = yamlfile.shown(path)
     if wrong := _no_file(path):
         do = "rows are read more than once: write them into a file"
-        faults.append(Problem(at, f"{name} is {wrong}", do))
+        faults.append(Ended(at, f"{name} is {wrong}", do))
         return
     try:
         with path.open("rb") as file:
@@ -165,11 +169,11 @@ def _file(path: Path, at: str, faults: list[Problem]) -> Rows:
             packing = next((k for k, first in PACKED.items() if head.startswith(first)), "")
             if path.suffix.lower() in PACKED and packing != path.suffix.lower() and head:
                 do = "name it as what it is, or write it anew"
-                faults.append(Problem(name, f"no {path.suffix.lower()[1:]} file, as its name says", do))
+                faults.append(Ended(name, f"no {path.suffix.lower()[1:]} file, as its name says", do))
             elif head == b"PAR1" or _kind(path) == ".parquet":
                 yield from _parquet(path, name, faults)
             elif head == b"PK\x03\x04":
-                faults.append(Problem(name, "a zip archive (or a spreadsheet)", f"unpack it: {FORMS}"))
+                faults.append(Ended(name, "a zip archive (or a spreadsheet)", f"unpack it: {FORMS}"))
             else:
                 stream = _unpacked(file, packing)
                 delimiter = DELIMITERS.get(_kind(path))
@@ -178,9 +182,9 @@ def _file(path: Path, at: str, faults: list[Problem]) -> Rows:
                 )
     except (EOFError, OSError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
-            faults.append(Problem(at, f"{name} cannot be read ({error.strerror})"))
+            faults.append(Ended(at, f"{name} cannot be read ({error.strerror})"))
         else:  # gzip and zstd have no error number
-            faults.append(Problem(name, f"a broken packed file: {error}", "copy it again, or pack it again"))
+            faults.append(Ended(name, f"a broken packed file: {error}", "copy it again, or pack it again"))
 
 
 def _unpacked(file: BinaryIO, packing: str) -> BinaryIO:
@@ -197,7 +201,7 @@ def _unpacked(file: BinaryIO, packing: str) -> BinaryIO:
 def _begun(line: bytes, where: str, faults: list[Problem]) -> bytes | None:
     """The first line of a text without its byte order mark; None, and a fault, where it is UTF-16."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        faults.append(Problem(where, "UTF-16, not UTF-8", "save the file as UTF-8"))
+        faults.append(Ended(where, "UTF-16, not UTF-8", "save the file as UTF-8"))
         return None
     return line.removeprefix(b"\xef\xbb\xbf")
 
@@ -219,11 +223,11 @@ def _lines(stream: BinaryIO, name: str, faults: list[Problem]) -> Rows:
             return
         if len(line) > LINE:
             found = f"a line of more than {LINE // 2**20} MiB"
-            faults.append(Problem(where, found, "one row a line (JSONL); cut what is longer than a context"))
+            faults.append(Ended(where, found, "one row a line (JSONL); cut what is longer than a context"))
             return
         if not begun and line.strip() == b"{":
             do = "write one row a line (JSONL): jq -c . in.json > out.jsonl; or a list of rows"
-            faults.append(Problem(where, "a JSON object over several lines", do))
+            faults.append(Ended(where, "a JSON object over several lines", do))
             return
         begun = begun or bool(line.strip())
         found_row = _parsed(line.removesuffix(b"\n")) if line.strip() else None
@@ -238,14 +242,14 @@ def _array(line: bytes, stream: BinaryIO, name: str, number: int, faults: list[P
     raw = line + stream.read(ARRAY + 1 - len(line))
     if len(raw) > ARRAY:
         do = "write one row a line (JSONL), which is read line by line: jq -c '.[]' in.json > out.jsonl"
-        faults.append(Problem(name, f"a JSON array of more than {ARRAY // 2**20} MiB", do))
+        faults.append(Ended(name, f"a JSON array of more than {ARRAY // 2**20} MiB", do))
         return
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         at_line = number + raw.count(b"\n", 0, error.start)
         found = f"not UTF-8 (byte {raw[error.start]:#x})"
-        faults.append(Problem(f"{name}:{at_line}", found, "save the file as UTF-8"))
+        faults.append(Ended(f"{name}:{at_line}", found, "save the file as UTF-8"))
         return
     i = _past(text, text.index("[") + 1)
     empty = text[i : i + 1] == "]"
@@ -255,7 +259,7 @@ def _array(line: bytes, stream: BinaryIO, name: str, number: int, faults: list[P
         except (ValueError, RecursionError) as error:
             at_line = number + text.count("\n", 0, getattr(error, "pos", i))
             do = f"row {row} of the array; nothing after it is read"
-            faults.append(Problem(f"{name}:{at_line}", _refused(error)[0], do))
+            faults.append(Ended(f"{name}:{at_line}", _refused(error)[0], do))
             return
         if isinstance(found_row, dict):
             yield f"{name} row {row}", found_row
@@ -267,9 +271,9 @@ def _array(line: bytes, stream: BinaryIO, name: str, number: int, faults: list[P
         i = _past(text, i + 1)
     where = f"{name}:{number + text.count(chr(10), 0, i)}"
     if text[i : i + 1] != "]":
-        faults.append(Problem(where, "broken JSON: the array does not end here", "write , or ]"))
+        faults.append(Ended(where, "broken JSON: the array does not end here", "write , or ]"))
     elif text[i + 1 :].strip():
-        faults.append(Problem(where, "something follows the JSON array", "one array a file, or JSONL"))
+        faults.append(Ended(where, "something follows the JSON array", "one array a file, or JSONL"))
 
 
 def _next(text: str, i: int) -> tuple[dict[str, Any] | Fault, int]:
@@ -343,7 +347,7 @@ def _table(stream: BinaryIO, name: str, delimiter: str, faults: list[Problem]) -
             return
         except csv.Error as error:
             do = 'a field with a quote in it stands in quotes, and its own quotes twice: "say ""hi"""'
-            faults.append(Problem(f"{name}:{begins}", f"broken CSV: {error}; nothing after it is read", do))
+            faults.append(Ended(f"{name}:{begins}", f"broken CSV: {error}; nothing after it is read", do))
             return
         if fault := _bytes(fields, header):
             faults.append(Problem(f"{name}:{begins}", *fault))
@@ -352,7 +356,7 @@ def _table(stream: BinaryIO, name: str, delimiter: str, faults: list[Problem]) -
         elif header is None:
             header = [column or f"(column {i})" for i, column in enumerate(fields, 1)]
             if fault := _header(header, delimiter):
-                faults.append(Problem(f"{name}:{begins}", *fault))
+                faults.append(Ended(f"{name}:{begins}", *fault))
                 return
         elif len(fields) != len(header):
             found = f"{len(fields)} columns, but the header has {len(header)}"
@@ -394,7 +398,7 @@ class _Physical:
         self.size += len(line or b"")
         if self.size > LINE:
             found = f"a row of more than {LINE // 2**20} MiB up to here"
-            self.faults.append(Problem(where, found, "is a quote before it never closed?"))
+            self.faults.append(Ended(where, found, "is a quote before it never closed?"))
             raise StopIteration
         if not line:
             raise StopIteration
@@ -430,13 +434,13 @@ def _parquet(path: Path, name: str, faults: list[Problem]) -> Rows:
     from pyarrow import parquet  # 1.4 s to import
 
     if path.suffix.lower() in PACKED:
-        faults.append(Problem(name, "a packed Parquet file", "unpack it: Parquet packs its columns itself"))
+        faults.append(Ended(name, "a packed Parquet file", "unpack it: Parquet packs its columns itself"))
         return
     number = 0
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             if twice := [c for c, times in Counter(file.schema_arrow.names).items() if times > 1]:
-                faults.append(Problem(name, f"the column {twice[0]!r} stands twice", "rename or remove one"))
+                faults.append(Ended(name, f"the column {twice[0]!r} stands twice", "rename or remove one"))
                 return
             for batch in file.iter_batches(BATCH):
                 for value in batch.to_pylist():
@@ -445,7 +449,7 @@ def _parquet(path: Path, name: str, faults: list[Problem]) -> Rows:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         do = "copy it again; is it Parquet, and whole?"
-        faults.append(Problem(f"{name} row {number}", f"a broken Parquet file: {first}", do))
+        faults.append(Ended(f"{name} row {number}", f"a broken Parquet file: {first}", do))
 
 
 def without_nulls(value: Any) -> Any:
@@ -475,7 +479,7 @@ def _hub(source: dict[str, Any], at: str, faults: list[Problem]) -> Rows:
             f"the hub does not give it ({unreachable}), and it is not in the cache" if unreachable else first
         )
         do = "a local file ends in .jsonl, .json, .csv, .tsv or .parquet; a data set on the hub is owner/name"
-        faults.append(Problem(at, f"the data set {source['path']} cannot be loaded: {why}", do))
+        faults.append(Ended(at, f"the data set {source['path']} cannot be loaded: {why}", do))
         return
     finally:
         config.HF_HUB_OFFLINE = offline

@@ -99,6 +99,14 @@ def test_faulty_rows_are_dropped_where_that_is_asked_for(run, tmp_path):
     assert second["where"] == "a.jsonl:3" and "a int, not an object" in second["found"]
 
 
+def test_a_file_that_breaks_off_stops_the_run_even_so(run, tmp_path):
+    """What follows the break would be lost, and counted by nobody."""
+    packed = gzip.compress(b'{"text": "a"}\n' * 2_000 + random.Random(0).randbytes(90_000))
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    code, said = run("convert", "a.jsonl.gz", "o.jsonl", "--skip-faulty")
+    assert code == 2 and "a broken packed file" in said and not list(tmp_path.glob("*o.*"))
+
+
 @pytest.mark.parametrize("ending", ["jsonl.gz", "parquet"])
 def test_packed_and_parquet_hold_the_same_rows(run, tmp_path, ending):
     call = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
