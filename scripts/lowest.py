@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-EXTRAS = ("bitsandbytes", "gguf", "test")
+EXTRAS = ("bitsandbytes", "curate", "gguf", "test")
 
 
 def lowest(project: dict) -> list[str]:

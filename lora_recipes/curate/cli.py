@@ -7,7 +7,7 @@ from typing import Protocol
 
 from lora_recipes.core import cli
 from lora_recipes.core.errors import nearest
-from lora_recipes.curate import convert, secrets
+from lora_recipes.curate import convert, dedupe, secrets
 
 
 class Verb(Protocol):
@@ -24,6 +24,7 @@ class Verb(Protocol):
 
 VERBS: dict[str, Verb] = {
     "convert": convert,
+    "dedupe": dedupe,
     "secrets": secrets,
 }
 HELP = "lora-recipes data VERB --help tells the options of a verb; docs/curate.md what each does and keeps."

@@ -157,7 +157,8 @@ class Work:
         if before := self._before():
             self.state, self.resumed = before, True
             self.state.continued += 1
-            _say(f"goes on after row {before.read:,}, where a run of the same work ended")
+            after = f" after row {before.read:,}" if before.read else ""
+            _say(f"goes on{after}, where a run of the same work ended")
             self.saved = before.read
         if not self.overwrite:
             there = [f for f in made if f.exists() and str(f) not in self.state.moves.values()]
@@ -203,6 +204,10 @@ class Work:
     def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def keep(self) -> None:
+        """What stands in the folder now is of use to a run that goes on."""
+        self._save_state()
+
     # ---- the work
 
     def run(
@@ -237,10 +242,10 @@ class Work:
                     last = time.monotonic()
                     state.seconds = last - began
                     self._save(opened)
-                    _progress(self.verb, state.read, total)
+                    progress(self.verb, state.read, total)
             state.seconds = time.monotonic() - began
             self._save(opened)
-            _progress(self.verb, state.read, total, True)
+            progress(self.verb, state.read, total, True)
         if isinstance(items, Inputs) and state.read != total:
             found = f"{state.read:,} rows were read, but {total:,} before"
             raise RecipeError(Problem(self.verb, found, "the inputs changed while they were read"))
@@ -379,7 +384,7 @@ def _say(text: str) -> None:
 _told = [0.0]  # when progress was shown last
 
 
-def _progress(verb: str, read: int, total: int | None, last: bool = False) -> None:
+def progress(verb: str, read: int, total: int | None, last: bool = False) -> None:
     """On a terminal a line that is written over; elsewhere one each 30 seconds."""
     terminal, now = sys.stderr.isatty(), time.monotonic()
     if not terminal and (last or now - _told[0] < 30):

