@@ -7,7 +7,7 @@ from typing import Protocol
 
 from lora_recipes.core import cli
 from lora_recipes.core.errors import nearest
-from lora_recipes.curate import convert, dedupe, secrets
+from lora_recipes.curate import convert, dedupe, mix, secrets, split
 
 
 class Verb(Protocol):
@@ -25,7 +25,9 @@ class Verb(Protocol):
 VERBS: dict[str, Verb] = {
     "convert": convert,
     "dedupe": dedupe,
+    "mix": mix,
     "secrets": secrets,
+    "split": split,
 }
 HELP = "lora-recipes data VERB --help tells the options of a verb; docs/curate.md what each does and keeps."
 

@@ -73,9 +73,15 @@ class Inputs:
         """Every row, and every fault in its place."""
         return self._items([])
 
-    def _items(self, faults: list[Problem]) -> Iterator[Item]:
+    def of(self, source: int) -> Iterator[Item]:
+        """Those of one source."""
+        return self._items([], source)
+
+    def _items(self, faults: list[Problem], only: int | None = None) -> Iterator[Item]:
         """Every row and every fault; faults are added to `faults`, too."""
         for source, path in enumerate(self.paths):
+            if only not in (None, source):
+                continue
             form, told = Form(None, self.columns, self.columns.get("text", "text")), len(faults)
             for where, raw in sources.rows({"path": path} | self.hub, path, faults, [], _Here()):
                 yield from self._faulty(faults[told:], source)
@@ -118,39 +124,44 @@ class _Here:
         return files.looked(path, Path.cwd())
 
 
-def options(parser: ArgumentParser) -> None:
-    """IN... and how its rows are read."""
+def options(parser: ArgumentParser, shares: bool = False) -> None:
+    """IN... and how its rows are read. With `shares` each is IN=SHARE, and faulty rows are not offered to be
+    dropped: they would change the shares.
+    """
     parser.add_argument(
         "inputs",
         nargs="+",
-        metavar="IN",
+        metavar="IN=SHARE" if shares else "IN",
         help="a file (JSONL, a JSON array, CSV, TSV, Parquet; .gz, .zst), a folder, a glob, or owner/name on"
         " the hub",
     )
     group = parser.add_argument_group("reading")
-    group.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="OURS=THEIRS",
-        help="a field of another name, e.g. prompt=question (data.columns of a recipe)",
-    )
-    group.add_argument(
-        "--skip-faulty",
-        action="store_true",
-        help="drop what cannot be read or has no text, with the reason (default: nothing is begun)",
-    )
+    if not shares:
+        group.add_argument(
+            "--column",
+            action="append",
+            default=[],
+            metavar="OURS=THEIRS",
+            help="a field of another name, e.g. prompt=question (data.columns of a recipe)",
+        )
+        group.add_argument(
+            "--skip-faulty",
+            action="store_true",
+            help="drop what cannot be read or has no text, with the reason (default: nothing is begun)",
+        )
     for name in ("name", "split", "revision"):
         group.add_argument(f"--{name}", help=f"{name} of a data set on the hub, as load_dataset takes it")
 
 
-def of(given: Namespace, texts: bool = False) -> Inputs:
-    """The inputs that the options name, surveyed."""
-    pairs = [word.partition("=") for word in given.column]
+def of(given: Namespace, texts: bool = False, paths: Sequence[str] = ()) -> Inputs:
+    """The inputs that the options name (or `paths`), surveyed."""
+    said = getattr(given, "column", [])
+    pairs = [word.partition("=") for word in said]
     raise_if([Problem("--column", f"{a!r} names no column", "OURS=THEIRS") for a, _, b in pairs if not b])
     hub = {k: getattr(given, k) for k in ("name", "split", "revision") if getattr(given, k)}
     columns = {ours: theirs for ours, _, theirs in pairs}
-    return Inputs(given.inputs, columns, hub, texts, given.skip_faulty).survey()
+    skip = getattr(given, "skip_faulty", False)
+    return Inputs(paths or given.inputs, columns, hub, texts, skip).survey()
 
 
 def _said(raw: dict[str, Any], form: Form) -> list[str]:

@@ -231,7 +231,7 @@ class Work:
         told = f"while {self.verb} wrote what is done"
         with files.writing(self.folder, told, lambda: GOES_ON), contextlib.ExitStack() as stack:
             opened = {name: stack.enter_context(self._opened(name)) for name in self._names()}
-            left = itertools.islice(iter(items), state.read, None)
+            left = itertools.islice(iter(items), state.read, total)
             while batch := list(itertools.islice(left, size)):
                 sound = [item for item in batch if not item.fault]
                 outcomes = iter(act(sound)) if sound else iter(())
@@ -246,8 +246,8 @@ class Work:
             state.seconds = time.monotonic() - began
             self._save(opened)
             progress(self.verb, state.read, total, True)
-        if isinstance(items, Inputs) and state.read != total:
-            found = f"{state.read:,} rows were read, but {total:,} before"
+        if total is not None and state.read != total:
+            found = f"{state.read:,} rows were read, but there were {total:,} before"
             raise RecipeError(Problem(self.verb, found, "the inputs changed while they were read"))
 
     def _names(self) -> list[str]:
