@@ -4,7 +4,6 @@ import itertools
 import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 
 import numpy as np
 
@@ -35,7 +34,8 @@ def run(given: Namespace) -> str:
     """Count, draw, write."""
     wanted = shares.read(given.inputs, "IN")
     read = inputs.of(given, paths=list(wanted))
-    total = given.rows if given.rows is not None else _most(read.rows, list(wanted.values()))
+    most = min(int(n / share) for n, share in zip(read.rows, wanted.values(), strict=True))
+    total = most if given.rows is None else given.rows
     counts = shares.apportion(total, list(wanted.values()))
     _enough(given, read, counts)
     drawn = [
@@ -54,14 +54,6 @@ def run(given: Namespace) -> str:
             for path, f in figures.items()
         ]
         return "\n".join([*told, job.finish(mix=figures)])
-
-
-def _most(rows: Sequence[int], wanted: Sequence[Fraction]) -> int:
-    """The most rows that can be mixed by these shares with no row taken twice."""
-    total = min(int(n / share) for n, share in zip(rows, wanted, strict=True)) + 1
-    while any(c > n for c, n in zip(shares.apportion(total, wanted), rows, strict=True)):
-        total -= 1  # by rounding alone: once or twice
-    return total
 
 
 def _enough(given: Namespace, read: Inputs, counts: Sequence[int]) -> None:
