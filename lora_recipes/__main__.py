@@ -18,7 +18,7 @@ from lora_recipes.core.errors import Problem, RecipeError, nearest
 from lora_recipes.core.files import OUTPUTS
 
 DEFAULT = "tiny_facts"
-DATA = "Make a data set: convert, clean, compare, mix and split files of rows."
+DATA = "Make a data set: convert, clean, compare, mix, split and synthesise files of rows."
 Action = Callable[[Namespace], int | None]
 
 

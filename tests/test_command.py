@@ -315,6 +315,7 @@ def test_an_installed_package_lists_copies_and_plans_from_an_empty_folder(tmp_pa
 
     done = run("ls")
     assert done.returncode == 0 and "tiny_facts" in done.stdout and "tiny_qwen35" in done.stdout
+    assert {"teacher.txt", "rules.txt"} <= {f.name for f in site.glob("lora_recipes/shipped/data/prompts/*")}
     assert run("cp", "tiny_facts", "my.yaml").returncode == 0
     schema = (empty / "my.yaml").read_text().splitlines()[0].partition("$schema=")[2]
     assert Path(schema).is_relative_to(site) and Path(schema).is_file()

@@ -74,10 +74,14 @@ def test_without_any_extra_recipes_are_trained_and_what_needs_one_says_which(wit
         ["train.optim=adamw_8bit"],
         ["train.optim=paged_adamw_32bit", "learning_rates.loraplus_lr_ratio=4"],
     ]
-    trained, *refused = without(
-        ["train", recipe, *outputs], *(["plan", recipe, *words, *outputs] for words in needs)
+    (prompts := tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}\n')
+    trained, synthesised, *refused = without(
+        ["train", recipe, *outputs],
+        ["data", "synthesise", prompts, tmp_path / "rows.jsonl", "--method", "teacher"],
+        *(["plan", recipe, *words, *outputs] for words in needs),
     )
     assert trained[1] == "0", trained
+    assert synthesised[1] == "2" and cli.extra("curate") in synthesised[0]
     assert list(tmp_path.glob("out/*/adapter/adapter_model.safetensors"))
     for (said, code), (first, *_) in zip(refused, needs, strict=True):
         assert code == "2" and first.partition("=")[0] in said

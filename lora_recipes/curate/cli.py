@@ -7,7 +7,7 @@ from typing import Protocol
 
 from lora_recipes.core import cli
 from lora_recipes.core.errors import nearest
-from lora_recipes.curate import convert, dedupe, mix, secrets, split
+from lora_recipes.curate import convert, dedupe, mix, secrets, split, synthesise
 
 
 class Verb(Protocol):
@@ -28,6 +28,7 @@ VERBS: dict[str, Verb] = {
     "mix": mix,
     "secrets": secrets,
     "split": split,
+    "synthesise": synthesise,
 }
 HELP = "lora-recipes data VERB --help tells the options of a verb; docs/curate.md what each does and keeps."
 
@@ -36,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     """Parse the verb and its words, act, and return the exit code."""
     top = ArgumentParser(
         prog="lora-recipes data",
-        description="Make a data set: convert, clean, compare, mix and split files of rows.",
+        description="Make a data set: convert, clean, compare, mix, split and synthesise files of rows.",
         epilog=HELP,
     )
     shared = ArgumentParser(add_help=False)

@@ -210,6 +210,11 @@ class Work:
 
     # ---- the work
 
+    def again(self) -> None:
+        """Begin with the first row, for a verb that has kept what is dear in a file of its own."""
+        if not self.state.done:
+            self.state = State(self.state.key, continued=self.state.continued)
+
     def run(
         self, items: Inputs | Iterable[Item], act: Callable[[Item], Outcome], total: int | None = None
     ) -> None:
@@ -393,6 +398,12 @@ def progress(verb: str, read: int, total: int | None, last: bool = False) -> Non
     of = f" of {total:,} ({read / total:.0%})" if total else ""
     end = "\n" if last or not terminal else ""
     print(f"{chr(13) * terminal}{verb}: {read:,} rows{of}", end=end, file=sys.stderr, flush=True)
+
+
+def beside(out: Path, ending: str) -> Path:
+    """The file of that ending beside an output."""
+    stem, _ = written.named(out)
+    return stem.with_name(stem.name + ending)
 
 
 def begun(given: Namespace, inputs: Inputs, **more: Any) -> Work:
