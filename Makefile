@@ -28,7 +28,7 @@ help:  ## this list
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bitsandbytes,curate,gguf,test]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bitsandbytes,curate,gguf,test,toxicity]'
 	@touch $(READY)
 
 setup: $(READY)  ## make .venv with everything (the other targets do it themselves)

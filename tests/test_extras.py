@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from lora_recipes.core import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("bitsandbytes", "curate", "deepspeed", "docs", "gguf", "lm-eval")
+EXTRAS = ("bitsandbytes", "curate", "deepspeed", "docs", "gguf", "lm-eval", "toxicity")
 # Also required by torch.
 NEEDED = {"setuptools"}
 

@@ -7,7 +7,18 @@ from typing import Protocol
 
 from lora_recipes.core import cli
 from lora_recipes.core.errors import nearest
-from lora_recipes.curate import convert, dedupe, mix, secrets, split, synthesise
+from lora_recipes.curate import (
+    convert,
+    dedupe,
+    extract,
+    filter,
+    mix,
+    review,
+    secrets,
+    split,
+    synthesise,
+    tokens,
+)
 
 
 class Verb(Protocol):
@@ -25,10 +36,14 @@ class Verb(Protocol):
 VERBS: dict[str, Verb] = {
     "convert": convert,
     "dedupe": dedupe,
+    "extract": extract,
+    "filter": filter,
     "mix": mix,
+    "review": review,
     "secrets": secrets,
     "split": split,
     "synthesise": synthesise,
+    "tokens": tokens,
 }
 HELP = "lora-recipes data VERB --help tells the options of a verb; docs/curate.md what each does and keeps."
 

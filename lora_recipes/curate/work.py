@@ -408,6 +408,6 @@ def beside(out: Path, ending: str) -> Path:
 
 def begun(given: Namespace, inputs: Inputs, **more: Any) -> Work:
     """The work that the options of a verb ask for: each that is not about places is part of what is done."""
-    places = ("out", "overwrite", "traceback", "verb")
+    places = ("out", "outputs", "overwrite", "traceback", "verb")
     asked = {k: v for k, v in vars(given).items() if k not in places}
     return Work(given.verb, given.out, asked, inputs.sha256, overwrite=given.overwrite, **more)
