@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve data contract plan memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
+.PHONY: help setup setup-serve data contract plan cache memory train ablate merge eval combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -45,8 +45,11 @@ data: $(READY)  ## make a data set: VERB=convert IN="files" OUT=x.jsonl (ARGS="o
 contract: $(READY)  ## a contract from MODEL's config.json (a folder or a hub id), so that plans need neither hub nor weights (NAME=, PRINT=1, FORCE=1)
 	@$(PY) scripts/contract.py $(if $(MODEL),$(call quoted,$(MODEL))) $(call named,NAME) $(if $(call on,PRINT),--print) $(if $(call on,FORCE),--force)
 
-plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, memory; no weights, no GPU (JSON=1, FIT=24 what fits 24 GB, COMPARE=1 full/LoRA/QLoRA; ACCELERATE=zero3 DEVICES=8 on several devices)
-	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(call on,COMPARE),--compare) $(LAYOUT) $(if $(DEVICES),--devices $(DEVICES))
+plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, memory; no weights, no GPU (JSON=1, FIT=24 what fits 24 GB, COMPARE=1 full/LoRA/QLoRA, SAMPLE=n the first n rows alone; ACCELERATE=zero3 DEVICES=8 on several devices)
+	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(call on,COMPARE),--compare) $(if $(SAMPLE),--sample $(call quoted,$(SAMPLE))) $(LAYOUT) $(if $(DEVICES),--devices $(DEVICES))
+
+cache: $(READY)  ## the checked rows that plans and runs have kept, and where (CLEAR=1 removes them)
+	@$(PY) -m lora_recipes cache $(if $(call on,CLEAR),--clear)
 
 memory: $(READY)  ## Llama-2 in full, by LoRA and by QLoRA: predicted memory beside the figures of the documents
 	@$(PY) scripts/memory.py

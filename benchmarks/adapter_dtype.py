@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -40,7 +41,7 @@ def initial(name: str, overrides: list[str], outputs: Path) -> dict[str, torch.T
         build.model(resolve(recipe, outputs)),
     )
     made: Any = build.trainer(
-        resolve(recipe, outputs), arguments, base, rows.tokenizer, rows.train[:4], [], []
+        resolve(recipe, outputs), arguments, base, rows.tokenizer, rows.train.part(np.arange(4)), None, []
     )[0]
     return {
         n.replace(".default", ""): p.detach().float()

@@ -142,6 +142,12 @@ def _plan(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="the memory of full fine-tuning, LoRA and QLoRA, instead"
     )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="look at the first N rows of each source alone: all counts are of those (training reads all)",
+    )
 
 
 def plan(given: Namespace) -> None:
@@ -161,7 +167,9 @@ def plan(given: Namespace) -> None:
         words = [*launch.words(given.accelerate, given.devices), "--module", "lora_recipes"]
         chosen = launch.wanted(words)
         launch.contradicts(resolved.recipe, words, environment=False)
-    made = plan.make(resolved, chosen)
+    if given.sample is not None and given.sample < 1:
+        raise RecipeError(Problem(cli.option("sample", str(given.sample)), "no rows", "1 or more"))
+    made = plan.make(resolved, chosen, sample=given.sample)
     if chosen == layout.SINGLE:
         made.warnings += launch.would_refuse(resolved.recipe)
     if given.compare:
@@ -558,6 +566,17 @@ def data(given: Namespace) -> None:
     """Never called: main hands its words on."""
 
 
+def _cache(parser: ArgumentParser) -> None:
+    parser.add_argument("--clear", action="store_true", help="remove them all")
+
+
+def cached(given: Namespace) -> None:
+    """List or remove the rows that are kept."""
+    with cli.importing():
+        from lora_recipes.data import cache
+    print(cache.clear() if given.clear else "\n".join(cache.lines()))
+
+
 # verb -> its options, its action, what it does
 VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
     "ls": (_ls, ls, "List the shipped recipes, ablations, accelerate files and contracts."),
@@ -569,6 +588,7 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         "Write a contract from a checkpoint's config.json, so that plans need neither hub nor weights.",
     ),
     "plan": (_plan, plan, "Show what a recipe would train, without weights or GPU."),
+    "cache": (_cache, cached, "List the checked rows that plans and runs have kept, or remove them."),
     "train": (_train, train, "Train a recipe into outputs/<name>/."),
     "ablate": (_ablate, ablate, "Train every arm of an ablation, and report."),
     "merge": (_merge, merge, "Merge an adapter into its base and verify the result."),

@@ -1,15 +1,21 @@
 """What the tests share: recipes written to a temporary folder, and one trained base for the whole session."""
 
+import atexit
 import functools
 import gc
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: on models this small a second thread
 # only waits for the first, and on a busy machine it waits long.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Checked rows are kept while the tests run, for all their processes, and not where a person's are.
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lora_recipes_rows.")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import yaml

@@ -68,7 +68,7 @@ def test_every_key_of_ours_says_what_it_is(section):
 
 def test_the_page_on_plans_has_the_labels_of_four_unlike_ones(tmp_path):
     """A chat on a hybrid base; packed rows, LoRA+ and a tracker on two processes; a variant beside plain
-    LoRA; a mixture of experts with a tower beside it, in NF4."""
+    LoRA; a mixture of experts with a tower beside it, in NF4, on rows that are taken twice."""
     chat = plan.make(resolve(recipes.load("qwen35_4b_style"), tmp_path))
     packed = recipes.load(
         "tiny_loraplus", ["train.packing=true", "train.max_length=32", "train.report_to=tensorboard"]
@@ -81,7 +81,7 @@ def test_the_page_on_plans_has_the_labels_of_four_unlike_ones(tmp_path):
     base = families.make("qwen3_5_moe", tmp_path)
     file.write_text(
         f"model: {{name_or_path: {base}, dtype: bfloat16, quantize: nf4}}\n"
-        f"data: {{train: {families.rows(tmp_path)}}}\n"
+        f"data: {{train: [{{path: {families.rows(tmp_path)}, weight: 2}}]}}\n"
         "lora: {r: 4, lora_alpha: 4, target_modules: [q_proj]}\ntrain: {learning_rate: 1.0e-3}\n"
     )
     mixture = plan.make(resolve(recipes.load(str(file)), tmp_path))

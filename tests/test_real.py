@@ -70,7 +70,7 @@ def made(smollm2, folder: Path, *words: str) -> SFTTrainer:
     resolved = smollm2.resolved("float32", *words)
     rows, arguments = gate.pass_through(resolved, False), build.sft_config(resolved.recipe, RunFolder(folder))
     return build.trainer(
-        resolved, arguments, build.model(resolved), rows.tokenizer, rows.train, [], [], total_step=STEPS
+        resolved, arguments, build.model(resolved), rows.tokenizer, rows.train, None, [], total_step=STEPS
     )[0]
 
 

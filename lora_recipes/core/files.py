@@ -232,3 +232,10 @@ def sha256(file: Path) -> str:
     """Hash of a file's content."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def size(count: int) -> str:
+    """A number of bytes as a person reads it, in powers of 1000: `12.3 MB`."""
+    power = next(p for p in range(4, -1, -1) if count >= 1000**p or p == 0)
+    amount, unit = count / 1000**power, ("bytes", "kB", "MB", "GB", "TB")[power]
+    return f"{amount:,.{int(power > 0 and amount < 100)}f} {unit}"

@@ -5,15 +5,16 @@ any weight is loaded.
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
-from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
+from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.record import DataFacts, EvalFacts, TrainFacts
-from lora_recipes.data import read, render, stops
+from lora_recipes.data import overlap, prepare, render, report, stops
 from lora_recipes.data import tokenizer as tokenizing
-from lora_recipes.data.read import Split
-from lora_recipes.data.render import Characters, Counts, Example
+from lora_recipes.data.render import Characters, Counts
+from lora_recipes.data.rows import Rows
 from lora_recipes.data.stops import Stops
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import Recipe
@@ -72,58 +73,48 @@ LIMITS = {
 @dataclass
 class Gate:
     """Both splits as they go to the trainer (`train`, `evaluation`), their `counts`, the tokenizer, what ends
-    a reply (`stops`), and what to say about them.
+    a reply (`stops`), the new tokens that no row of train has, how the rows were come by, and what to say.
     """
 
     tokenizer: Any
-    splits: dict[str, Split]
-    train: list[Example]
-    evaluation: list[Example]
+    train: Rows
+    evaluation: Rows
     counts: Counts
     facts: DataFacts
     stops: Stops = field(default_factory=Stops)
+    unseen: list[int] = field(default_factory=list)
+    said: str = ""
     warnings: list[str] = field(default_factory=list)
 
 
-def pass_through(resolved: Resolved, network: bool) -> Gate:
+def pass_through(resolved: Resolved, network: bool, sample: int | None = None) -> Gate:
     """Take the recipe's data through the gate. RecipeError lists faulty rows, or the limits that are
     exceeded.
 
     `network`: may the tokenizer be fetched? Without one at hand the chat template alone is compared, and
-    tokens are not counted.
+    tokens are not counted. `sample`: look at that many rows of each source alone.
     """
     recipe = resolved.recipe
-    splits = _read(recipe)
-    if recipe.data.rows == "assistant_turn":
-        splits = {which: read.by_assistant_turn(split) for which, split in splits.items()}
-        if not splits["train"].rows:
-            do = "rows whose assistant turns all say weight: 0 or train: false teach nothing"
-            raise RecipeError(Problem(recipe.at("data", "train"), "no turn is to be trained", do))
     tokenizer = _tokenizer(resolved, network)
-    raise_if(_unknown_kwargs(recipe, tokenizer, splits))
-    train, evaluation = (render.examples(splits[which], tokenizer, recipe) for which in ("train", "eval"))
-    for which, split in splits.items():
-        if note := render.unread(split, tokenizer, recipe):
-            split.notes.append(f"{which}: {note}")
-    following = stops.next_turn(tokenizer, resolved)
-    train = stops.closed(splits["train"], train, following)
-    evaluation = stops.closed(splits["eval"], evaluation, following)
-    ends = stops.decide(splits["train"], train, tokenizer, resolved, following)
-    stops.adopt(tokenizer, ends)
-    counted = render.counts(train, tokenizer, recipe, ends.trained)
-    twice, both = splits["train"].duplicates, read.in_both(splits["train"], splits["eval"])
-    held_out = render.counts(evaluation, tokenizer, recipe, ends.trained)
-    near = [row for row in read.near(splits["train"], splits["eval"]) if row not in both]
+    known = _template_arguments(tokenizer)
+    given = {key: recipe.at("data", "chat_template_kwargs", key) for key in recipe.data.chat_template_kwargs}
+    raise_if(prepare.unused(given, known) if known is not None else [])
+    made = prepare.prepared(resolved, tokenizer, known, sample)
+    stops.adopt(tokenizer, made.stops)
+    train, held = made.train, made.evaluation
+    twice = np.flatnonzero(overlap.repeated(train.plain, train.wheres()))
+    both = np.flatnonzero(np.isin(held.plain, train.plain))
+    near = np.setdiff1d(np.flatnonzero(np.isin(held.order, made.near)), both)
     facts = DataFacts(
         train=TrainFacts(
-            **vars(counted),
-            format=splits["train"].rows[0].format,
+            **vars(train.counts),
+            format=train.told.head[0].format,
             duplicates=len(twice),
-            sha256=splits["train"].sha256,
+            sha256=train.sha256,
         ),
-        eval=EvalFacts(**vars(held_out), train_in_eval=len(both), sha256=splits["eval"].sha256),
+        eval=EvalFacts(**vars(held.counts), train_in_eval=len(both), sha256=held.sha256),
     )
-    gate = Gate(tokenizer, splits, train, evaluation, counted, facts, ends)
+    gate = Gate(tokenizer, train, held, train.counts, facts, made.stops, made.unseen, made.said)
     if gate.counts.dropped == gate.counts.rows:
         do = "raise train.max_length: after truncation no row has a trained token left"
         raise RecipeError(
@@ -135,36 +126,29 @@ def pass_through(resolved: Resolved, network: bool) -> Gate:
     }
     shares |= {
         "duplicates": len(twice) / gate.counts.rows,
-        "train_in_eval": len(both) / max(len(evaluation), 1),
-        "near_in_eval": len(near) / max(len(evaluation), 1),
+        "train_in_eval": len(both) / max(len(held), 1),
+        "near_in_eval": len(near) / max(len(held), 1),
     }
-    gate.warnings += stops.warnings(ends, resolved)
-    _limits(gate, recipe, shares, {"duplicates": twice, "train_in_eval": both, "near_in_eval": near})
+    gate.warnings += stops.warnings(made.stops, resolved)
+    first = {
+        "duplicates": train.where(twice[0]) if len(twice) else "",
+        "train_in_eval": held.where(both[0]) if len(both) else "",
+        "near_in_eval": held.where(near[0]) if len(near) else "",
+    }
+    _limits(gate, recipe, shares, first)
     gate.warnings += _whole_rows(gate, recipe)
-    for name, counts in (("train", gate.counts), ("eval", held_out)):
+    for name, counts in (("train", gate.counts), ("eval", held.counts)):
         if counts.dropped:
             gate.warnings.append(
                 f"{counts.dropped} rows of {name} are dropped: truncated, nothing in them is trained (raise"
                 " train.max_length)"
             )
-    if held_out.truncated:
+    if held.counts.truncated:
         gate.warnings.append(
-            f"{100 * held_out.share('truncated'):.1f} % of the eval rows are cut at train.max_length: their"
-            " loss is of the rest"
+            f"{100 * held.counts.share('truncated'):.1f} % of the eval rows are cut at train.max_length:"
+            " their loss is of the rest"
         )
     return gate
-
-
-def _read(recipe: Recipe) -> dict[str, Split]:
-    """Both splits; the faults of both in one error."""
-    splits, problems = {}, []
-    for which in ("train", "eval"):
-        try:
-            splits[which] = read.read(recipe, which)
-        except RecipeError as error:
-            problems += error.problems
-    raise_if(problems)
-    return splits
 
 
 def _whole_rows(gate: Gate, recipe: Recipe) -> list[str]:
@@ -172,35 +156,26 @@ def _whole_rows(gate: Gate, recipe: Recipe) -> list[str]:
     longest = gate.counts.longest or 0
     if recipe.train.max_length is not None or longest <= LONG:
         return []
-    where = max(gate.train, key=lambda e: len(e.input_ids)).where
+    where = gate.train.where(int(gate.train.lengths.argmax()))
     return [
         f"train.max_length is null and {where} has {longest:,} tokens: its batch decides memory and time;"
         " set train.max_length, or cut the row"
     ]
 
 
-def _unknown_kwargs(recipe: Recipe, tokenizer: Any, splits: dict[str, Split]) -> list[Problem]:
-    """Template arguments, of the recipe and of rows, that the chat template never looks at: a typo there is
-    accepted by everybody and does nothing.
+def _template_arguments(tokenizer: Any) -> set[str] | None:
+    """What the chat template looks at besides the messages: a typo in an argument is accepted by everybody
+    and does nothing. None where that cannot be said.
     """
-    given = {key: recipe.at("data", "chat_template_kwargs", key) for key in recipe.data.chat_template_kwargs}
-    for row in (row for split in splits.values() for row in split.rows):
-        for key in row.value.get("chat_template_kwargs", {}):
-            given.setdefault(key, f"{row.where} chat_template_kwargs.{key}")
-    if not given or not tokenizer.chat_template:
-        return []
+    if not tokenizer.chat_template:
+        return None
     try:
         known = find_undeclared_variables(
             Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tokenizer.chat_template)
         )
     except TemplateSyntaxError:  # tags that only transformers knows ({% generation %})
-        return []
-    known -= {"messages", "tools", "add_generation_prompt", "raise_exception"}
-    return [
-        Problem(where, "the chat template does not use it", f"did you mean {nearest(key, known)}?")
-        for key, where in given.items()
-        if key not in known
-    ]
+        return None
+    return known - {"messages", "tools", "add_generation_prompt", "raise_exception"}
 
 
 def _tokenizer(resolved: Resolved, network: bool) -> Any:
@@ -218,12 +193,12 @@ def _tokenizer(resolved: Resolved, network: bool) -> Any:
         return tokenizing.stand_in(resolved)
 
 
-def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], rows: dict[str, list[read.Row]]) -> None:
+def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], firsts: dict[str, str]) -> None:
     problems = []
     for name, share in shares.items():
         limit, warn, found, do = LIMITS[name]
         limit = recipe.data.limits.get(name, limit)
-        first = f", first {rows[name][0].where}" if rows.get(name) else ""
+        first = f", first {firsts[name]}" if firsts.get(name) else ""
         text = f"{100 * share:.1f} % {found}{first}"
         if share > limit:
             where = recipe.at("data", "limits", name) if name in recipe.data.limits else recipe.at("data")
@@ -235,8 +210,9 @@ def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], rows: dict[str
 
 def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
     """What a person reads of it: (label, text) pairs."""
-    counts, rows = gate.counts, gate.splits["train"].rows
-    said = [("data", f"train {counts.rows:,} rows ({rows[0].format}), eval {len(gate.evaluation):,} rows")]
+    counts, form = gate.counts, gate.facts.train.format
+    said = [("data", f"train {counts.rows:,} rows ({form}), eval {len(gate.evaluation):,} rows")]
+    said.append(("rows", gate.said))
     if counts.tokens is None:
         name = recipe.model.tokenizer or recipe.model.name_or_path or recipe.model.contract
         said.append(
@@ -259,6 +235,14 @@ def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
                 ),
             )
         )
+    said += [
+        (label, text)
+        for label, text in (
+            ("sources", report.sources(gate.train)),
+            ("lengths", report.lengths(gate.train, recipe)),
+        )
+        if text
+    ]
     if counts.turns:
         share = 100 * counts.faithful / counts.turns
         text = (
@@ -269,7 +253,7 @@ def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:
     said.append(("reply ends", stops.line(gate.stops, recipe.whole)))
     if kwargs := recipe.data.chat_template_kwargs:
         said.append(("serve with", f"chat_template_kwargs {kwargs}, as trained"))
-    return said + [("note", note) for split in gate.splits.values() for note in split.notes]
+    return said + [("note", note) for split in (gate.train, gate.evaluation) for note in split.told.notes]
 
 
 def example(gate: Gate, recipe: Recipe) -> str:

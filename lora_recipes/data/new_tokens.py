@@ -5,7 +5,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
-from lora_recipes.data.render import Example
 from lora_recipes.recipe.recipe import Recipe
 
 
@@ -37,10 +36,9 @@ def ids(tokenizer: Any, recipe: Recipe, rows: int) -> list[int]:
     return [known.get(token, rows + i) for i, token in enumerate(new)]
 
 
-def unseen(rows: list[Example], indices: list[int], recipe: Recipe) -> list[str]:
-    """A warning about new tokens that stand in no training row: their embeddings stay noise."""
-    have = {i for row in rows for i in row.input_ids}
-    missing = [token for token, i in zip(recipe.model.new_tokens, indices, strict=True) if i not in have]
+def unseen(missed: list[int], indices: list[int], recipe: Recipe) -> list[str]:
+    """A warning about new tokens that stand in no training row (ids): their embeddings stay noise."""
+    missing = [token for token, i in zip(recipe.model.new_tokens, indices, strict=True) if i in missed]
     return (
         [f"model.new_tokens: {listed(map(repr, missing))} in no training row: the embedding stays noise"]
         if missing

@@ -5,15 +5,19 @@ space. Imports no torch.
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
+
+import numpy as np
 
 from lora_recipes.data.row import Row
 
 NEAR = 0.5  # shared word 3-grams as a share of all that either row has (Jaccard)
 BOILERPLATE = (0.2, 4, 50)  # a 3-gram in more rows of eval (this share, within these bounds) tells nothing
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # scripts without spaces: each character
+Array = np.ndarray[Any, Any]
 
 
 def plain(row: Row) -> str:
@@ -29,36 +33,73 @@ def normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def digest(row: Row) -> bytes:
-    """16 bytes of `plain`: kept in place of the texts."""
-    return blake2b(plain(row).encode(), digest_size=16).digest()
-
-
-def near(train: Iterable[Row], other: list[Row]) -> list[tuple[Row, Row]]:
-    """Rows of `other`, each with a row of `train` that it shares at least `NEAR` of its word 3-grams with.
-
-    Exact, not sampled. Memory grows with `other` alone, time with the words of both (20 us a row of 100
-    words).
+def digest(text: str) -> int:
+    """64 bits of a `plain` text: kept in its place. Two texts of a million are taken for one by a chance of
+    3e-8.
     """
-    shingles = [_shingles(row) for row in other]
-    holders: dict[int, list[int]] = defaultdict(list)
-    for i, own in enumerate(shingles):
-        for shingle in own:
-            holders[shingle].append(i)
-    share, least, most = BOILERPLATE
-    many = min(max(share * len(other), least), most)
-    common = {shingle for shingle, rows in holders.items() if len(rows) > many}
-    shingles = [own - common for own in shingles]
-    found: dict[int, Row] = {}
-    for row in train if shingles else ():
-        own = _shingles(row) - common
-        shared = Counter(i for shingle in own for i in holders.get(shingle, ()) if i not in found)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
+
+
+def repeated(digests: Array, wheres: Sequence[str]) -> Array:
+    """Which rows say what an earlier one says, that stands elsewhere (a file may be read twice, and a source
+    be taken more than once).
+    """
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    found = np.zeros(len(digests), dtype=bool)
+    for i in np.flatnonzero(first[which] != np.arange(len(digests))).tolist():
+        found[i] = wheres[i] != wheres[int(first[which[i]])]
+    return found
+
+
+def shingles(text: str) -> Array:
+    """The word 3-grams of a `plain` text, each once, as numbers: the same in this process and those that it
+    forks.
+    """
+    words = WORD.findall(text)
+    found = {hash(tuple(words[i : i + 3])) & MASK for i in range(max(len(words) - 2, 1))}
+    return np.fromiter(found, dtype=np.uint64, count=len(found))
+
+
+MASK = 2**64 - 1
+
+
+class Near:
+    """The held-out rows, by their `shingles`, to ask which of them nearly stand in train.
+
+    Exact, not sampled. Memory grows with the held-out rows alone (16 bytes a word), time with the words of
+    both.
+    """
+
+    def __init__(self, held_out: list[Array]):
+        share, least, most = BOILERPLATE
+        many = min(max(share * len(held_out), least), most)
+        whole = np.concatenate([*held_out, np.empty(0, np.uint64)])
+        grams, counts = np.unique(whole, return_counts=True)
+        self.common = grams[counts > many]
+        sizes = np.array([len(own) for own in held_out], dtype=np.int64)
+        rows = np.repeat(np.arange(len(held_out)), sizes)
+        told = ~np.isin(whole, self.common)
+        whole, rows = whole[told], rows[told]
+        order = np.argsort(whole, kind="stable")
+        self.grams, self.rows = whole[order], rows[order]
+        self.sizes = np.bincount(rows, minlength=len(held_out))
+        self.found: set[int] = set()
+
+    def look(self, own: Array) -> None:
+        """Add to `found` the held-out rows that a row of train with the shingles `own` nearly is."""
+        begin, end = np.searchsorted(self.grams, own, "left"), np.searchsorted(self.grams, own, "right")
+        if not (end > begin).any():
+            return
+        size = len(own) - int(np.isin(own, self.common).sum())
+        shared = Counter(int(i) for a, b in zip(begin, end, strict=True) for i in self.rows[a:b])
         for i, count in shared.items():
-            if count >= NEAR * (len(own) + len(shingles[i]) - count):
-                found[i] = row
-    return [(other[i], row) for i, row in sorted(found.items())]
+            if count >= NEAR * (size + int(self.sizes[i]) - count):
+                self.found.add(i)
 
 
-def _shingles(row: Row) -> set[int]:
-    words = WORD.findall(plain(row))
-    return {hash(tuple(words[i : i + 3])) for i in range(max(len(words) - 2, 1))}
+def near(train: Sequence[Row], other: Sequence[Row]) -> list[Row]:
+    """Rows of `other` that share at least `NEAR` of their word 3-grams with a row of `train`."""
+    found = Near([shingles(plain(row)) for row in other])
+    for row in train:
+        found.look(shingles(plain(row)))
+    return [other[i] for i in sorted(found.found)]

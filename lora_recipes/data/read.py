@@ -3,25 +3,107 @@ torch.
 """
 
 import hashlib
-import random
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_recipes.core.errors import Problem, raise_if
-from lora_recipes.data import overlap, sources
+from lora_recipes.data import mix, overlap, sources
 from lora_recipes.data.forms import Form, with_system
 from lora_recipes.data.row import FIELDS, Fault, Row, control, off, used
 from lora_recipes.data.row import faults as row_faults
 from lora_recipes.recipe.recipe import Recipe
 
 SHOWN = 20  # faults listed one by one; the rest are counted
+MANY = 1000  # faults after which nothing more is read
+
+
+class TooMany(Exception):
+    """There are MANY faults: a reader stops."""
+
+
+class Faults(list[Problem]):
+    """What is wrong with rows. TooMany where that is more than a person wants to know."""
+
+    def append(self, problem: Problem) -> None:
+        """As list.append."""
+        super().append(problem)
+        if len(self) >= MANY:
+            raise TooMany
+
+
+@dataclass
+class Source:
+    """An entry of data.train or data.eval, the place in the recipe where it stands, how its rows are read,
+    and how many sound ones were.
+    """
+
+    entry: dict[str, Any]
+    at: str
+    form: Form
+    rows: int = 0
+
+
+class Reader:
+    """The rows of `data.train`, `data.eval` or `data.kept` (`which`), checked, one after another: iterate
+    once. What is wrong is in `faults`, what is worth a note in `notes`.
+
+    `sample`: read that many rows of each source at most.
+    """
+
+    def __init__(self, recipe: Recipe, which: str, sample: int | None = None):
+        given = getattr(recipe.data, which) or []
+        self.recipe, self.which, self.sample = recipe, which, sample
+        self.faults, self.notes = Faults(), list[str]()
+        self.first: Row | None = None
+        self.sources = []
+        for number, source in enumerate([given] if isinstance(given, str) else given):
+            at = recipe.at("data", which, *([] if isinstance(given, str) else [number]))
+            entry: dict[str, Any] = {"path": source} if isinstance(source, str) else source
+            self.sources.append(Source(entry, at, _form(entry, recipe)))
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        """Sound rows, each with the number of its source."""
+        try:
+            for number, source in enumerate(self.sources):
+                for row in self._source(source):
+                    yield number, row
+        except TooMany:
+            pass
+
+    def _source(self, source: Source) -> Iterator[Row]:
+        before, notes, form = len(self.faults), list[str](), source.form
+        raws = sources.rows(source.entry, source.at, self.faults, notes, self.recipe)
+        for where, raw in itertools.islice(raws, self.sample):
+            row, found = _row(where, raw, form)
+            found = found or _mixed(row, self.first or row) or _unwanted(row, self.recipe)
+            for fault in found:
+                self.faults.append(Problem(where, *fault))
+            if not found:
+                source.rows += 1
+                self.first = self.first or row
+                yield row
+        if form.seen and (missing := form.missing(source.at)):
+            self.faults[before:] = missing  # each row says it too
+        notes += form.notes()
+        if form.unused:
+            notes.append(f"fields not used for training: {', '.join(sorted(form.unused))}")
+        if source.rows == self.sample:
+            notes.append(f"the first {source.rows:,} rows of {source.entry['path']} alone were read")
+        self.notes += [f"{self.which}: {note}" for note in notes]
+        if not mix.taken(source.rows, source.entry.get("weight", 1)) and len(self.faults) == before:
+            none = (
+                f"weight {source.entry['weight']:g} of {source.rows} rows is no row"
+                if source.rows
+                else f"{source.entry['path']} has no rows"
+            )
+            self.faults.append(Problem(source.at, none, "take more of it, or remove it"))
 
 
 @dataclass
 class Split:
-    """The rows of data.train or data.eval, in the order they are trained, and what was noticed while reading
-    them.
-    """
+    """Some rows in memory, in the order they are trained, and what was noticed while reading them."""
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -29,55 +111,34 @@ class Split:
     @property
     def sha256(self) -> str:
         """Hash of the content of all rows in order: two runs with one hash trained on the same data."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(row.key.encode())
-        return digest.hexdigest()
+        return sha256(content(row) for row in self.rows)
 
-    @property
-    def duplicates(self) -> list[Row]:
-        """Rows whose content (`overlap.plain`) already stood in an earlier row (a source's weight above 1
-        does not count).
-        """
-        seen: dict[bytes, str] = {}
-        return [row for row in self.rows if seen.setdefault(overlap.digest(row), row.where) != row.where]
+
+def content(row: Row) -> bytes:
+    """16 bytes that stand for all that is in a row."""
+    return hashlib.blake2b(row.key.encode(), digest_size=16).digest()
+
+
+def sha256(contents: Any) -> str:
+    """One hash of the `content` of rows, in their order."""
+    digest = hashlib.sha256()
+    for one in contents:
+        digest.update(one)
+    return digest.hexdigest()
 
 
 def read(recipe: Recipe, which: str) -> Split:
-    """The rows of `data.train` or `data.eval` (`which`), checked; RecipeError lists the first 20 faults and
-    counts the rest.
+    """The rows of `data.train`, `data.eval` or `data.kept` in memory; RecipeError lists the first 20 faults
+    and counts the rest.
     """
-    given = getattr(recipe.data, which) or []
-    split, first = Split(), None
-    faults: list[Problem] = []
-    for number, source in enumerate([given] if isinstance(given, str) else given):
-        at = recipe.at("data", which, *([] if isinstance(given, str) else [number]))
-        entry: dict[str, Any] = {"path": source} if isinstance(source, str) else source
-        form = _form(entry, recipe)
-        rows, notes, before = list[Row](), list[str](), len(faults)
-        for where, raw in sources.rows(entry, at, faults, notes, recipe):
-            row, found = _row(where, raw, form)
-            found = found or _mixed(row, first or row) or _unwanted(row, recipe)
-            faults += [Problem(where, *fault) for fault in found]
-            if not found:
-                rows.append(row)
-                first = first or row
-        if form.seen and (missing := form.missing(at)):
-            faults[before:] = missing  # each row says it too
-        split.notes += [f"{which}: {note}" for note in notes + form.notes()]
-        if form.unused:
-            split.notes.append(f"{which}: fields not used for training: {', '.join(sorted(form.unused))}")
-        weighted = _weighted(rows, entry.get("weight", 1))
-        if not weighted and len(faults) == before:
-            none = (
-                f"weight {entry['weight']:g} of {len(rows)} rows is no row"
-                if rows
-                else f"{entry['path']} has no rows"
-            )
-            faults.append(Problem(at, none, "take more of it, or remove it"))
-        split.rows += weighted
-    raise_first(faults, f"data.{which}")
-    return split
+    reader = Reader(recipe, which)
+    rows: dict[int, list[Row]] = {}
+    for number, row in reader:
+        rows.setdefault(number, []).append(row)
+    raise_first(reader.faults, f"data.{which}")
+    weights = {number: reader.sources[number].entry.get("weight", 1) for number in rows}
+    chosen = [own[i] for n, own in rows.items() for i in mix.repeated(len(own), weights[n])]
+    return Split(chosen, reader.notes)
 
 
 def _form(entry: dict[str, Any], recipe: Recipe) -> Form:
@@ -100,48 +161,45 @@ def _row(where: str, raw: dict[str, Any], form: Form) -> tuple[Row, list[Fault]]
 
 
 def raise_first(faults: list[Problem], where: str) -> None:
-    """Raise one RecipeError with the first 20 of `faults`, each once, and a count of the rest, if there are
-    any.
-    """
+    """Raise one RecipeError with the `shown` ones of `faults`, if there are any."""
+    raise_if(shown(faults, where))
+
+
+def shown(faults: list[Problem], where: str) -> list[Problem]:
+    """The first 20 of `faults`, each once, and a count of the rest."""
+    stopped = len(faults) >= MANY
     faults = list(dict.fromkeys(faults))  # a file that is named by two sources is read twice
     more = len(faults) - SHOWN
-    raise_if(
-        faults[:SHOWN]
-        + ([Problem(where, f"and {more} more {'fault' if more == 1 else 'faults'}")] if more > 0 else [])
-    )
+    said = f"and {more:,} more {'fault' if more == 1 else 'faults'}"
+    if stopped:
+        said += ", after which nothing more was read"
+    return faults[:SHOWN] + ([Problem(where, said)] if more > 0 else [])
+
+
+def turns(row: Row) -> list[Row]:
+    """`data.rows: assistant_turn`: for each trained assistant turn of `row` a row of its own, its history as
+    the prompt, itself as completion. A turn that says `weight: 0` or `train: false` stays in the history
+    alone.
+    """
+    single = row.history and len(row.value["completion"]) == 1 and not off(row.value["completion"][0])
+    if not row.conversational or single:
+        return [row]
+    return [
+        Row(f"{row.where}#{i + 1}", {"prompt": row.messages[:i], "completion": [message]} | row.options)
+        for i, message in enumerate(row.messages)
+        if i >= len(row.history) and message["role"] == "assistant" and not off(message)
+    ]
 
 
 def by_assistant_turn(split: Split) -> Split:
-    """`data.rows: assistant_turn`: for each trained assistant turn a row of its own, its history as the
-    prompt, itself as completion. A turn that says `weight: 0` or `train: false` stays in the history alone.
-    """
-    rows = []
-    for row in split.rows:
-        single = row.history and len(row.value["completion"]) == 1 and not off(row.value["completion"][0])
-        if not row.conversational or single:
-            rows.append(row)
-            continue
-        for i, message in enumerate(row.messages):
-            if i >= len(row.history) and message["role"] == "assistant" and not off(message):
-                rows.append(
-                    Row(
-                        f"{row.where}#{i + 1}",
-                        {"prompt": row.messages[:i], "completion": [message]} | row.options,
-                    )
-                )
-    return Split(rows, split.notes)
+    """All `turns` of the rows of `split`."""
+    return Split([turn for row in split.rows for turn in turns(row)], split.notes)
 
 
 def in_both(train: Split, other: Split) -> list[Row]:
     """Rows of `other` (eval) whose content (`overlap.plain`) also stands in `train`."""
-    wanted = {overlap.digest(row) for row in other.rows}
-    keys = {digest for row in train.rows if (digest := overlap.digest(row)) in wanted}
-    return [row for row in other.rows if overlap.digest(row) in keys]
-
-
-def near(train: Split, other: Split) -> list[Row]:
-    """Rows of `other` that nearly stand in `train` (`overlap.near`), those of `in_both` included."""
-    return [row for row, _ in overlap.near(train.rows, other.rows)]
+    keys = {overlap.digest(overlap.plain(row)) for row in train.rows}
+    return [row for row in other.rows if overlap.digest(overlap.plain(row)) in keys]
 
 
 def _no_json(row: Row) -> list[Fault]:
@@ -168,16 +226,6 @@ def _unwanted(row: Row, recipe: Recipe) -> list[Fault]:
             do = "set data.rows: assistant_turn, which leaves such turns out; or remove them"
             found.append((f"{where} says {said}, and would be trained", do))
     return found
-
-
-def _weighted(rows: list[Row], weight: float) -> list[Row]:
-    """`weight` copies of all rows; a fraction takes that share of them, in their order.
-
-    Always the same rows: `train.seed` changes the order of training, not the data.
-    """
-    whole, part = int(weight), weight - int(weight)
-    chosen = sorted(random.Random(0).sample(range(len(rows)), round(part * len(rows))))
-    return rows * whole + [rows[i] for i in chosen]
 
 
 def _mixed(row: Row, first: Row) -> list[Fault]:

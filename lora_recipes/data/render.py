@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
 from lora_recipes.core.errors import Problem, RecipeError, nearest
 from lora_recipes.core.files import ROOT, find, looked
-from lora_recipes.data.read import Row, Split, raise_first
-from lora_recipes.data.row import SAID, SWITCHES, off
+from lora_recipes.data.read import raise_first
+from lora_recipes.data.row import SAID, SWITCHES, Row, off
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.recipe.recipe import Recipe
 
+PIECES = 10_000  # texts whose tokens are remembered: prompts end alike
 BLANKS = 2  # tokens between a reply and its end, e.g. a line break
 # What turns are made of in the published templates; other added tokens (<think>, <tool_call>) people write.
 MARK = re.compile(r"<[|\uff5c][^<>\s]*>|<[^<>\s]*[|\uff5c]>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|</?s>")
@@ -113,41 +115,104 @@ def chat_template(name: str, where: str, beside: Path = ROOT) -> str:
     return (folder / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def examples(split: Split, tokenizer: Any, recipe: Recipe) -> list[Example]:
-    """Every row of `split` as tokens and labels, under the recipe's train.completion_only_loss and
-    train.assistant_only_loss.
+class Renderer:
+    """Rows -> examples, one at a time, under the recipe's train.completion_only_loss and
+    train.assistant_only_loss. What is wrong with rows is gathered: `faults`, and `system`, the rows that are
+    refused for their system turn, by the template's words (where the first is, how many there are).
+
+    `first`: the first row; all rows of a split are of its kind. RecipeError when the recipe asks something of
+    that kind in vain.
     """
-    if not split.rows:
-        return []
-    _check_losses(split.rows[0], tokenizer, recipe)
-    template = _training_template(tokenizer, recipe)
-    marks = [] if "control_tokens" in recipe.data.permit else control_tokens(tokenizer)
-    done: list[Example] = []
-    faults: list[Problem] = []
-    system: dict[str, list[Row]] = {}  # refused for their system turn, by the template's words
-    for row in split.rows:
-        forged = _forged(row, marks, tokenizer)
+
+    def __init__(self, first: Row, tokenizer: Any, recipe: Recipe):
+        _check_losses(first, tokenizer, recipe)
+        self.tokenizer, self.recipe = tokenizer, recipe
+        self.template = _training_template(tokenizer, recipe)
+        self.marks = [] if "control_tokens" in recipe.data.permit else control_tokens(tokenizer)
+        self.backend = _backend(tokenizer)
+        self.added = frozenset(getattr(tokenizer, "added_tokens_decoder", {}))
+        self.pieces: dict[str, list[int]] = {}
+        self.faults: list[Problem] = []
+        self.system: dict[str, tuple[str, int]] = {}
+
+    def example(self, row: Row) -> Example | None:
+        """`row` as it is trained; None where it is faulty."""
+        forged = _forged(row, self.marks, self.tokenizer)
+        made = None
         try:
-            example = (
-                _conversation(row, tokenizer, recipe, template)
-                if row.conversational
-                else _plain(row, tokenizer, recipe)
+            made = (
+                _conversation(row, self) if row.conversational else _plain(row, self.tokenizer, self.recipe)
             )
-            if not forged:
-                done.append(example)
         except RecipeError as error:
-            faults += error.problems
+            self.faults += error.problems
         except (TemplateError, TypeError, ValueError) as error:
-            if _without_system(row, tokenizer, recipe):
-                system.setdefault(str(error), []).append(row)
+            if _without_system(row, self.tokenizer, self.recipe):
+                where, count = self.system.get(str(error), (row.where, 0))
+                self.system[str(error)] = where, count + 1
             else:
                 found, do = f"the chat template refuses this row: {error}", "see its own rules for turns"
-                faults.append(Problem(row.where, found, do))
+                self.faults.append(Problem(row.where, found, do))
         if forged:
-            faults.append(Problem(row.where, *forged))
-    faults += [_system(error, rows) for error, rows in system.items()]
-    raise_first(faults, "data")
+            self.faults.append(Problem(row.where, *forged))
+        return None if forged else made
+
+    def piece(self, text: str) -> list[int]:
+        """The tokens of the end of a prompt, which is the same in row after row."""
+        if text not in self.pieces:
+            if len(self.pieces) > PIECES:
+                self.pieces.clear()
+            self.pieces[text] = self.encoded(text)[0]
+        return self.pieces[text]
+
+    def encoded(self, text: str) -> tuple[list[int], Any]:
+        """The tokens of a rendered text, and the tokenizers.Encoding that knows the place of each; None where
+        there is none.
+        """
+        if self.backend is not None:
+            found = self.backend.encode(text, add_special_tokens=False)
+            return found.ids, found
+        output = self.tokenizer(text, add_special_tokens=False)
+        return list(output["input_ids"]), _places(output)
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer behind `tokenizer`, where that adds nothing of its own: a quarter of the time of a
+    call is transformers' way there. None where it is not known to add nothing.
+    """
+    kind = type(tokenizer)
+    own = getattr(kind, "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus
+    if own or kind.__call__ is not PreTrainedTokenizerBase.__call__:
+        return None
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # as a call without these arguments does
+    backend.no_padding()
+    return backend
+
+
+def _places(output: Any) -> Any:
+    return output.encodings[0] if getattr(output, "is_fast", False) else None
+
+
+def examples(rows: list[Row], tokenizer: Any, recipe: Recipe) -> list[Example]:
+    """Every row of `rows` as it is trained. RecipeError lists the faulty ones."""
+    if not rows:
+        return []
+    renderer = Renderer(rows[0], tokenizer, recipe)
+    done = [example for row in rows if (example := renderer.example(row))]
+    raise_first(renderer.faults + refused(renderer.system), "data")
     return done
+
+
+def refused(system: dict[str, tuple[str, int]]) -> list[Problem]:
+    """What there is to say about rows whose system turn is refused (`Renderer.system`)."""
+    do = "put its text at the beginning of the first user turn, in rows and in requests, or give a"
+    do += " model.chat_template that takes one"
+    found = []
+    for error, (where, count) in system.items():
+        more = f" (and so have {count - 1:,} more)" if count > 1 else ""
+        said = f"the chat template takes no system turn, and this row has one{more}: {error}"
+        found.append(Problem(where, said, do))
+    return found
 
 
 def _without_system(row: Row, tokenizer: Any, recipe: Recipe) -> bool:
@@ -160,14 +225,6 @@ def _without_system(row: Row, tokenizer: Any, recipe: Recipe) -> bool:
     except (TemplateError, TypeError, ValueError):
         return False
     return True
-
-
-def _system(error: str, rows: list[Row]) -> Problem:
-    more = f" (and so have {len(rows) - 1:,} more)" if len(rows) > 1 else ""
-    do = "put its text at the beginning of the first user turn, in rows and in requests, or give a"
-    do += " model.chat_template that takes one"
-    found = f"the chat template takes no system turn, and this row has one{more}: {error}"
-    return Problem(rows[0].where, found, do)
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
@@ -258,25 +315,37 @@ def _reads(key: str, i: int, row: Row, tokenizer: Any, options: dict[str, Any]) 
     return " ".join(one.split()) != " ".join(other.split())
 
 
-def unread(split: Split, tokenizer: Any, recipe: Recipe) -> str:
-    """The keys of messages that the chat template does not read, by role, as the first message with each
-    shows; with how many messages have them. Empty where there are none.
+@dataclass
+class Unread:
+    """Keys of messages that are checked by nobody else: (key, role) -> the first row with it, the message's
+    index there, and how many messages have it.
     """
-    seen: set[int] = set()
-    messages: dict[tuple[str, str], list[tuple[Row, int]]] = {}
-    for row in split.rows if tokenizer.chat_template else []:
+
+    found: dict[tuple[str, str], tuple[Row, int, int]] = field(default_factory=dict)
+
+    def look(self, row: Row) -> None:
+        """Count the keys of the messages of `row`."""
         for i, message in enumerate(row.messages if row.conversational else []):
-            if id(message) not in seen:  # a history stands in several rows
-                seen.add(id(message))
-                for key in [k for k, v in message.items() if v is not None and k not in READ]:
-                    messages.setdefault((key, message["role"]), []).append((row, i))
-    said = []
-    for (key, role), where in messages.items():
-        row, i = where[0]
-        kwargs = recipe.data.chat_template_kwargs | row.value.get("chat_template_kwargs", {})
-        if not _reads(key, i, row, tokenizer, {"tools": row.value.get("tools"), **kwargs}):
-            said.append(f"{key} of {len(where):,} {role} turn{'s' * (len(where) > 1)}")
-    return f"the chat template does not read {', '.join(said)}" if said else ""
+            for key in [k for k, v in message.items() if k not in READ and v is not None]:
+                first, at, count = self.found.get((key, message["role"]), (row, i, 0))
+                self.found[key, message["role"]] = first, at, count + 1
+
+    def add(self, other: "Unread") -> None:
+        """What `other` found in later rows."""
+        for key, (row, i, more) in other.found.items():
+            first, at, count = self.found.get(key, (row, i, 0))
+            self.found[key] = first, at, count + more
+
+    def said(self, tokenizer: Any, recipe: Recipe) -> str:
+        """The keys that the chat template does not read, as the first message with each shows; empty where
+        there are none.
+        """
+        said = []
+        for (key, role), (row, i, count) in self.found.items() if tokenizer.chat_template else ():
+            kwargs = recipe.data.chat_template_kwargs | row.value.get("chat_template_kwargs", {})
+            if not _reads(key, i, row, tokenizer, {"tools": row.value.get("tools"), **kwargs}):
+                said.append(f"{key} of {count:,} {role} turn{'s' * (count > 1)}")
+        return f"the chat template does not read {', '.join(said)}" if said else ""
 
 
 def _check_losses(row: Row, tokenizer: Any, recipe: Recipe) -> None:
@@ -351,70 +420,110 @@ def _plain(row: Row, tokenizer: Any, recipe: Recipe) -> Example:
     )
 
 
-def _conversation(row: Row, tokenizer: Any, recipe: Recipe, training_template: str | None) -> Example:
+def _conversation(row: Row, by: Renderer) -> Example:
+    tokenizer, recipe = by.tokenizer, by.recipe
     kwargs = recipe.data.chat_template_kwargs | row.value.get("chat_template_kwargs", {})
     serving = {"tokenize": True, "return_dict": True, "tools": row.value.get("tools"), **kwargs}
-    trained = {"chat_template": training_template, **serving}
+    trained = {"chat_template": by.template, **serving}
     special = any(m["role"] in ("system", "tool") or m.get("tool_calls") for m in row.messages)
     missing = list(_left_out(row, tokenizer, serving)) if special or serving["tools"] else []
     if missing := missing + list(_unsaid(row, tokenizer, serving)):
         raise RecipeError(missing)
-    assistant_only = recipe.train.assistant_only_loss
+    text = tokenizer.apply_chat_template(row.messages, **{**trained, "tokenize": False})
+    if recipe.train.assistant_only_loss:
+        output = tokenizer.apply_chat_template(row.messages, return_assistant_tokens_mask=True, **trained)
+        if 1 not in output["assistant_masks"]:
+            found = "assistant_only_loss finds no assistant token in this row"
+            raise RecipeError(Problem(row.where, found, "look at the chat template"))
+        ids, places = list(output["input_ids"]), _places(output)
+    else:
+        output, (ids, places) = {}, by.encoded(text)
+    whole = _Whole(row, ids, text, places, serving, trained)
     trains_prompt = recipe.train.completion_only_loss is False
-
-    output = tokenizer.apply_chat_template(
-        row.messages, return_assistant_tokens_mask=assistant_only, **trained
-    )
-    ids = list(output["input_ids"])
-    mask = output["assistant_masks"] if assistant_only else [1] * len(ids)
-    if 1 not in mask:
-        raise RecipeError(
-            Problem(
-                row.where,
-                "assistant_only_loss finds no assistant token in this row",
-                "look at the chat template",
-            )
-        )
-    skip = 0
-    if row.history and not trains_prompt:
-        prompt = tokenizer.apply_chat_template(row.history, add_generation_prompt=True, **trained)[
-            "input_ids"
-        ]
-        skip = common_prefix_length(prompt, ids)
-    labels = [
-        token if i >= skip and on else IGNORED for i, (token, on) in enumerate(zip(ids, mask, strict=True))
-    ]
     replies = [
         i
         for i, m in enumerate(row.messages)
         if m["role"] == "assistant" and (trains_prompt or i >= len(row.history))
     ]
-    return Example(
-        row.where, ids, labels, [_turn(ids, row.messages, i, tokenizer, serving, trained) for i in replies]
-    )
+    turns = [_turn(whole, i, by) for i in replies]
+    skip = 0
+    if row.history and not trains_prompt:
+        skip = whole.prompts.get(len(row.history), 0) if not by.template else 0
+        if not skip:
+            prompt = tokenizer.apply_chat_template(row.history, add_generation_prompt=True, **trained)
+            skip = common_prefix_length(prompt["input_ids"], ids)
+    labels = [IGNORED] * skip + ids[skip:]
+    if recipe.train.assistant_only_loss:
+        mask = output["assistant_masks"]
+        labels = [label if on else IGNORED for label, on in zip(labels, mask, strict=True)]
+    return Example(row.where, ids, labels, turns)
 
 
-def _turn(ids: list[int], messages: list[dict], i: int, tokenizer: Any, serving: dict, trained: dict) -> Turn:
-    """Where reply `i` stands in `ids`: the row is rendered once more with another reply there, and what
-    differs is the reply.
+@dataclass
+class _Whole:
+    """A conversation as rendered: its `text`, the tokens of it (`ids`) and their `places` in it, and what the
+    chat template is given as a server gives it and as TRL does. `prompts`: of the replies behind a prompt as
+    a server renders it, how many tokens that has.
     """
+
+    row: Row
+    ids: list[int]
+    text: str
+    places: Any
+    serving: dict[str, Any]
+    trained: dict[str, Any]
+    prompts: dict[int, int] = field(default_factory=dict)
+
+
+def _turn(whole: _Whole, i: int, by: Renderer) -> Turn:
+    """Where reply `i` stands: behind the prompt that a server renders, if the text has both; else the row is
+    rendered once more with another reply there, and what differs is the reply.
+    """
+    messages, ids, tokenizer = whole.row.messages, whole.ids, by.tokenizer
+    try:
+        prompt = tokenizer.apply_chat_template(
+            messages[:i], add_generation_prompt=True, **{**whole.serving, "tokenize": False}
+        )
+    except TemplateError:  # e.g. a greeting before the user has said anything: no server renders a prompt
+        prompt = None
+    if prompt is not None and (found := _behind(prompt, whole, i, by)):
+        return found
     other = tokenizer.apply_chat_template(
-        [*messages[:i], _another(messages[i]), *messages[i + 1 :]], **trained
+        [*messages[:i], _another(messages[i]), *messages[i + 1 :]], **whole.trained
     )["input_ids"]
     start = common_prefix_length(other, ids)
     end = len(ids) - common_prefix_length(other[start:][::-1], ids[start:][::-1])
     call = bool(messages[i].get("tool_calls"))
     if call:  # what differs ends within the call: its brackets follow before the turn ends
         end = next((k for k in range(end, len(ids)) if ids[k] == tokenizer.eos_token_id), end)
-    try:
-        prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **serving)[
-            "input_ids"
-        ]
-    except (
-        TemplateError
-    ):  # e.g. a greeting before the user has said anything: no server renders a prompt for it
+    if prompt is None:
         return Turn(start, end, False, call)
-    return Turn(start, end, ids[: len(prompt)] == prompt, call)
+    begun = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if faithful := ids[: len(begun)] == begun:
+        whole.prompts[i] = len(begun)
+    return Turn(start, end, faithful, call)
+
+
+def _behind(prompt: str, whole: _Whole, i: int, by: Renderer) -> Turn | None:
+    """Reply `i` where its text follows the `prompt` word for word; None where it does not, or where the
+    tokenizer does not tell which character is in which token.
+    """
+    content, text, ids = whole.row.messages[i].get("content"), whole.text, whole.ids
+    said = content.strip() if isinstance(content, str) else ""
+    fits = said and text.startswith(prompt) and text.startswith(said, len(prompt))
+    if not fits or whole.row.messages[i].get("tool_calls") or whole.places is None:
+        return None
+    at = whole.places.char_to_token
+    start, last = at(len(prompt)), at(len(prompt) + len(said) - 1)
+    if start is None or last is None or not start:
+        return None
+    # Added tokens part a text before all else: what stands before the last of them in the prompt has the
+    # tokens that it has here, and the rest is compared.
+    mark = next((k for k in range(start - 1, -1, -1) if ids[k] in by.added), None)
+    begin = 0 if mark is None else whole.places.token_to_chars(mark)[0]
+    if faithful := ids[mark or 0 : start] == by.piece(prompt[begin:]):
+        whole.prompts[i] = start
+    return Turn(start, last + 1, faithful)
 
 
 def _another(reply: dict[str, Any]) -> dict[str, Any]:
@@ -456,37 +565,56 @@ def closing(example: Example, turn: Turn, ends: Collection[int]) -> int | None:
     return next((i for i in [*after, turn.end - 1] if i >= turn.start and ids[i] in ends), None)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is left of an example after truncation: the positions `kept`, how many of them are `supervised`,
+    and its trained turns as `Counts` has them. `dropped`: nothing of it is trained, so the trainer leaves it
+    out.
+    """
+
+    kept: range
+    supervised: int
+    dropped: bool
+    turns: int
+    faithful: int
+    open_turns: int
+
+
+def measured(example: Example, tokenizer: Any, recipe: Recipe, ends: Collection[int]) -> Measured:
+    """`example` as trained. `ends`: the tokens that end a reply."""
+    counted = not isinstance(tokenizer, Characters)  # characters are not truncated: max_length counts tokens
+    kept = _kept(example, recipe) if counted else range(len(example.input_ids))
+    labels = example.labels
+    supervised = len(kept) - labels[kept.start : kept.stop].count(IGNORED)
+    turns = faithful = open_turns = 0
+    for turn in example.turns:
+        part = labels[max(turn.start, kept.start) : min(turn.end + 1, kept.stop)]
+        if part.count(IGNORED) < len(part):
+            turns += 1
+            faithful += turn.faithful and kept.start == 0
+            end = closing(example, turn, ends)
+            open_turns += counted and not (end is not None and end in kept and labels[end] != IGNORED)
+    drops = recipe.train.max_length is not None and not recipe.train.packing
+    return Measured(kept, supervised, drops and not supervised, turns, faithful, open_turns)
+
+
 def counts(
     done: list[Example], tokenizer: Any, recipe: Recipe, ends: Collection[int] | None = None
 ) -> Counts:
     """Tokens, truncation and turns of a split, as trained. `ends`: the tokens that end a reply; without them
     the tokenizer's own.
     """
-    if ends is None:
-        ends = {tokenizer.eos_token_id}
-    counted = not isinstance(tokenizer, Characters)  # characters are not truncated: max_length counts tokens
-    drops = recipe.train.max_length is not None and not recipe.train.packing
-    result, lengths, supervised = Counts(rows=len(done)), [], 0
-    for example in done:
-        kept = _kept(example, recipe) if counted else range(len(example.input_ids))
-        trained = sum(example.labels[i] != IGNORED for i in kept)
-        lengths.append(len(kept))
-        supervised += trained
-        result.truncated += len(kept) < len(example.input_ids)
-        result.dropped += drops and not trained
-        for turn in example.turns:
-            if any(
-                example.labels[i] != IGNORED
-                for i in range(max(turn.start, kept.start), min(turn.end + 1, kept.stop))
-            ):
-                result.turns += 1
-                result.faithful += turn.faithful and kept.start == 0
-                end = closing(example, turn, ends)
-                result.open_turns += counted and not (
-                    end is not None and end in kept and example.labels[end] != IGNORED
-                )
-    if counted:
-        result.tokens, result.supervised, result.longest = sum(lengths), supervised, max(lengths, default=0)
+    own = {tokenizer.eos_token_id} if ends is None else ends
+    found = [measured(example, tokenizer, recipe, own) for example in done]
+    lengths = [len(m.kept) for m in found]
+    result = Counts(
+        rows=len(done),
+        truncated=sum(n < len(e.input_ids) for n, e in zip(lengths, done, strict=True)),
+        **{k: sum(getattr(m, k) for m in found) for k in ("dropped", "turns", "faithful", "open_turns")},
+    )
+    if not isinstance(tokenizer, Characters):
+        result.tokens, result.longest = sum(lengths), max(lengths, default=0)
+        result.supervised = sum(m.supervised for m in found)
     return result
 
 

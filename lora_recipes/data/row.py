@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -132,7 +133,7 @@ class Row:
         """Every text in it, keys of objects too, each with where it stands: `messages[1].content`."""
         return _texts(self.value, "")
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The row's content as text: two rows with the same key are exact duplicates."""
         return json.dumps(self.value, sort_keys=True, ensure_ascii=False)

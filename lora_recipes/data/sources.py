@@ -54,25 +54,23 @@ def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str
     `notes`.
     """
     path = recipe.file(source["path"])
-    named = files.matches(path, Path("/"))
-    if not path.exists() and _kind(path) not in (*ENDINGS, ".txt") and hub.is_id(source["path"]):
+    if _is_hub(source, recipe):
         yield from _hub(source, at, faults)
         return
-    if options := [k for k in ("name", "split", "revision") if k in source]:
+    if options := [k for k in ("name", "split", "revision", "streaming") if k in source]:
         found = f"{' and '.join(options)} would be ignored"
         faults.append(Ended(at, found, f"{yamlfile.shown(path)} is no data set on the hub"))
-    if path.exists() and not path.is_dir():
+    try:
+        members = _named(path)
+    except OSError as error:
+        faults.append(Ended(at, f"{yamlfile.shown(path)} cannot be read ({error.strerror})"))
+        return
+    except _Unclear as error:
+        faults.append(Ended(at, f"{yamlfile.shown(path)} {error.args[0]}", error.args[1]))
+        return
+    if members == [path]:
         yield from _file(path, at, faults)
-    elif path.is_dir() or named:
-        try:
-            members = _members(path) if path.is_dir() else named
-            _one_kind(members)
-        except OSError as error:
-            faults.append(Ended(at, f"{yamlfile.shown(path)} cannot be read ({error.strerror})"))
-            return
-        except _Unclear as error:
-            faults.append(Ended(at, f"{yamlfile.shown(path)} {error.args[0]}", error.args[1]))
-            return
+    elif members:
         notes.append(f"{len(members)} files of {source['path']}: {listed(f.name for f in members)}")
         for member in members:
             before, found_any = len(faults), False
@@ -88,6 +86,35 @@ def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str
         do = f"give a file ({FORMS}), a folder, a glob, or owner/name of a data set on the hub"
         which = source["path"] if looked else yamlfile.shown(path)
         faults.append(Ended(at, f"{which} {found}", f"{looked}; {do}" if looked else do))
+
+
+def content(source: dict[str, Any], recipe: Finds) -> str | None:
+    """What stands for all bytes of a source and for the names of its files: two sources with one content have
+    the same rows, with the same places. None where that cannot be said before they are read.
+    """
+    path = recipe.file(source["path"])
+    if _is_hub(source, recipe):
+        return _hub_content(source)
+    try:
+        found = [(yamlfile.shown(f), _no_file(f) or files.sha256(f)) for f in _named(path)]
+    except (OSError, _Unclear):
+        return None
+    return json.dumps(found)
+
+
+def _is_hub(source: dict[str, Any], recipe: Finds) -> bool:
+    path = recipe.file(source["path"])
+    return not path.exists() and _kind(path) not in (*ENDINGS, ".txt") and hub.is_id(source["path"])
+
+
+def _named(path: Path) -> list[Path]:
+    """The files that a source names: itself, those of a folder or a glob; none where nothing is there."""
+    if path.exists() and not path.is_dir():
+        return [path]
+    found = _members(path) if path.is_dir() else files.matches(path, Path("/"))
+    if found:
+        _one_kind(found)
+    return found
 
 
 def _kind(path: Path) -> str:
@@ -317,9 +344,22 @@ def _unfit(value: Any) -> Fault | None:
     return f"a {type(value).__name__}, not an object", 'write {"messages": [...]}'
 
 
+_KEY = re.compile(r'"[ \t\r\n]*:')
+
+
+def _keys(value: Any) -> int:
+    """How many keys all objects in `value` have."""
+    if isinstance(value, dict):
+        return len(value) + sum(_keys(v) for v in value.values() if isinstance(v, dict | list))
+    return sum(_keys(v) for v in value if isinstance(v, dict | list)) if isinstance(value, list) else 0
+
+
 def _parsed(line: bytes) -> dict[str, Any] | Fault:
     try:
-        value = DECODER.decode(line.decode("utf-8"))
+        text = line.decode("utf-8")
+        value = json.loads(text)
+        if len(_KEY.findall(text)) != _keys(value):  # a key may stand twice, or a text looks like one
+            value = DECODER.decode(text)
     except UnicodeDecodeError as error:
         return (
             f"not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1})",
@@ -462,26 +502,51 @@ def without_nulls(value: Any) -> Any:
 
 
 def _hub(source: dict[str, Any], at: str, faults: list[Problem]) -> Rows:
-    from datasets import config, load_dataset  # 1 s to import, and only hub data needs it
-
-    options, split = (
-        {k: v for k, v in source.items() if k in ("name", "revision")},
-        source.get("split", "train"),
-    )
-    unreachable, offline = hub.silent(), config.HF_HUB_OFFLINE
-    # Then it comes from the cache or fails, without the retries.
-    config.HF_HUB_OFFLINE = offline or bool(unreachable)
+    split, read = source.get("split", "train"), 0
     try:
-        loaded = load_dataset(source["path"], split=split, **options)
+        for value in _loaded(**source):
+            yield f"{source['path']}[{split}] row {read}", {k: without_nulls(v) for k, v in value.items()}
+            read += 1
     except Exception as error:  # every kind of network, hub and format error; its first line says which
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        unreachable = hub.silent()
         why = (
             f"the hub does not give it ({unreachable}), and it is not in the cache" if unreachable else first
         )
         do = "a local file ends in .jsonl, .json, .csv, .tsv or .parquet; a data set on the hub is owner/name"
-        faults.append(Ended(at, f"the data set {source['path']} cannot be loaded: {why}", do))
-        return
+        after = f" after row {read - 1}" if read else ""
+        faults.append(Ended(at, f"the data set {source['path']} cannot be loaded{after}: {why}", do))
+
+
+def _loaded(
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    **_: Any,
+) -> Any:
+    """A data set on the hub: as it lies in the cache of `datasets`, or as a stream."""
+    from datasets import config, load_dataset  # 1 s to import, and only hub data needs it
+
+    offline = config.HF_HUB_OFFLINE
+    # Then it comes from the cache or fails, without the retries.
+    config.HF_HUB_OFFLINE = offline or bool(hub.silent())
+    try:
+        return load_dataset(path, name, split=split, revision=revision, streaming=streaming)
     finally:
         config.HF_HUB_OFFLINE = offline
-    for number, value in enumerate(loaded):
-        yield f"{source['path']}[{split}] row {number}", {k: without_nulls(v) for k, v in value.items()}
+
+
+def _hub_content(source: dict[str, Any]) -> str | None:
+    """The bytes of its Arrow files; of a stream the commit that it comes from."""
+    try:
+        if not source.get("streaming"):
+            found = [files.sha256(Path(f["filename"])) for f in _loaded(**source).cache_files]
+            return json.dumps([source["path"], source.get("split"), found])
+        from huggingface_hub import HfApi
+
+        commit = HfApi().dataset_info(source["path"], revision=source.get("revision"), timeout=hub.SECONDS)
+        return json.dumps([source["path"], source.get("name"), source.get("split"), commit.sha])
+    except Exception:  # as in _hub, which says it
+        return None

@@ -27,8 +27,8 @@ class Characters:
         self.chat_template = chat_template
         self.named = named  # where the template is from, to be read by people
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        """The characters of `text` as `input_ids`."""
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """The characters of `text` as `input_ids`; it has no special tokens to add."""
         return {
             "input_ids": [
                 ord(piece) if len(piece) == 1 else BREAKS + len(piece) for piece in PIECE.findall(text)

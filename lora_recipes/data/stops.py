@@ -12,8 +12,8 @@ from lora_recipes.core import stops as files
 from lora_recipes.core.locate import local
 from lora_recipes.core.record import StopFacts
 from lora_recipes.data import render
-from lora_recipes.data.read import Row, Split
 from lora_recipes.data.render import IGNORED, Example
+from lora_recipes.data.row import Row
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.recipe.base import Resolved
 
@@ -83,7 +83,7 @@ def next_turn(tokenizer: Any, resolved: Resolved) -> NextTurn:
         assistant = after(ids(ask), ids(ask, add_generation_prompt=True))
     except (TemplateError, TypeError, ValueError):  # a template with demands of its own
         return NextTurn()
-    roles = _special(tokenizer) | set(own := _own(resolved))
+    roles = _special(tokenizer) | set(own := of_base(resolved))
     ends = user in roles and (user in own or user != assistant)
     if user is None or not ends or text.rpartition("Here")[2].strip():
         return NextTurn()
@@ -95,12 +95,12 @@ def next_turn(tokenizer: Any, resolved: Resolved) -> NextTurn:
     return NextTurn(user, tool if tool in roles else user)
 
 
-def closed(split: Split, done: list[Example], following: NextTurn) -> list[Example]:
-    """The rows `done` of `split`, each trained reply with the token in its labels that ends it by
+def closed(rows: list[Row], done: list[Example], following: NextTurn) -> list[Example]:
+    """The examples `done` of `rows`, each trained reply with the token in its labels that ends it by
     `following`, as TRL's own training templates of such families have it."""
     if following.reply is None:
         return done
-    return [_closed(row, example, following) for row, example in zip(split.rows, done, strict=True)]
+    return [_closed(row, example, following) for row, example in zip(rows, done, strict=True)]
 
 
 def _closed(row: Row, example: Example, following: NextTurn) -> Example:
@@ -121,28 +121,28 @@ def _closed(row: Row, example: Example, following: NextTurn) -> Example:
 
 
 def decide(
-    split: Split,
+    rows: list[Row],
     done: list[Example],
     tokenizer: Any,
     resolved: Resolved,
     following: NextTurn | None = None,
 ) -> Stops:
-    """What ends the replies of `split`, whose rows `done` are in the same order; `following`: by which they
-    were `closed`. Changes nothing.
+    """What ends the replies of `rows`, whose examples are `done`; `following`: by which they were `closed`.
+    Changes nothing.
     """
-    own = _own(resolved)
+    own = of_base(resolved)
     if isinstance(tokenizer, Characters):
-        return Stops(text=_text(split, tokenizer, resolved))
+        return Stops(text=_text(rows, tokenizer, resolved))
     eos = tokenizer.eos_token_id
     known = {i for i in (eos, *own) if i is not None}
-    if not split.rows or not split.rows[0].conversational:
+    if not rows or not rows[0].conversational:
         trained = [] if eos is None else [eos]
         return _named(trained, own, tokenizer, Stops(why="as TRL ends a text"))
     asked = resolved.recipe.train.eos_token
-    trained = _ends(split, done, tokenizer, known)
+    trained = _ends(rows, done, tokenizer, known)
     opens = following and {following.reply, following.call} & set(trained)
     why = "which opens the next turn in the chat template" if opens else "by the chat template"
-    found = Stops(why=why, text=None if trained else _text(split, tokenizer, resolved))
+    found = Stops(why=why, text=None if trained else _text(rows, tokenizer, resolved))
     # A template that writes eos_token somewhere itself would render other rows with another one.
     if trained and not asked and eos not in trained and "eos_token" not in tokenizer.chat_template:
         found = replace(found, was=tokenizer.eos_token or "none")
@@ -169,14 +169,14 @@ def _special(tokenizer: Any) -> set[int]:
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
-def _own(resolved: Resolved) -> list[int]:
+def of_base(resolved: Resolved) -> list[int]:
     """Where the base stops by its own files; nothing where they are not on this machine."""
     base = resolved.base
     folder = local(base.weights, base.revision)
     return files.of(folder) if folder else []
 
 
-def _ends(split: Split, done: list[Example], tokenizer: Any, known: set[int]) -> list[int]:
+def _ends(rows: list[Row], done: list[Example], tokenizer: Any, known: set[int]) -> list[int]:
     """The tokens that close the rows' last replies, most frequent first. Plain replies decide; what closes a
     tool call counts only where no plain reply's end does.
 
@@ -186,7 +186,7 @@ def _ends(split: Split, done: list[Example], tokenizer: Any, known: set[int]) ->
     special = _special(tokenizer) | known
     found: Counter[int] = Counter()
     calls: list[list[int]] = []
-    for row, example in list(zip(split.rows, done, strict=True))[:LOOKED]:
+    for row, example in list(zip(rows, done, strict=True))[:LOOKED]:
         if row.messages[-1]["role"] != "assistant" or not example.turns:
             continue
         turn = example.turns[-1]
@@ -204,11 +204,11 @@ def _ends(split: Split, done: list[Example], tokenizer: Any, known: set[int]) ->
     return [i for i, _ in found.most_common()]
 
 
-def _text(split: Split, tokenizer: Any, resolved: Resolved) -> str | None:
+def _text(rows: list[Row], tokenizer: Any, resolved: Resolved) -> str | None:
     """What the chat template writes after the last reply of the first row that ends with one, as text; None
     for nothing, or only blanks.
     """
-    for row in split.rows[:LOOKED]:
+    for row in rows[:LOOKED]:
         reply = row.messages[-1] if row.conversational else {}
         content = reply.get("content")
         if reply.get("role") == "assistant" and isinstance(content, str) and content.strip():

@@ -92,8 +92,8 @@ def _evaluation(
     raise_if(probes.problems(pair.tokenizer, asked))
     losses = {}
     for which, split in sets.items():
-        done = render.examples(split, pair.tokenizer, asked)
-        done = stops.closed(split, done, stops.next_turn(pair.tokenizer, resolved))
+        done = render.examples(split.rows, pair.tokenizer, asked)
+        done = stops.closed(split.rows, done, stops.next_turn(pair.tokenizer, resolved))
         examples = [render.truncated(example, asked) for example in done]
         losses[which] = _losses(pair, examples, split.sha256)
     answered = {}

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 from trl import pack_dataset
 
 from lora_recipes.data import new_tokens
 from lora_recipes.data.gate import Gate
-from lora_recipes.data.render import Example
+from lora_recipes.data.render import IGNORED
+from lora_recipes.data.rows import Rows
 from lora_recipes.memory import blocks, fake, fits, kernels, rehearsal
 from lora_recipes.memory.fits import Memory
 from lora_recipes.memory.rehearsal import Batch, Setup
@@ -67,7 +69,11 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
     size = arguments.per_device_train_batch_size
     batch = _batch(train, counted, size, arguments.packing, text, arguments)
     evaluation = None
-    if held_out and str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no":
+    if (
+        held_out is not None
+        and len(held_out)
+        and str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no"
+    ):
         packing = arguments.packing if arguments.eval_packing is None else arguments.eval_packing
         evaluation = _batch(held_out, counted, arguments.per_device_eval_batch_size, packing, text, arguments)
     if not masked:
@@ -92,7 +98,7 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
 
 
 def _batch(
-    examples: list[Example] | None,
+    examples: Rows | None,
     counted: bool,
     rows: int,
     packing: bool,
@@ -104,29 +110,39 @@ def _batch(
     """
     free = arguments.padding_free or (packing and arguments.packing_strategy in ("bfd", "bfd_split"))
     if examples is None or not counted:
-        rows = min(rows, len(examples)) if examples and not packing else rows
+        rows = min(rows, len(examples)) if examples is not None and not packing else rows
         width = arguments.max_length or config.max_position_embeddings
         return (
             Batch(1, rows * width, rows * width - 1, packed=True)
             if free
             else Batch(rows, width, rows * (width - 1), padded=rows > 1)
         )
-    data: Any = build.dataset(examples)
+    data: Any = examples.dataset
     if packing:
         data = pack_dataset(data, arguments.max_length, arguments.packing_strategy)
-    lengths = [len(ids) for ids in data["input_ids"]]
-    supervised = sum(
-        sorted((sum(label != -100 for label in labels[1:]) for labels in data["labels"]), reverse=True)[:rows]
-    )
-    longest = sorted(lengths, reverse=True)[:rows]
+    lengths, losses = _shapes(data)
+    longest = np.sort(lengths)[::-1][:rows]
+    supervised = int(np.sort(losses)[::-1][:rows].sum())
     if free:
-        return Batch(
-            1,
-            sum(longest),
-            supervised,
-            packed=len(longest) > 1 or any(len(s) > 1 for s in data[:]["seq_lengths"]),
-        )
-    return Batch(len(longest), longest[0], supervised, padded=len(longest) > 1 and min(lengths) < longest[0])
+        several = "seq_lengths" in data.column_names and any(len(s) > 1 for s in data["seq_lengths"])
+        return Batch(1, int(longest.sum()), supervised, packed=len(longest) > 1 or several)
+    padded = len(longest) > 1 and bool(lengths.min() < longest[0])
+    return Batch(len(longest), int(longest[0]), supervised, padded=padded)
+
+
+def _shapes(data: Any) -> tuple[Any, Any]:
+    """Of each row of a prepared data set its tokens, and how many labels behind the first have a loss."""
+    lengths, losses = [], []
+    for batch in data.with_format("arrow").iter(1000):
+        labels = batch["labels"].combine_chunks()
+        ends = np.cumsum(labels.value_lengths().to_numpy())
+        begins = np.concatenate([[0], ends[:-1]])
+        supervised = labels.flatten().to_numpy() != IGNORED
+        supervised[begins[begins < ends]] = False
+        sums = np.concatenate([[0], np.cumsum(supervised)])
+        lengths.append(ends - begins)
+        losses.append(sums[ends] - sums[begins])
+    return np.concatenate(lengths), np.concatenate(losses)
 
 
 class Rehearsals:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import new_tokens
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.render import Example
+from lora_recipes.data.rows import Rows
 from lora_recipes.model import (
     checkpoint,
     embeddings,
@@ -195,6 +197,9 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
     if fields.get("router_aux_loss_coef") is not None:
         # TRL hands it on to the model's config, which takes a float alone: 0 ended in a traceback there.
         fields["router_aux_loss_coef"] = float(fields["router_aux_loss_coef"])
+    if not (fields.get("packing") or fields.get("eval_packing")):
+        # They are cut and counted already: TRL would write all of them once more to find that out.
+        fields["dataset_kwargs"] = {"skip_prepare_dataset": True}
     try:
         made = SFTConfig(**fields)
     except (TypeError, ValueError, ImportError) as error:
@@ -340,11 +345,10 @@ def trainable_4bit(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def dataset(examples: list[Example]) -> Dataset:
-    """`input_ids` and `labels`: the form that SFTTrainer takes as already prepared."""
-    return Dataset.from_dict(
-        {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
-    )
+def _prepared_rows(rows: Rows, arguments: SFTConfig) -> Dataset:
+    """As SFTTrainer takes them: to be packed, or (`skip_prepare_dataset`) ready, shuffled as it would."""
+    shuffled = arguments.dataset_kwargs and arguments.shuffle_dataset
+    return rows.dataset.shuffle(seed=arguments.seed) if shuffled else rows.dataset
 
 
 def trainer(
@@ -352,8 +356,8 @@ def trainer(
     arguments: SFTConfig,
     base: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
-    train: list[Example],
-    evaluation: list[Example],
+    train: Rows,
+    evaluation: Rows | None,
     callbacks: list[TrainerCallback],
     total_step: int | None = None,
 ) -> tuple[SFTTrainer, Start]:
@@ -370,8 +374,8 @@ def trainer(
         made = SFTTrainer(
             model=base,
             args=arguments,
-            train_dataset=dataset(train),
-            eval_dataset=dataset(evaluation) if evaluation else None,
+            train_dataset=_prepared_rows(train, arguments),
+            eval_dataset=_prepared_rows(evaluation, arguments) if evaluation else None,
             processing_class=processing_class,
             peft_config=config,
             optimizer_cls_and_kwargs=rates.factory(recipe, arguments),
@@ -394,7 +398,11 @@ def trainer(
 
 
 def _prepared(
-    recipe: Recipe, base: PreTrainedModel, config: PeftConfig | None, new: list[int], rows: list[Example]
+    recipe: Recipe,
+    base: PreTrainedModel,
+    config: PeftConfig | None,
+    new: list[int],
+    rows: Sequence[Example],
 ) -> PeftConfig | None:
     """`config` as the trainer gets it; and what is done to `base` before: freezing, the `new` tokens' rows,
     CorDA's look at the data.

@@ -8,7 +8,7 @@ path_initial_model_for_weight_conversion).
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Start:
             model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def batches(rows: list[Example], device: torch.device, size: int) -> list[dict[str, torch.Tensor]]:
+def batches(rows: Sequence[Example], device: torch.device, size: int) -> list[dict[str, torch.Tensor]]:
     """The first rows, `size` at once, padded on the right, as a model takes them."""
     found = []
     for i in range(0, min(len(rows), ROWS), size):
@@ -98,7 +98,7 @@ def batches(rows: list[Example], device: torch.device, size: int) -> list[dict[s
     return found
 
 
-def before(base: PreTrainedModel, config: Any, recipe: Recipe, rows: list[Example]) -> None:
+def before(base: PreTrainedModel, config: Any, recipe: Recipe, rows: Sequence[Example]) -> None:
     """CorDA looks at the base itself, before it carries an adapter: the covariance of each module's inputs
     over the training data.
     """
@@ -114,7 +114,7 @@ def before(base: PreTrainedModel, config: Any, recipe: Recipe, rows: list[Exampl
     preprocess_corda(base, config, run_model)
 
 
-def begin(model: Any, resolved: Resolved, rows: list[Example]) -> dict[str, float] | None:
+def begin(model: Any, resolved: Resolved, rows: Sequence[Example]) -> dict[str, float] | None:
     """Set A and B of the trainer's own PEFT model `model` where its constructor was not enough. Returns the
     errors of a warm start.
     """

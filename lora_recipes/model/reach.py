@@ -2,16 +2,17 @@
 table of positions, the first step fails; beyond what RoPE was trained for, training goes on without a word.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_recipes.core.errors import Problem, listed, raise_if
 from lora_recipes.data.gate import Gate
-from lora_recipes.data.render import truncated
+from lora_recipes.data.rows import Rows
 from lora_recipes.recipe.recipe import Recipe
 
 
@@ -23,32 +24,34 @@ def check(model: PreTrainedModel, new: list[int], gate: Gate, recipe: Recipe) ->
     """
     if gate.counts.tokens is None:
         return []
-    rows = [_Row(e.where, truncated(e, recipe)[0]) for e in (*gate.train, *gate.evaluation)]
+    splits = (gate.train, gate.evaluation)
     embedding: Any = model.get_input_embeddings()
     vocabulary = max(embedding.num_embeddings, *(i + 1 for i in new), 0)
-    raise_if(_tokens(vocabulary, rows, gate, recipe) + _learned(model, rows, gate, recipe))
-    return [*_unused(vocabulary, gate), *_rotary(model, rows, gate, recipe)]
+    raise_if(_tokens(vocabulary, splits, gate, recipe) + _learned(model, splits, gate, recipe))
+    return [*_unused(vocabulary, gate), *_rotary(model, splits, gate, recipe)]
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A row as it is trained, cut at train.max_length."""
+def _longer(splits: Sequence[Rows], limit: int) -> tuple[int, str, int]:
+    """How many rows have more than `limit` tokens as trained, where the first is, how long the longest."""
+    found = [(rows, np.flatnonzero(rows.lengths > limit)) for rows in splits]
+    first = next((rows.where(beyond[0]) for rows, beyond in found if len(beyond)), "")
+    longest = max(int(rows.lengths.max(initial=0)) for rows in splits)
+    return sum(len(beyond) for _, beyond in found), first, longest
 
-    where: str
-    ids: list[int]
 
-
-def _tokens(vocabulary: int, rows: list[_Row], gate: Gate, recipe: Recipe) -> list[Problem]:
+def _tokens(vocabulary: int, splits: Sequence[Rows], gate: Gate, recipe: Recipe) -> list[Problem]:
     """Tokens beyond the embedding: in a row, or put there by training and generation themselves."""
     where = recipe.at("model", "tokenizer" if recipe.model.tokenizer else "name_or_path")
     do = "use the base's own tokenizer, or add the tokens by model.new_tokens, which trains rows for them"
     beyond = f"the base's embedding has {vocabulary:,} rows"
-    if having := [row for row in rows if max(row.ids, default=0) >= vocabulary]:
-        token = next(i for i in having[0].ids if i >= vocabulary)
+    having = [(rows, int(i)) for rows in splits for i in np.flatnonzero(rows.last >= vocabulary)]
+    if having:
+        rows, i = having[0]
+        token = next(t for t in rows[i].input_ids if t >= vocabulary)
         name = gate.tokenizer.convert_ids_to_tokens(token)
         more = f" ({len(having):,} rows have such tokens)" if len(having) > 1 else ""
         found = f"its token {name!r} is number {token:,}: {beyond}{more}"
-        return [Problem(having[0].where, found, f"{where}: {do}")]
+        return [Problem(rows.where(i), found, f"{where}: {do}")]
     special = {n: getattr(gate.tokenizer, n, None) for n in ("eos_token", "pad_token", "bos_token")}
     return [
         Problem(where, f"the tokenizer's {n} {token!r} is number {number:,}: {beyond}", do)
@@ -74,10 +77,10 @@ def _block(gate: Gate, recipe: Recipe) -> int | None:
     are kept apart."""
     if not (recipe.train.packing and recipe.train.packing_strategy == "wrapped"):
         return None
-    return min(recipe.train.max_length or 0, sum(len(e.input_ids) for e in gate.train))
+    return min(recipe.train.max_length or 0, int(gate.train.lengths.sum()))
 
 
-def _learned(model: PreTrainedModel, rows: list[_Row], gate: Gate, recipe: Recipe) -> list[Problem]:
+def _learned(model: PreTrainedModel, splits: Sequence[Rows], gate: Gate, recipe: Recipe) -> list[Problem]:
     if (limit := _table(model)) is None:
         return []
     where, virtual = recipe.at("train", "max_length"), (recipe.peft and recipe.peft.num_virtual_tokens) or 0
@@ -86,30 +89,31 @@ def _learned(model: PreTrainedModel, rows: list[_Row], gate: Gate, recipe: Recip
             f"blocks of {block:,} tokens (packing_strategy: wrapped), and the base has {limit:,} positions"
         )
         return [Problem(where, found, f"set train.max_length={limit}")] if block > limit else []
-    too_long = [row for row in rows if len(row.ids) + virtual > limit]
-    if not too_long:
+    count, first, longest = _longer(splits, limit - virtual)
+    if not count:
         return []
     extra = f" and {virtual} virtual ones" if virtual else ""
     found = (
-        f"{len(too_long):,} rows have more tokens than the base has positions ({limit:,}, a table): first"
-        f" {too_long[0].where}, longest {max(len(row.ids) for row in too_long):,} tokens{extra}"
+        f"{count:,} rows have more tokens than the base has positions ({limit:,}, a table): first"
+        f" {first}, longest {longest:,} tokens{extra}"
     )
     do = f"set train.max_length={limit - virtual} to cut them, or shorten the rows"
     return [Problem(where, found, do)]
 
 
-def _rotary(model: PreTrainedModel, rows: list[_Row], gate: Gate, recipe: Recipe) -> list[str]:
+def _rotary(model: PreTrainedModel, splits: Sequence[Rows], gate: Gate, recipe: Recipe) -> list[str]:
     limit = positions(model.config.get_text_config())
     if limit is None or _table(model) is not None:
         return []
-    block = _block(gate, recipe)
-    beyond = [n for n in ([block] if block else [len(row.ids) for row in rows]) if n > limit]
-    if not beyond:
+    count, _, longest = _longer(splits, limit)
+    what = "rows"
+    if block := _block(gate, recipe):
+        count, longest, what = int(block > limit), block, "blocks"
+    if not count:
         return []
-    what = "blocks" if block else "rows"
     return [
-        f"{len(beyond):,} {what} are longer than the {limit:,} positions that the base"
-        f" was made for (max_position_embeddings; longest {max(beyond):,}): it goes on, and answers worse"
+        f"{count:,} {what} are longer than the {limit:,} positions that the base"
+        f" was made for (max_position_embeddings; longest {longest:,}): it goes on, and answers worse"
         f" beyond them; set train.max_length={limit}, or rope_scaling in the base's config.json"
     ]
 

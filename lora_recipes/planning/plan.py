@@ -113,12 +113,13 @@ def make(
     layout: Layout = SINGLE,
     network: bool = False,
     rows: Callable[[Resolved, bool], Gate] = gate.pass_through,
+    sample: int | None = None,
 ) -> Plan:
     """The plan of a recipe on the processes of `layout`. RecipeError lists all that is wrong with its
     targets, its data and its numbers.
 
     `network`: may the tokenizer be fetched? Training does; a plan only looks in the cache. `rows`: what gives
-    the tokenised data.
+    the tokenised data. `sample`: look at the first rows of each source alone.
     """
     recipe = resolved.recipe
     raise_if(rules.of_layout(recipe, layout))
@@ -132,7 +133,12 @@ def make(
     if trained.beside and config and not config.is_prompt_learning:
         raise_if(checkpoint.unnamed(resolved.base, targets.matched(model, config)))
     raise_if(twin.problems(model, config, recipe, resolved.base))
-    plan = Plan(rows(resolved, network), layout)
+    plan = Plan(gate.pass_through(resolved, network, sample) if sample else rows(resolved, network), layout)
+    if sample:
+        plan.warnings.append(
+            f"the first {sample:,} rows of each source alone were looked at: counts, steps and memory are of"
+            " those, and faults of later rows are not seen"
+        )
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))
     new = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
@@ -276,7 +282,7 @@ def _model(
     indices = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
     embeddings.grow(model, indices)
     plan.warnings += (
-        new_tokens.unseen(plan.gate.train, indices, recipe) if plan.gate.counts.tokens is not None else []
+        new_tokens.unseen(plan.gate.unseen, indices, recipe) if plan.gate.counts.tokens is not None else []
     )
     words, why = build.precision(recipe)
     compute = next((k for k, on in words.items() if on), "float32")
@@ -368,9 +374,7 @@ def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int) -> No
         if plan.gate.counts.tokens is None:
             plan.say("steps", "not counted: packing needs the tokens")
             return
-        packed = pack_dataset(
-            build.dataset(plan.gate.train), arguments.max_length or 0, arguments.packing_strategy
-        )
+        packed = pack_dataset(plan.gate.train.dataset, arguments.max_length or 0, arguments.packing_strategy)
         plan.say(
             "packing",
             f"{rows:,} rows into {len(packed):,} of up to {arguments.max_length} tokens"

@@ -160,8 +160,61 @@ def _evaluates(recipe: Recipe) -> bool:
     return recipe.train.eval_strategy != "no"
 
 
+def _sources(given: Any) -> list[dict[str, Any]]:
+    """The sources of data.train, data.eval or data.kept that are more than a path."""
+    return [s for s in given if isinstance(s, dict)] if isinstance(given, list) else []
+
+
+def _shares(recipe: Recipe, facts: Facts) -> Words | None:
+    """Shares that are no shares of a whole: said of data.train."""
+    sources = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
+    given = [s for s in sources if isinstance(s, dict) and "share" in s]
+    if not given:
+        return None
+    total = sum(s["share"] for s in given)
+    if len(given) < len(sources):
+        return {"what": f"{len(given)} of {len(sources)} sources have a share"}
+    if any("weight" in s for s in given):
+        return {"what": "a source has both share and weight"}
+    return None if abs(total - 1) < 1e-6 else {"what": f"the shares add up to {total:g}"}
+
+
 _EVALUATION = ("data", "train", "early_stopping")
 _FIRST = [
+    Rule(
+        "data.train",
+        "shares that are no shares of a whole",
+        "{what}",
+        "give each source a share, without a weight; together they are 1",
+        _shares,
+        early=True,
+        sections=("data",),
+    ),
+    Rule(
+        "data.{which}",
+        "a share of held-out rows",
+        "held-out rows are not mixed by shares",
+        "share is for data.train",
+        lambda r, f: next(
+            (
+                {"which": which}
+                for which in ("eval", "kept")
+                if any("share" in s for s in _sources(getattr(r.data, which)))
+            ),
+            None,
+        ),
+        early=True,
+        sections=("data",),
+    ),
+    Rule(
+        "data.mix",
+        "no shares",
+        "no source has a share",
+        "give each source of data.train one, or remove data.mix",
+        lambda r, f: "mix" in r.data.given and not any("share" in s for s in _sources(r.data.train)),
+        early=True,
+        sections=("data",),
+    ),
     Rule(
         "{last}",
         "another method section, or none",
@@ -1524,8 +1577,7 @@ def _scaled(recipe: Recipe, facts: Facts) -> Words | None:
 
 
 def _weighed(recipe: Recipe, facts: Facts) -> Words | None:
-    sources = recipe.data.train if isinstance(recipe.data.train, list) else []
-    weights = [s["weight"] for s in sources if isinstance(s, dict) and "weight" in s]
+    weights = [s["weight"] for s in _sources(recipe.data.train) if "weight" in s]
     far = [w for w in weights if not 0.001 <= w <= 10]
     return {"weight": far[0]} if far else None
 

@@ -142,10 +142,20 @@ _SOURCE = _object(
         "name": _TEXT | {"description": "the hub data set's configuration (as in datasets.load_dataset)"},
         "split": _TEXT | {"description": "of the hub data set (default: train)"},
         "revision": _TEXT | {"description": "branch, tag or commit of the hub data set (default: main)"},
+        "streaming": {
+            "type": "boolean",
+            "description": "read the hub data set row by row, without keeping it (default: false)",
+        },
         "weight": {
             "type": "number",
             "exclusiveMinimum": 0,
-            "description": "share of the rows to take; 2 takes each twice (default: 1)",
+            "description": "how often an epoch takes each row: 2 twice, 0.5 half of the rows (default: 1)",
+        },
+        "share": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "exclusiveMaximum": 1,
+            "description": "of the whole, in place of weight: all sources have one, and they add up to 1",
         },
         "format": _FORMAT | {"description": "the form of this source's rows (default: data.format)"},
         "columns": _COLUMNS | {"description": "this source's names, beside those of data.columns"},
@@ -243,6 +253,11 @@ OURS: dict[str, dict[str, Any]] = {
                 "enum": ["conversation", "assistant_turn"],
                 "default": "conversation",
                 "description": "assistant_turn: one row for each assistant turn, its history as the prompt",
+            },
+            "mix": {
+                "enum": ["rows", "tokens"],
+                "default": "rows",
+                "description": "what the shares of the sources are shares of",
             },
             "chat_template_kwargs": {
                 "type": "object",

@@ -26,7 +26,9 @@ class Source(TypedDict, total=False):
     name: str
     split: str
     revision: str
+    streaming: bool
     weight: float
+    share: float
     format: str
     columns: dict[str, str]
 
@@ -66,6 +68,7 @@ class Data(Section):
     format: Literal["messages", "sharegpt", "alpaca", "completion", "text"] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     rows: Literal["conversation", "assistant_turn"] = "conversation"
+    mix: Literal["rows", "tokens"] = "rows"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     permit: list[Literal["control_characters", "control_tokens"]] = field(default_factory=list)
     limits: dict[str, Any] = field(default_factory=dict)

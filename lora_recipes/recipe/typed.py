@@ -33,7 +33,9 @@ class Source(TypedDict, total=False):
     name: str
     split: str
     revision: str
+    streaming: bool
     weight: float
+    share: float
     format: str
     columns: dict[str, str]
 
@@ -47,7 +49,11 @@ class Probe(TypedDict):
 
 '''
 SIMPLE = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
-NAMED = {frozenset({"path", "name", "split", "revision", "weight", "format", "columns"}): "Source"}
+NAMED = {
+    frozenset(
+        {"path", "name", "split", "revision", "streaming", "weight", "share", "format", "columns"}
+    ): "Source"
+}
 NAMED |= {frozenset({"prompt", "answer"}): "Probe"}
 MOST = 8  # words in a Literal; longer lists (optimizers, schedules) are texts
 

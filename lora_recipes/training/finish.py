@@ -134,13 +134,11 @@ def _learned(recipe: Recipe, wrong: list[str]) -> None:
 
 
 def _provenance(session: Session) -> Provenance:
-    splits = session.plan.gate.splits
-    model, rows = (
-        session.trainer.accelerator.unwrap_model(session.trainer.model),
-        splits["eval"].rows or splits["train"].rows,
-    )
+    gate = session.plan.gate
+    model = session.trainer.accelerator.unwrap_model(session.trainer.model)
+    rows = gate.evaluation.told.head or gate.train.told.head
     whole = not session.plan.layout.sharded
-    return answers.provenance(model, session.start, session.plan.gate, session.resolved, rows, whole)
+    return answers.provenance(model, session.start, gate, session.resolved, rows, whole)
 
 
 def worse(logs: list[dict[str, Any]], recipe: Recipe) -> list[str]:

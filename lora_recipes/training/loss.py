@@ -6,6 +6,7 @@ add_fused_lm_head); what a class does to its logits besides is read from a few n
 asks a small twin of the class (model/twin.py); here the base is asked, with its adapter, on a row of the run.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ STEPS = 1  # of the logits' dtype / sqrt(n) in the mean of n tokens: 3.5 deviati
 
 
 @torch.no_grad()
-def check(trainer: Any, rows: list[Example], resolved: Resolved) -> LossCheck | None:
+def check(trainer: Any, rows: Sequence[Example], resolved: Resolved) -> LossCheck | None:
     """TRL's loss of a row of `rows` against the cross entropy of the model's own logits for it, in eval mode;
     None where none of the first 50 has a trained token. RecipeError when they differ, or when a later token
     changes the logits of earlier ones. Changes nothing.

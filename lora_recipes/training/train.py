@@ -236,7 +236,7 @@ def resume_facts(
     """
     return ResumeFacts(
         train_data_sha256=plan.facts.data.train.sha256,
-        tokens_sha256=watch.sha256(plan.gate.train),
+        tokens_sha256=plan.gate.train.tokens_sha256,
         chat_template_sha256=watch.sha256(plan.gate.tokenizer.chat_template),
         base_weights=answers.fingerprint(resolved.base, before.resume_facts.base_weights if before else None),
         base_revision=getattr(real, "_commit_hash", None),

@@ -137,10 +137,11 @@ def beyond(planned: Memory, resolved: Resolved, gate: Gate, layout: Layout) -> l
     if unplanned or layout.kind not in (ONE, DDP) or planned.peak_bytes <= BEYOND * room:
         return []
     recipe, evaluates = resolved.recipe, "evaluation" in planned.at
-    longest = max(gate.evaluation if evaluates else gate.train, key=lambda e: len(e.input_ids))
+    rows = gate.evaluation if evaluates else gate.train
+    longest = int(rows.lengths.argmax())
     found = (
         f"{gib(planned.peak_bytes)} GiB are planned, at {planned.at}; {device} has {gib(room)} GiB; the"
-        f" longest row is {longest.where} with {len(longest.input_ids):,} tokens, train.max_length is"
+        f" longest row is {rows.where(longest)} with {rows.length[longest]:,} tokens, train.max_length is"
         f" {recipe.train.max_length if recipe.train.max_length is not None else 'null'}"
     )
     size = "train.per_device_eval_batch_size" if evaluates else "train.per_device_train_batch_size"

@@ -20,7 +20,6 @@ from lora_recipes.core.checkpoints import fault, seal
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import RunFolder, logged
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.data.render import Example
 from lora_recipes.planning import trackers
 from lora_recipes.recipe.recipe import Recipe
 from lora_recipes.training.resume import left
@@ -178,9 +177,7 @@ def explained(error: Exception, recipe: Recipe, folder: RunFolder, step: int) ->
 
 
 def sha256(value: Any) -> str:
-    """Hash of tokens and labels (a list of Example), or of anything JSON can hold."""
-    if isinstance(value, list) and value and isinstance(value[0], Example):
-        value = [(e.input_ids, e.labels) for e in value]
+    """Hash of anything JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 

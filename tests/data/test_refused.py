@@ -8,6 +8,7 @@ import socket
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lora_recipes.core.errors import RecipeError
@@ -62,7 +63,7 @@ def shown(made, which="train"):
 def test_a_turn_that_is_not_to_be_trained_stays_in_the_history_alone(name, passed):
     made = passed(name, data__rows="assistant_turn")
     rows = shown(made)
-    assert len(rows) == len(made.splits["train"].rows) == 5
+    assert len(rows) == len(made.train.told.head) == 5
     assert all("WRONG" not in trained for _, trained in rows)
     assert any("WRONG" in whole for whole, _ in rows), "it is still what came before"
     said = refused(passed, name, data__rows="conversation")
@@ -127,7 +128,7 @@ def test_a_field_that_says_what_is_trained_is_refused_where_it_has_no_effect(fie
 def test_a_system_field_is_the_system_turn_and_refused_in_texts(passed):
     made = passed("system_field")
     assert shown(made)[0][0].startswith("<|im_start|>system\nYou are a pirate.<|im_end|>")
-    assert "train: the system column of 6 rows is their system turn" in made.splits["train"].notes
+    assert "train: the system column of 6 rows is their system turn" in made.train.told.notes
     text = {"prompt": "Hi", "completion": " there", "system": "You are a pirate."}
     assert "system would not be trained on" in refused(passed, "qwen_base_eos", [text])
 
@@ -156,11 +157,11 @@ def test_preference_data_is_called_by_its_name(row, passed):
 
 def test_ultrachats_prompt_is_its_first_message_and_another_prompt_is_refused(passed):
     made = passed("ultrachat")
-    assert len(made.train) == 6 and made.splits["train"].rows[0].format == "messages"
+    assert len(made.train) == 6 and made.train.told.head[0].format == "messages"
     assert shown(made)[0][0].count("Where is the cat?") == 1
     other = {"prompt": "Something else", "messages": [USER, REPLY]}
     assert "both messages and prompt/completion" in refused(passed, "qwen_base_eos", [other])
-    assert passed("qwen_base_eos", [other], data__format="messages").splits["train"].notes == [
+    assert passed("qwen_base_eos", [other], data__format="messages").train.told.notes == [
         "train: fields not used for training: prompt"
     ]
 
@@ -179,13 +180,13 @@ def test_what_a_trained_reply_says_besides_content_is_rendered_or_refused(passed
     found = refused(passed, "system_field", [row], **chosen)
     assert "given.jsonl:1: the chat template leaves out reasoning_content (message 2 of the row)" in found
     history = {"prompt": [*row["messages"], USER], "completion": [MORE]}
-    (note,) = passed("system_field", [history], **chosen).splits["train"].notes
+    (note,) = passed("system_field", [history], **chosen).train.told.notes
     assert note == "train: the chat template does not read reasoning_content of 1 assistant turn"
 
 
 def test_keys_of_messages_that_the_template_does_not_read_are_noted_with_their_count(passed):
     rows = [{"messages": [USER | {"name": "Ann", "id": i}, REPLY | {"name": None}]} for i in range(3)]
-    (note,) = passed("qwen_base_eos", rows).splits["train"].notes
+    (note,) = passed("qwen_base_eos", rows).train.told.notes
     assert note == "train: the chat template does not read name of 3 user turns, id of 3 user turns"
 
 
@@ -224,7 +225,7 @@ def test_calls_and_turns_that_the_template_drops_are_named(passed):
         "{% endfor %}"
     )
     with pytest.raises(RecipeError, match=r"leaves out the system turn \(message 1"):
-        render.examples(read.Split([Row("x:1", rows[0])]), made, recipes.load("tiny_facts"))
+        render.examples([Row("x:1", rows[0])], made, recipes.load("tiny_facts"))
 
 
 def test_an_argument_of_a_row_that_the_template_does_not_read_is_named(passed):
@@ -374,7 +375,8 @@ def test_a_base_without_a_tokenizer_is_named_before_rows_are_empty(passed, bases
 def test_the_same_content_is_found_however_it_is_written(other):
     train, held = read.Split([Row("t:1", PAIR)]), read.Split([Row("e:1", other)])
     assert [row.where for row in read.in_both(train, held)] == ["e:1"]
-    assert [row.where for row in read.Split([*train.rows, *held.rows]).duplicates] == ["e:1"]
+    digests = np.array([overlap.digest(overlap.plain(row)) for row in (*train.rows, *held.rows)])
+    assert overlap.repeated(digests, ["t:1", "e:1"]).tolist() == [False, True]
 
 
 def test_train_in_eval_counts_pairs_against_messages(passed):
@@ -392,7 +394,7 @@ def test_a_row_with_a_word_changed_is_nearly_the_same_and_is_warned_of_or_stops(
     )
     rows = [{"text": t} for t in (LONG, "Two letters came today.")]
     held = [Row("e:1", {"text": changed}), Row("e:2", {"text": other})]
-    assert [(a.where, b.where) for a, b in overlap.near([Row("t:1", rows[0])], held)] == [("e:1", "t:1")]
+    assert [row.where for row in overlap.near([Row("t:1", rows[0])], held)] == ["e:1"]
     made = passed("eval_never", rows, [{"text": changed}, {"text": other}])
     assert any(
         "50.0 % of the eval rows nearly stand in train" in w and "held.jsonl:1" in w for w in made.warnings

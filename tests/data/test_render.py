@@ -17,7 +17,6 @@ from lora_recipes.data import read as data
 from lora_recipes.data import render
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.stand_in import Characters
-from lora_recipes.model import build
 from lora_recipes.recipe import contract
 from lora_recipes.recipe import load as recipes
 
@@ -143,7 +142,7 @@ def rendered(chosen, tokenizer):
     """The examples of a recipe's training rows, as the plan makes them."""
     split = data.read(chosen, "train")
     split = data.by_assistant_turn(split) if chosen.data.rows == "assistant_turn" else split
-    return render.examples(split, tokenizer, chosen)
+    return render.examples(split.rows, tokenizer, chosen)
 
 
 def kept(chosen, tokenizer):
@@ -247,7 +246,9 @@ def test_rows_that_are_packed_whole_are_cut_by_bfd_alone(make, made):
     for strategy in ("bfd", "bfd_split", "wrapped"):
         chosen = make(MESSAGES, packing=True, packing_strategy=strategy, max_length=30)
         done = rendered(chosen, made)
-        packed = pack_dataset(build.dataset(done), 30, strategy)
+        packed = pack_dataset(
+            Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in done]), 30, strategy
+        )
         tokens = sum(map(len, packed["input_ids"]))
         assert render.counts(done, made, chosen).tokens == tokens
         assert (tokens < sum(len(e.input_ids) for e in done)) == (strategy == "bfd")
@@ -561,5 +562,5 @@ def test_a_chat_template_is_found_by_name_or_file_and_else_the_nearest_is_named(
 
 def test_an_empty_split_renders_to_nothing(make, made):
     chosen = make(MESSAGES)
-    assert render.examples(data.read(chosen, "eval"), made, chosen) == []
+    assert render.examples(data.read(chosen, "eval").rows, made, chosen) == []
     assert render.counts([], made, chosen).share("truncated") == 0

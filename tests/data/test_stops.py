@@ -224,7 +224,7 @@ def test_where_the_next_role_s_token_ends_a_reply_it_is_trained_and_stopped_at(
     others = ["<|endoftext|>", "<|observation|>"] if listed else ["<|endoftext|>"]
     assert (facts.trained, facts.stops, facts.text) == (["<|user|>"], ["<|user|>", *others], None)
     assert said(found, resolved).startswith("labels <|user|> (which opens the next turn in the chat template")
-    for row, example in zip(found.splits["train"].rows, found.train, strict=True):
+    for row, example in zip(found.train.told.head, found.train, strict=True):
         rendered = tok.apply_chat_template(row.messages, return_dict=True)["input_ids"]
         going_on = tok.apply_chat_template([*row.messages, ASK], return_dict=True)["input_ids"]
         assert example.input_ids[:-1] == rendered, "what the template renders"

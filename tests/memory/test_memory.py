@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -35,6 +36,11 @@ def outputs(trained, tmp_path_factory) -> Path:
     for name in ("tiny_base", "tiny_qwen35_style"):
         build.random_base(resolve(recipes.load(name), folder))
     return folder
+
+
+def longest(rows, count):
+    """The `count` longest rows of a split."""
+    return rows.part(np.argsort(-rows.lengths, kind="stable")[:count])
 
 
 def trainer_of(recipe, outputs, rows):
@@ -101,9 +107,7 @@ def test_the_planned_peak_is_that_of_a_real_run_within_one_percent(words, output
         )
     rows = gate.pass_through(resolve(recipe, outputs), False)
     size = 8 if recipe.train.packing else recipe.train.per_device_train_batch_size
-    rows.train = sorted(rows.train, key=lambda example: -len(example.input_ids))[
-        :size
-    ]  # so that the largest batch is one of the two
+    rows.train = longest(rows.train, size)  # so that the largest batch is one of the two
     planned = memory.rehearsed(memory.of_recipe(resolve(recipe, outputs), rows, cuda=False))
     assert planned.peak_bytes == pytest.approx(tracked(recipe, outputs, rows), rel=0.01)
     assert planned.trainable == sum(
@@ -118,7 +122,7 @@ def test_the_planned_peak_of_a_real_model_is_that_of_a_real_run(smollm2, kind):
     words = ["train.save_strategy='no'", "train.gradient_accumulation_steps=1", "train.max_steps=2"]
     resolved = smollm2.resolved(kind, *words)
     rows = gate.pass_through(resolved, False)
-    rows.train = sorted(rows.train, key=lambda example: -len(example.input_ids))[:1]
+    rows.train = longest(rows.train, 1)
     planned = memory.rehearsed(memory.of_recipe(resolved, rows, cuda=False))
     assert planned.peak_bytes == pytest.approx(tracked(resolved.recipe, resolved.outputs, rows), rel=0.03)
 
@@ -155,9 +159,7 @@ def test_the_planned_peak_of_another_method_is_that_of_a_real_run(name, outputs)
     changed = {key: kept.get(key, {}) | section for key, section in SECTIONS[name].items()}
     recipe = replace(recipe, sections=kept | changed)
     rows = gate.pass_through(resolve(recipe, outputs), False)
-    rows.train = sorted(rows.train, key=lambda example: -len(example.input_ids))[
-        : recipe.train.per_device_train_batch_size
-    ]
+    rows.train = longest(rows.train, recipe.train.per_device_train_batch_size)
     planned = memory.rehearsed(memory.of_recipe(resolve(recipe, outputs), rows, cuda=False))
     assert planned.peak_bytes == pytest.approx(tracked(recipe, outputs, rows), rel=0.02)
 

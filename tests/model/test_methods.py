@@ -275,7 +275,7 @@ def rates_in_a_run(trained):
         arguments = build.sft_config(recipe, RunFolder(path.parent / "rates"))
         base = build.model(resolve(recipe, trained))
         resolved, rows = resolve(recipe, trained), made.gate
-        trainer, _ = build.trainer(resolved, arguments, base, rows.tokenizer, rows.train, [], [seen])
+        trainer, _ = build.trainer(resolved, arguments, base, rows.tokenizer, rows.train, None, [seen])
         trainer.train()
         return seen.found, made
 
@@ -407,7 +407,7 @@ def built(trained, path):
     resolved = resolve(recipes.load(str(path)), trained)
     rows = plan.make(resolved, network=True).gate
     arguments = build.sft_config(resolved.recipe, RunFolder(path.parent / "built"))
-    return build.trainer(resolved, arguments, build.model(resolved), rows.tokenizer, rows.train, [], [])
+    return build.trainer(resolved, arguments, build.model(resolved), rows.tokenizer, rows.train, None, [])
 
 
 def delta(module):

@@ -62,7 +62,7 @@ def test_the_adapter_trains_in_float32_unless_asked_otherwise(trained, tmp_path,
     recipe = recipes.load("tiny_facts", ["model.quantize=nf4", *asked])
     rows = gate.pass_through(resolve(recipe, trained), False)
     arguments, base = build.sft_config(recipe, RunFolder(tmp_path)), build.model(resolve(recipe, trained))
-    made, _ = build.trainer(resolve(recipe, trained), arguments, base, rows.tokenizer, rows.train, [], [])
+    made, _ = build.trainer(resolve(recipe, trained), arguments, base, rows.tokenizer, rows.train, None, [])
     assert {p.dtype for p in there(made.model).parameters() if p.requires_grad} == {dtype}
 
 

@@ -230,7 +230,7 @@ def total_step_is_given(trained, recipe):
 
 
 def the_trainer_gets_tokens(trained, recipe):
-    return set(build.dataset(gate.pass_through(resolve(recipe, trained), False).train).column_names) == {
+    return set(gate.pass_through(resolve(recipe, trained), False).train.dataset.column_names) == {
         "input_ids",
         "labels",
     }

@@ -205,7 +205,7 @@ def trainer(case, tmp_path):
         resolved = resolve(recipe, tmp_path / "out")
         rows = gate.pass_through(resolved, network=False)
         arguments, base = build.sft_config(recipe, resolved.folder), build.model(resolved)
-        made, _ = build.trainer(resolved, arguments, base, rows.tokenizer, rows.train, [], [], 1)
+        made, _ = build.trainer(resolved, arguments, base, rows.tokenizer, rows.train, None, [], 1)
         return made, recipe
 
     return make

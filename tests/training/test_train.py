@@ -297,7 +297,7 @@ def test_a_trainable_share_of_0_or_100_percent_stops(trained, trainable, said):
         build.model(resolve(recipe, trained)),
         plan.gate.tokenizer,
         plan.gate.train,
-        [],
+        None,
         [],
     )
     there(trainer.model).requires_grad_(trainable)

@@ -1,0 +1,126 @@
+"""Checked rows that are kept: a folder for each content, so that the same rows are not read twice. A changed
+row, tokenizer, template or setting, or another version of this code, is another content.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import config
+
+from lora_recipes.core import files, lock
+from lora_recipes.core.errors import RecipeError
+from lora_recipes.data import sources, stops
+from lora_recipes.data.stand_in import Characters
+from lora_recipes.recipe.base import Resolved
+
+LIBRARIES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers", "trl")
+# Keys of train: that decide what a row is made into.
+DECIDES = (
+    "assistant_only_loss",
+    "completion_only_loss",
+    "dataset_text_field",
+    "eos_token",
+    "max_length",
+    "packing",
+    "packing_strategy",
+    "pad_token",
+    "truncation_mode",
+)
+FACTS = "facts.json"  # written last: a folder without it is not whole
+
+
+def place() -> Path:
+    """Where rows are kept: beside what `datasets` keeps (HF_DATASETS_CACHE, HF_HOME)."""
+    return Path(config.HF_DATASETS_CACHE) / "lora_recipes"
+
+
+def key(resolved: Resolved, tokenizer: Any, sample: int | None) -> str | None:
+    """What decides the rows, as one hash; None where a source has no content that can be named (a stream of
+    the hub without its commit).
+    """
+    recipe = resolved.recipe
+    given = {which: getattr(recipe.data, which) for which in ("train", "eval")}
+    content = {which: _sources(entries, resolved) for which, entries in given.items()}
+    if any(None in found for found in content.values()):
+        return None
+    here = Path(__file__).parent
+    code = [files.sha256(file) for file in sorted(here.glob("*.py"))]
+    train = {name: getattr(recipe.train, name) for name in DECIDES}
+    data = {k: v for k, v in recipe.sections["data"].items() if k not in ("limits", "kept")}
+    what: list[Any] = [content, code, {name: version(name) for name in LIBRARIES}, train, data, sample]
+    what += [recipe.model.new_tokens, _tokenizer(tokenizer), stops.of_base(resolved)]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _sources(given: Any, resolved: Resolved) -> list[str | None]:
+    entries = [given] if isinstance(given, str) else given or []
+    return [sources.content({"path": e} if isinstance(e, str) else e, resolved.recipe) for e in entries]
+
+
+def _tokenizer(tokenizer: Any) -> list[Any]:
+    if isinstance(tokenizer, Characters):
+        return [tokenizer.chat_template]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    files_of = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    whole = hashlib.sha256(files_of.encode()).hexdigest()
+    return [type(tokenizer).__name__, whole, tokenizer.special_tokens_map, tokenizer.chat_template]
+
+
+def whole(folder: Path) -> dict[str, Any] | None:
+    """What facts.json says of a kept folder; None where the folder is not there, or not as it was written."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        same = bool(facts["files"]) and all(
+            (folder / name).stat().st_size == size for name, size in facts["files"].items()
+        )
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return facts if same else None
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files below `folder`."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def unfinished(final: Path) -> Path:
+    """Where the rows of `final` are made: by one process at a time, which holds its lock."""
+    return final.with_name(f".{final.name}.tmp")
+
+
+def kept() -> list[Path]:
+    """The folders of kept rows, the one that was used last first."""
+    found = [f for f in place().glob("[!.]*") if f.is_dir()] if place().is_dir() else []
+    return sorted(found, key=lambda f: f.stat().st_mtime, reverse=True)
+
+
+def lines() -> list[str]:
+    """The kept rows, in words."""
+    found = kept()
+    total = files.size(sum(map(size, found)))
+    said = [f"{len(found)} sets of checked rows, {total}, in {place()}"]
+    for folder in found:
+        facts = whole(folder) or {}
+        names = ", ".join(
+            str(e["path"]) for which in ("train", "eval") for e in facts.get(which, {}).get("entries", [])
+        )
+        said.append(f"{files.size(size(folder)):>10}  {facts.get('made', 'not whole')}  {names}")
+    return said
+
+
+def clear() -> str:
+    """Remove all kept rows, and what killed processes left; what was freed, in words. What is being made
+    stays. Who reads rows now keeps reading: their files go when they are closed.
+    """
+    freed = 0
+    for folder in [*kept(), *place().glob(".*.tmp")]:
+        final = folder.with_name(folder.name.removeprefix(".").removesuffix(".tmp"))
+        with contextlib.suppress(RecipeError), lock.held(final, "removes them"):
+            freed += size(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+    return f"{files.size(freed)} removed from {place()}"
