@@ -105,7 +105,7 @@ class Inputs:
     def _hashes(self, path: str) -> dict[str, str]:
         """SHA-256 of each file that `path` means; of the rows of a data set on the hub."""
         found = files.find(path, Path.cwd())
-        members = sources.members(found)
+        members = sources.named(found)
         if members:
             return {shown(file): files.sha256(file) for file in members}
         digest = hashlib.sha256()

@@ -28,7 +28,7 @@ def find(text: str, shapes: list[Shape]) -> Iterator[tuple[int, int, str]]:
     """Where each thing stands in `text`, and its kind; of two that overlap that of the first shape."""
     taken: list[tuple[int, int]] = []
     for shape in shapes:
-        if not any(hint in text for hint in shape.hints):
+        if not any(map(text.__contains__, shape.hints)):
             continue
         for match in shape.pattern.finditer(text):
             start, end = match.span("it" if "it" in shape.pattern.groupindex else 0)

@@ -61,7 +61,7 @@ def rows(source: dict[str, Any], at: str, faults: list[Problem], notes: list[str
         found = f"{' and '.join(options)} would be ignored"
         faults.append(Ended(at, found, f"{yamlfile.shown(path)} is no data set on the hub"))
     try:
-        members = _named(path)
+        members = named(path)
     except OSError as error:
         faults.append(Ended(at, f"{yamlfile.shown(path)} cannot be read ({error.strerror})"))
         return
@@ -96,7 +96,7 @@ def content(source: dict[str, Any], recipe: Finds) -> str | None:
     if _is_hub(source, recipe):
         return _hub_content(source)
     try:
-        found = [(yamlfile.shown(f), _no_file(f) or files.sha256(f)) for f in _named(path)]
+        found = [(yamlfile.shown(f), _no_file(f) or files.sha256(f)) for f in named(path)]
     except (OSError, _Unclear):
         return None
     return json.dumps(found)
@@ -107,11 +107,11 @@ def _is_hub(source: dict[str, Any], recipe: Finds) -> bool:
     return not path.exists() and _kind(path) not in (*ENDINGS, ".txt") and hub.is_id(source["path"])
 
 
-def _named(path: Path) -> list[Path]:
+def named(path: Path) -> list[Path]:
     """The files that a source names: itself, those of a folder or a glob; none where nothing is there."""
     if path.exists() and not path.is_dir():
         return [path]
-    found = _members(path) if path.is_dir() else files.matches(path, Path("/"))
+    found = _members(path) if path.is_dir() else _rows_alone(files.matches(path, Path("/")))
     if found:
         _one_kind(found)
     return found
@@ -128,7 +128,7 @@ class _Unclear(ValueError):
 
 def _members(folder: Path) -> list[Path]:
     """The data files of a folder, in order of name. _Unclear where it cannot be said which."""
-    inside = sorted(folder.iterdir())
+    inside = _rows_alone(sorted(folder.iterdir()))
     found = [f for f in inside if _kind(f) in ENDINGS and f.name[0] not in "._" and not f.is_dir()]
     if {"dataset_info.json", "state.json"} <= {f.name for f in inside}:
         do = "write it as Parquet: datasets.load_from_disk(...).to_parquet('rows.parquet')"
@@ -145,13 +145,13 @@ def _members(folder: Path) -> list[Path]:
     return found
 
 
-def members(path: Path) -> list[Path]:
-    """The files that a path stands for (a folder, a glob, itself), in the order in which they are read; none
-    for a data set on the hub.
-    """
-    if path.is_dir():
-        return _members(path)
-    return [path] if path.exists() else files.matches(path, Path("/"))
+def _rows_alone(found: list[Path]) -> list[Path]:
+    """Without what a data verb leaves beside its rows: the report and the rows that it dropped."""
+    names = {f.name for f in found}
+    ends = (".report.json", ".dropped.jsonl")
+    stems = {n.removesuffix(ends[1]) for n in names if n.endswith(ends[1])}
+    beside = {s + end for s in stems for end in ends if (found[0].parent / f"{s}{ends[0]}").exists()}
+    return [f for f in found if f.name not in beside]
 
 
 def _one_kind(members: list[Path]) -> None:

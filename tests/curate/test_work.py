@@ -200,3 +200,35 @@ def test_a_verb_that_is_none_is_answered_with_the_nearest(run, capsys):
     with pytest.raises(SystemExit):
         run("convrt", "a", "b")
     assert "did you mean convert?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["convert", "dedupe", "mix", "secrets", "split"])
+def test_every_verb_meets_bad_input_with_a_clear_word(run, tmp_path, small_disk, verb):
+    share = "=1" if verb == "mix" else ""
+    (tmp_path / "binary.jsonl").write_bytes(random.Random(0).randbytes(3_000))
+    code, said = run(verb, f"binary.jsonl{share}", "o.jsonl")
+    assert code == 2 and "not UTF-8" in said
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "Gr\u00fc\u00dfe"}\n'.encode("latin-1"))
+    code, said = run(verb, f"latin.jsonl{share}", "o.jsonl")
+    assert code == 2 and "latin.jsonl:1: not UTF-8 (byte 0xfc" in said and not list(tmp_path.glob("*o.*"))
+
+    disk, many = small_disk("3m"), rows(tmp_path / "a.jsonl", 900, "y" * 60)
+    (disk / "ballast").write_bytes(bytes(3 * 2**20 - 50_000))
+    code, said = run(verb, f"{many}{share}", disk / "o.jsonl")
+    assert code == 2 and "the disk is full (" in said and "the same command goes on" in said, said
+    (disk / "ballast").unlink()
+    code, said = run(verb, f"{many}{share}", disk / "o.jsonl")
+    left = sum(len(read(f)) for f in disk.glob("o.*jsonl"))
+    assert code == 0 and left == 900, said
+    code, said = run(verb, f"{many}{share}", disk / "o.jsonl")
+    assert code == 2 and "is already there" in said
+
+
+def test_a_folder_of_a_verbs_files_is_its_rows_alone(run, tmp_path):
+    """Neither the report nor the dropped rows are read as rows."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n')
+    assert run("convert", "a.jsonl", "out/o.jsonl")[0] == 0
+    for path in ("out", "out/*.jsonl"):
+        code, said = run("convert", path, "again.jsonl", "--overwrite")
+        assert code == 0 and read(tmp_path / "again.jsonl") == [{"text": "a"}], said
+    assert "dropped" not in said
