@@ -74,12 +74,17 @@ def test_without_any_extra_recipes_are_trained_and_what_needs_one_says_which(wit
         ["train.optim=adamw_8bit"],
         ["train.optim=paged_adamw_32bit", "learning_rates.loraplus_lr_ratio=4"],
     ]
-    (prompts := tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}\n')
-    trained, synthesised, *refused = without(
+    (prompts := tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}
+')
+    rows = ["data", "dedupe", recipe.parent / "rows.jsonl", tmp_path / "unique.jsonl"]
+    trained, synthesised, unique, near, *refused = without(
         ["train", recipe, *outputs],
         ["data", "synthesise", prompts, tmp_path / "rows.jsonl", "--method", "teacher"],
+        [*rows, "--exact"],
+        [*rows, "--overwrite"],
         *(["plan", recipe, *words, *outputs] for words in needs),
     )
+    assert unique[1] == "0" and near[1] == "2" and cli.extra("curate") in near[0], (unique, near)
     assert trained[1] == "0", trained
     assert synthesised[1] == "2" and cli.extra("curate") in synthesised[0]
     assert list(tmp_path.glob("out/*/adapter/adapter_model.safetensors"))

