@@ -144,9 +144,12 @@ def functions(file: Path) -> int:
             if {"site-packages", "test", "tests"} & {*path.parts}:
                 continue
             text = path.read_text(encoding="utf-8", errors="replace")
+            split = text.splitlines()
             for node in ast.walk(ast.parse(text)):
-                if isinstance(node, ast.FunctionDef) and (source := ast.get_source_segment(text, node)):
-                    out.write(json.dumps({"text": source}) + "\n")
+                if isinstance(node, ast.FunctionDef):
+                    out.write(
+                        json.dumps({"text": "\n".join(split[node.lineno - 1 : node.end_lineno])}) + "\n"
+                    )
                     count += 1
     return count
 

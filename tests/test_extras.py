@@ -74,8 +74,7 @@ def test_without_any_extra_recipes_are_trained_and_what_needs_one_says_which(wit
         ["train.optim=adamw_8bit"],
         ["train.optim=paged_adamw_32bit", "learning_rates.loraplus_lr_ratio=4"],
     ]
-    (prompts := tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}
-')
+    (prompts := tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}\n')
     rows = ["data", "dedupe", recipe.parent / "rows.jsonl", tmp_path / "unique.jsonl"]
     trained, synthesised, unique, near, *refused = without(
         ["train", recipe, *outputs],
