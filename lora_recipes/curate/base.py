@@ -1,5 +1,7 @@
 """The base that `--base` names: that of a recipe, a folder, or a model on the hub."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +67,16 @@ def model(base: "Resolved") -> "PreTrainedModel":
     _make(base)
     loaded: PreTrainedModel = checkpoint.load(base.base, dtype=getattr(torch, base.recipe.model.dtype))
     return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fingerprint(base: "Resolved") -> str:
+    """SHA-256 of the names, sizes and times of its files: another one where they were written anew. Empty
+    where they are not here.
+    """
+    folder = base.base.folder
+    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())] if folder else []
+    listed = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest() if listed else ""
 
 
 def _make(base: "Resolved") -> None:

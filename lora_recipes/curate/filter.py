@@ -81,6 +81,7 @@ def run(given: Namespace) -> str:
         with cli.importing():
             tokenizer = bases.tokenizer(base)
         packages.append("transformers")
+        given.base_files = bases.fingerprint(base)  # a killed run does not go on with another base
         if given.min_tokens is not None or given.max_tokens is not None:
             tests.append(_length(tokenizer, given.min_tokens or 0, given.max_tokens))
     if given.language:

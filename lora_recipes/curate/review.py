@@ -122,15 +122,28 @@ def _page(given: Namespace) -> str:
         "rows": [{"where": row["where"], "sha256": row["sha256"]} for row in rows],
         "versions": {"lora-recipes": lora_recipes.__version__},
     }
-    with files.writing(out, "while the page was written"):
-        files.write(out, _filled(data))
-        files.write(report, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    _write({out: _filled(data), report: json.dumps(facts, indent=2, ensure_ascii=False) + "\n"})
     lines = [
         ("sampled", f"{len(rows):,} of {total:,} rows (--share {share:g} --seed {seed})"),
         ("wrote", f"{shown(out)}: open it in a browser; S saves the marks"),
         ("report", shown(report)),
     ]
     return "\n".join(f"{label:12}{text}" for label, text in lines)
+
+
+def _write(texts: dict[Path, str]) -> None:
+    """All of these files or, where the disk is full, none."""
+    near = {file: file.with_name(f".{file.name}.tmp") for file in texts}
+    with files.writing(next(iter(texts)), "while the page was written"):
+        try:
+            for file, text in texts.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                near[file].write_text(text, encoding="utf-8")
+            for file in texts:
+                near[file].replace(file)
+        finally:
+            for left in near.values():
+                left.unlink(missing_ok=True)
 
 
 def _filled(data: str) -> str:

@@ -3,14 +3,18 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
 from lora_recipes.__main__ import main
+from lora_recipes.curate import work
 from lora_recipes.curate.extract import definitions
+from tests.process import Forked
 
 MODULE = '''
 import functools
@@ -204,6 +208,26 @@ def test_the_standard_library_and_a_package_are_read_where_they_are(tmp_path, mo
     assert dumps["module"] == "json" and dumps["version"] == ".".join(map(str, sys.version_info[:3]))
     source = (tmp_path / json.__file__).read_text().split("\n")
     assert dumps["messages"][1]["content"] == "\n".join(source[dumps["lines"][0] - 1 : dumps["lines"][1]])
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert extract("email", "whole.jsonl") == 0
+    monkeypatch.setattr(work, "SAVED", 0)
+    process, state = (
+        Forked(("data", "extract", "email", "x.jsonl"), tmp_path),
+        tmp_path / ".x.work" / "state.json",
+    )
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not state.is_file():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads(state.read_text())["read"] > 0 and not (tmp_path / "x.jsonl").exists()
+    monkeypatch.setattr(work, "SAVED", 1)
+    assert extract("email", "x.jsonl") == 0
+    assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert (tmp_path / "x.dropped.jsonl").read_bytes() == (tmp_path / "whole.dropped.jsonl").read_bytes()
 
 
 def test_definitions_are_those_outside_functions():

@@ -52,6 +52,14 @@ def test_by_length_in_tokens_and_by_pattern(run, bases):
     assert run(texts, "--match", "^a b")[0] == texts[1:3]
 
 
+def test_a_base_that_was_written_anew_is_another_one(bases, tmp_path):
+    base = bases_of.resolved(str(bases("llama3")), tmp_path)
+    before = bases_of.fingerprint(base)
+    assert before == bases_of.fingerprint(base)
+    (bases("llama3") / "config.json").touch()
+    assert bases_of.fingerprint(base) != before
+
+
 def test_by_language(run):
     pytest.importorskip("py3langid")
     kept, dropped = run([ENGLISH, GERMAN, "ok 17"], "--language", "en")

@@ -148,6 +148,14 @@ def test_what_cannot_be_done_is_said(words, told, rows, review, tmp_path, capsys
     assert not (tmp_path / "x.jsonl").exists() and not (tmp_path / "x.html").exists()
 
 
+def test_a_full_disk_is_one_clear_word_and_leaves_no_page(rows, review, small_disk, capsys):
+    disk = small_disk("16k")
+    (disk / "ballast").write_bytes(bytes(8_000))
+    assert review(str(disk / "page.html"), "--share", "1") == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert [file.name for file in disk.iterdir()] == ["ballast"]
+
+
 def test_wilson_has_the_published_interval():
     """Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81 of 263 and 0 of 20."""
     assert [round(x, 4) for x in wilson(81, 263)] == [0.2553, 0.3662]

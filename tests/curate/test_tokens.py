@@ -42,6 +42,11 @@ def test_the_report_is_what_the_tokenizer_does(folder, bases, capsys):
     tokenizer = AutoTokenizer.from_pretrained(base)
     length = len(tokenizer(CODE, add_special_tokens=False)["input_ids"])
     assert facts["tokens"] == length
+    offsets = tokenizer(CODE, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    for name, row in rows.items():
+        places = [at for found, at in identifiers(CODE) if found == name]
+        pieces = sum(a < at + len(name) and b > at for at in places for a, b in offsets)
+        assert row["more"] == pieces - len(places) and row["pieces"] == round(pieces / len(places), 2)
     assert facts["new_tokens"] == ["frobnicate_widget", " frobnicate_widget"]
     tokenizer.add_tokens(facts["new_tokens"])
     assert facts["tokens_with_them"] == len(tokenizer(CODE, add_special_tokens=False)["input_ids"]) < length
