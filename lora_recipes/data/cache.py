@@ -103,7 +103,7 @@ def lines() -> list[str]:
     """The kept rows, in words."""
     found = kept()
     total = files.size(sum(map(size, found)))
-    said = [f"{len(found)} sets of checked rows, {total}, in {place()}"]
+    said = [f"checked rows kept: {len(found)}, {total}, in {place()}"]
     for folder in found:
         facts = whole(folder) or {}
         names = ", ".join(

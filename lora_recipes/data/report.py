@@ -38,19 +38,22 @@ def lengths(rows: Rows, recipe: Recipe) -> str:
         return ""
     whole, limit = np.sort(rows.length), recipe.train.max_length
     total, longest = int(whole.sum()), int(whole[-1])
-    parts = [f"{p} % of the rows up to {np.percentile(whole, p, method='higher'):,.0f}" for p in PERCENT]
-    lines = [f"{', '.join(parts)}, longest {longest:,} tokens"]
+    up_to = [f"{p} % up to {np.percentile(whole, p, method='higher'):,.0f}" for p in PERCENT]
+    lines = [f"{', '.join(up_to)}, longest {longest:,} tokens"]
     size = recipe.train.per_device_train_batch_size
-    powers = [2**k for k in range(5, 24)]
-    reaching = next(p for p in powers if p >= longest)
-    others = {limit // 2, limit, limit * 2} if limit else {longest}
+    reaching = next(2**k for k in range(1, 40) if 2**k >= longest)
     for value in sorted(
-        {v for v in (*others, reaching // 2, reaching) if 2 <= v <= max(reaching, limit or 0)}
+        {limit // 2, limit, limit * 2, reaching // 2, reaching} if limit else {reaching // 2}
     ):
-        kept, cut = int(np.minimum(whole, value).sum()), int((whole > value).sum())
+        cut, kept = int((whole > value).sum()), int(np.minimum(whole, value).sum())
+        keeps_more = limit is not None and limit < longest and limit < value <= reaching
+        if value != limit and (value < 2 or not (cut or keeps_more)):
+            continue
         now = " (now)" if value == limit else ""
-        lines.append(
-            f"max_length {value:,}{now}: {cut:,} rows cut, {total - kept:,} tokens"
-            f" ({100 * (1 - kept / total):.1f} %) lost; largest batch {size} x {min(value, longest):,}"
+        lost = (
+            f"cuts {cut:,} rows, {total - kept:,} tokens ({100 * (1 - kept / total):.1f} %)"
+            if cut
+            else "cuts none"
         )
+        lines.append(f"max_length {value:,}{now} {lost}; largest batch {size} x {min(value, longest):,}")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import yaml
 
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.run_folder import RunFolder
-from lora_recipes.data import cache, gate, mix, prepare
+from lora_recipes.data import cache, gate, mix, prepare, report
 from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.model import build
 from lora_recipes.recipe import load as recipes
@@ -144,7 +145,7 @@ def test_what_is_not_as_it_was_written_is_made_anew(passed, place, tmp_path):
 def test_rows_are_listed_and_cleared_but_not_those_that_are_being_made(passed, place, tmp_path):
     file = write(tmp_path / "rows.jsonl", chats(12))
     made = passed(str(file))
-    assert "1 sets of checked rows" in cache.lines()[0] and "rows.jsonl" in cache.lines()[1]
+    assert "checked rows kept: 1, " in cache.lines()[0] and "rows.jsonl" in cache.lines()[1]
     (folder,) = cache.kept()
     busy = cache.unfinished(place / "other")
     busy.mkdir()
@@ -448,3 +449,17 @@ def test_rows_repeated_by_one_place_are_no_duplicates(passed, tmp_path):
     write(tmp_path / "a.jsonl", [*chats(5), chats(5)[2]])
     made = passed([{"path": "a.jsonl", "weight": 2}])
     assert made.facts.train.duplicates == 2 and np.unique(made.train.plain).size == 5
+
+
+def test_the_report_of_lengths_says_what_another_limit_would_cut(passed, recipe_of, tmp_path):
+    write(tmp_path / "a.jsonl", chats(60))
+    whole = [len(e.input_ids) for e in passed("a.jsonl").train]
+    for limit in (48, 512):
+        cut = passed("a.jsonl", train__max_length=limit)
+        text = report.lengths(cut.train, recipe_of("a.jsonl", train__max_length=limit).recipe)
+        assert f"longest {max(whole):,} tokens" in text
+        for value, rows in re.findall(r"max_length (\d+)(?: \(now\))? cuts (\d+|none)", text):
+            assert sum(n > int(value) for n in whole) == (0 if rows == "none" else int(rows)), text
+        tokens = re.search(r"48 \(now\) cuts \d+ rows, (\d+) tokens", text)
+        assert limit == 512 or (tokens and int(tokens[1]) == sum(max(n - 48, 0) for n in whole))
+        assert f"max_length {limit} (now) cuts" in text
