@@ -102,7 +102,7 @@ def pass_through(resolved: Resolved, network: bool, sample: int | None = None) -
     made = prepare.prepared(resolved, tokenizer, known, sample)
     stops.adopt(tokenizer, made.stops)
     train, held = made.train, made.evaluation
-    twice = np.flatnonzero(overlap.repeated(train.plain, train.wheres()))
+    twice = np.flatnonzero(overlap.repeated(train.plain, train.where))
     both = np.flatnonzero(np.isin(held.plain, train.plain))
     near = np.setdiff1d(np.flatnonzero(np.isin(held.order, made.near)), both)
     facts = DataFacts(

@@ -6,7 +6,7 @@ space. Imports no torch.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -40,14 +40,14 @@ def digest(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
-def repeated(digests: Array, wheres: Sequence[str]) -> Array:
+def repeated(digests: Array, where: Callable[[int], str]) -> Array:
     """Which rows say what an earlier one says, that stands elsewhere (a file may be read twice, and a source
-    be taken more than once).
+    be taken more than once). `where`: the place of a row by its index.
     """
     _, first, which = np.unique(digests, return_index=True, return_inverse=True)
     found = np.zeros(len(digests), dtype=bool)
     for i in np.flatnonzero(first[which] != np.arange(len(digests))).tolist():
-        found[i] = wheres[i] != wheres[int(first[which[i]])]
+        found[i] = where(i) != where(int(first[which[i]]))
     return found
 
 

@@ -4,7 +4,7 @@ torch.
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +119,7 @@ def content(row: Row) -> bytes:
     return hashlib.blake2b(row.key.encode(), digest_size=16).digest()
 
 
-def sha256(contents: Any) -> str:
+def sha256(contents: Iterable[bytes]) -> str:
     """One hash of the `content` of rows, in their order."""
     digest = hashlib.sha256()
     for one in contents:
@@ -196,10 +196,12 @@ def by_assistant_turn(split: Split) -> Split:
     return Split([turn for row in split.rows for turn in turns(row)], split.notes)
 
 
-def in_both(train: Split, other: Split) -> list[Row]:
-    """Rows of `other` (eval) whose content (`overlap.plain`) also stands in `train`."""
-    keys = {overlap.digest(overlap.plain(row)) for row in train.rows}
-    return [row for row in other.rows if overlap.digest(overlap.plain(row)) in keys]
+def in_both(train: Iterable[Row], other: Iterable[Row]) -> list[Row]:
+    """Rows of `other` whose content (`overlap.plain`) also stands in `train`, which may be read from disk."""
+    wanted = [(overlap.digest(overlap.plain(row)), row) for row in other]
+    keys = {digest for digest, _ in wanted}
+    seen = {digest for row in train if (digest := overlap.digest(overlap.plain(row))) in keys}
+    return [row for digest, row in wanted if digest in seen]
 
 
 def _no_json(row: Row) -> list[Fault]:

@@ -117,25 +117,20 @@ class Rows(Sequence[Example]):
         """The place of one: file:line."""
         return str(self.data.data.column("where")[int(self.order[index])])
 
-    def wheres(self) -> list[str]:
-        """The places of all."""
-        every = self.data.data.column("where").to_pylist()
-        return [every[i] for i in self.order]
-
     @property
     def sha256(self) -> str:
         """As `read.Split.sha256`."""
-        return read.sha256(self._bytes("content"))
+        return read.sha256([self._bytes("content")])
 
     @property
     def tokens_sha256(self) -> str:
         """Hash of all tokens and labels in order."""
-        return read.sha256(self._bytes("tokens"))
+        return read.sha256([self._bytes("tokens")])
 
-    def _bytes(self, name: str) -> Any:
-        every = self.data.data.column(name)
-        flat = np.frombuffer(b"".join(every.to_pylist()), dtype="V16")
-        return (one.tobytes() for one in flat[self.order])
+    def _bytes(self, name: str) -> bytes:
+        fixed = [chunk.cast(pa.binary(16)) for chunk in self.data.data.column(name).chunks]
+        parts = [np.frombuffer(c.buffers()[1], "V16")[c.offset : c.offset + len(c)] for c in fixed if len(c)]
+        return np.concatenate([*parts, np.empty(0, "V16")])[self.order].tobytes()
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -148,7 +148,8 @@ def _rows(asked: Recipe) -> dict[str, read.Split]:
                 asked.at("data"), "there is nothing to evaluate on: no data.eval, data.kept or probes", do
             )
         )
-    if "kept" in sets and (seen := read.in_both(read.read(asked, "train"), sets["kept"])):
+    trained = (row for _, row in read.Reader(asked, "train"))  # whose faults stopped the training
+    if "kept" in sets and (seen := read.in_both(trained, sets["kept"].rows)):
         found = f"{len(seen)} of its rows were trained on, first {seen[0].where}"
         raise RecipeError(
             Problem(

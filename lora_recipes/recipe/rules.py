@@ -190,21 +190,17 @@ _FIRST = [
         early=True,
         sections=("data",),
     ),
-    Rule(
-        "data.{which}",
-        "a share of held-out rows",
-        "held-out rows are not mixed by shares",
-        "share is for data.train",
-        lambda r, f: next(
-            (
-                {"which": which}
-                for which in ("eval", "kept")
-                if any("share" in s for s in _sources(getattr(r.data, which)))
-            ),
-            None,
-        ),
-        early=True,
-        sections=("data",),
+    *(
+        Rule(
+            f"data.{which}",
+            "a share of held-out rows",
+            "held-out rows are not mixed by shares",
+            "share is for data.train",
+            lambda r, f, which=which: any("share" in s for s in _sources(getattr(r.data, which))),  # type: ignore[misc]
+            early=True,
+            sections=("data",),
+        )
+        for which in ("eval", "kept")
     ),
     Rule(
         "data.mix",

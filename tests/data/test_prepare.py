@@ -281,7 +281,9 @@ def test_shares_are_exact_to_the_row(passed, tmp_path, shares, by):
         longest = int(made.train.lengths.max())
         whole = sum(tokens)
         assert all(abs(n - s * whole) <= longest for n, s in zip(tokens, shares, strict=True))
-    assert (rows[0] > 88 or rows[1] > 48) and len(set(made.train.wheres())) == len(made.train)
+    assert (rows[0] > 88 or rows[1] > 48) and len(set(map(made.train.where, range(len(made.train))))) == len(
+        made.train
+    )
     (table,) = (text for label, text in gate.lines(made, recipes.load("tiny_facts")) if label == "sources")
     assert f"{rows[0]} of 90" in table and f"{tokens[1]:,}" in table
 

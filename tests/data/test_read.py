@@ -390,7 +390,7 @@ def test_the_same_share_is_drawn_whatever_the_seed_and_sources_follow_one_anothe
 
 def repeated(split):
     digests = np.array([overlap.digest(overlap.plain(row)) for row in split.rows])
-    found = overlap.repeated(digests, [row.where for row in split.rows])
+    found = overlap.repeated(digests, lambda i: split.rows[i].where)
     return [row.where.rsplit(":")[-1] for row, twice in zip(split.rows, found, strict=True) if twice]
 
 
@@ -402,7 +402,7 @@ def test_duplicates_are_later_rows_with_the_same_content_but_not_the_copies_of_a
 
 def test_rows_in_both_splits_are_found_by_content(make):
     train, other = read.read(make(numbered(3)), "train"), read.read(make(numbered(4)[2:]), "train")
-    assert [row.where.rsplit(":")[-1] for row in read.in_both(train, other)] == ["1"]
+    assert [row.where.rsplit(":")[-1] for row in read.in_both(train.rows, other.rows)] == ["1"]
 
 
 def test_the_hash_follows_content_and_order_alone(make):
