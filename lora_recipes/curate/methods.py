@@ -31,6 +31,7 @@ WORDS = (4, 150)  # of a new instruction: Self-Instruct drops 3 and fewer, and m
 EXAMPLES = (6, 2)  # of people and of the teacher in a prompt of Self-Instruct, as the paper has them
 BATCH = 16  # requests of a round of Self-Instruct at most: what they make goes into the prompts of the next
 NEW = 4  # instructions that each of them asks for
+CHANGED = 64  # instructions that Evol-Instruct changes before it has them answered
 STALLED = 5  # rounds without one new instruction
 REPEATS = (30, 0.5)  # word 3-grams from which on, and the share of distinct ones below which, it goes round
 T = TypeVar("T")
@@ -58,6 +59,19 @@ class Idea:
     turns: list[dict[str, str]]
     provenance: dict[str, Any]
     sample: int = 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """An operation of Evol-Instruct on the instruction `i`: where in the run (`at`), its prompt filled, the
+    seeds of the second instruction that it takes (`others`).
+    """
+
+    i: int
+    at: str
+    operation: str
+    filled: str
+    others: list[str]
 
 
 @dataclass
@@ -101,7 +115,7 @@ class Synthesis:
         if self.given.method == "self_instruct":
             return self._for_new(("round 1, request 1", self._examples(seeds, [], "1/0")))
         now = [Idea(s.where, s.turns[-1:], {"seeds": [s.where]}) for s in seeds]
-        return self._for_evolved((0, self._operation(now, 1, 0)))
+        return self._for_changed(self._change(now, 1, 0))
 
     def requests(self) -> Iterator[Request]:
         """Of `teacher`: all of them."""
@@ -142,9 +156,9 @@ class Synthesis:
         """Rounds of requests, each with examples of the seeds and of what earlier rounds made; what is new is
         answered.
         """
-        seeds = [seed for _, seed, _ in self.seeds if seed]
-        for seed in seeds:
-            self.known.add(seed.instruction)
+        seeds: list[Seed] = []
+        for made in self._known_from(seeds):
+            yield made
         own: list[Idea] = []
         waiting: deque[Idea] = deque()
         stalled = 0
@@ -174,27 +188,52 @@ class Synthesis:
         """`rounds` times over all instructions: each is changed by one operation; a new one is answered and
         takes the place of the old.
         """
-        now = [Idea(s.where, s.turns[-1:], {"seeds": [s.where]}) for _, s, _ in self.seeds if s]
-        for idea in now:
-            self.known.add(_text(idea))
+        seeds: list[Seed] = []
+        for made in self._known_from(seeds):
+            yield made
+        now = [Idea(s.where, s.turns[-1:], {"seeds": [s.where]}) for s in seeds]
         for round_ in range(1, self.given.rounds + 1):
-            evolved: list[Idea] = []
-            asks = [(i, self._operation(now, round_, i)) for i in range(len(now))]
-            async for (i, (name, filled, other)), request, answer in self._asked(asks, self._for_evolved):
-                seeds = list(dict.fromkeys([*now[i].provenance["seeds"], *other]))
-                text = _bare(answer.text) if isinstance(answer, Answer) else filled
-                idea = self._idea(now[i].where, text, f"evol_{name}", request, seeds)
-                more = {"round": round_, "operation": name, "from": now[i].provenance.get("requests", [])}
-                idea.provenance.update(more)
-                if reason := self._failed(answer) or self._unfit(text):
-                    yield self._not_taken(idea, reason)
-                else:
-                    now[i] = idea
-                    evolved.append(idea)
-            async for made in self._answers(evolved):
-                yield made
+            begin = 0
+            while begin < len(now) and not self._enough:
+                end = min(begin + min(CHANGED, self._left), len(now))
+                async for made in self._evolved(now, round_, range(begin, end)):
+                    yield made
+                begin = end
             if self._enough:
+                self.unasked += len(now) - begin
                 return
+
+    async def _evolved(self, now: list[Idea], round_: int, part: range) -> AsyncIterator[Made]:
+        """Change the instructions of `now` at `part`, in place, and answer the new ones."""
+        evolved: list[Idea] = []
+        changes = [self._change(now, round_, i) for i in part]
+        async for change, request, answer in self._asked(changes, self._for_changed):
+            old = now[change.i]
+            seeds = list(dict.fromkeys([*old.provenance["seeds"], *change.others]))
+            text = _bare(answer.text) if isinstance(answer, Answer) else _text(old)
+            idea = self._idea(old.where, text, f"evol_{change.operation}", request, seeds)
+            more = {
+                "round": round_,
+                "operation": change.operation,
+                "from": old.provenance.get("requests", []),
+            }
+            idea.provenance.update(more)
+            if reason := self._failed(answer) or self._unfit(text):
+                yield self._not_taken(idea, reason)
+            else:
+                now[change.i] = idea
+                evolved.append(idea)
+        async for made in self._answers(evolved):
+            yield made
+
+    def _known_from(self, seeds: list[Seed]) -> Iterator[Made]:
+        """Fill `seeds` with the prompts of the inputs, known from now on; rows that are none are dropped."""
+        for item, seed, fault in self.seeds:
+            if seed is None:
+                yield item, work.dropped("is no prompt", fault)
+            else:
+                seeds.append(seed)
+                self.known.add(seed.instruction)
 
     # ---- their prompts
 
@@ -213,21 +252,21 @@ class Synthesis:
         filled = self.prompts["self_instruct"].fill(examples=lines, count=str(NEW))
         return self._request([_user(filled)], where)
 
-    def _operation(self, now: list[Idea], round_: int, i: int) -> tuple[str, str, list[str]]:
-        """The operation for an instruction in a round, its prompt filled, and the seeds of the second one."""
-        dice = self._dice(f"{round_}/{i}")
+    def _change(self, now: list[Idea], round_: int, i: int) -> Change:
+        """What becomes of an instruction in a round."""
+        at, others = f"{round_}/{i}", list[str]()
+        dice = self._dice(at)
         name = dice.choice([o for o in self.given.operation if o != "combine" or len(now) > 1])
-        values, other = {"instruction": _text(now[i])}, list[str]()
+        values = {"instruction": _text(now[i])}
         if name == "combine":
             second = now[(i + dice.randrange(1, len(now))) % len(now)]
-            values["other"], other = _text(second), second.provenance["seeds"]
+            values["other"], others = _text(second), second.provenance["seeds"]
         if name == "domain":
             values["domain"] = dice.choice(self.given.domain)
-        return name, self.prompts[f"evol_{name}"].fill(**values), other
+        return Change(i, at, name, self.prompts[f"evol_{name}"].fill(**values), others)
 
-    def _for_evolved(self, ask: tuple[int, tuple[str, str, list[str]]]) -> Request:
-        i, (_, filled, _) = ask
-        return self._request([_user(filled)], str(i))
+    def _for_changed(self, change: Change) -> Request:
+        return self._request([_user(change.filled)], change.at)
 
     def _for_answer(self, idea: Idea) -> Request:
         filled = self.prompts["teacher"].fill(instruction=_text(idea))
@@ -300,8 +339,14 @@ class Synthesis:
             request = self._for_answer(idea)
             return idea, request, await self.teacher.ask(request)
 
-        wanted = (idea for idea in ideas if not self._enough)
-        async for found in ordered(wanted, one, lambda: min(4 * self.given.concurrency, self._left)):
+        def wanted() -> Iterator[Idea | Made]:
+            for idea in ideas:
+                if self._enough:
+                    self.unasked += isinstance(idea, Idea)
+                else:
+                    yield idea
+
+        async for found in ordered(wanted(), one, lambda: min(4 * self.given.concurrency, self._left)):
             if len(found) == 2:
                 yield found
                 continue

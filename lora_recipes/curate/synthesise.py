@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_recipes.core import cli
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
+from lora_recipes.core.yamlfile import shown
 from lora_recipes.curate import inputs, prompts, teacher, work
 from lora_recipes.curate.inputs import Item
 from lora_recipes.curate.methods import METHODS, OPERATIONS, Made, Seeds, Synthesis
@@ -182,6 +183,8 @@ def run(given: Namespace) -> str:
     with work.begun(given, read, packages=["openai"]) as job, closing(Journal(journal_path)) as journal:
         for note in journal.notes:
             print(f"NOTE        {note}", file=sys.stderr)
+        if journal.answers:
+            print(f"NOTE        {shown(journal.path)} holds {journal.answers:,} answers", file=sys.stderr)
         job.again()
         asked = Teacher(given.url, key, journal, budget, *pace)
         synthesis = Synthesis(given, seeds, filled, rules)

@@ -256,6 +256,7 @@ class Teacher:
     retries: int = 5
     backoff: float = 1
     retried: int = 0
+    _answered: bool = False  # any request of this run
     _failed: int = 0  # in a row
     _free: float = 0  # when the next attempt may begin
 
@@ -323,7 +324,8 @@ class Teacher:
             try:
                 answer = await self._attempts(lambda: self._send(request), self._answer, most)
             except (_Again, _No) as error:
-                self._failed += 1
+                # Of a server that has answered others, a refusal says something of this request.
+                self._failed += not (self._answered and isinstance(error, _No))
                 if self._failed >= GIVE_UP:
                     raise self._stopped(
                         f"has no answer to {GIVE_UP} requests in a row; the last: {error}"
@@ -333,7 +335,7 @@ class Teacher:
                 self.budget.held.pop(request.key, None)
                 async with self._freed:
                     self._freed.notify_all()
-        self._failed = 0
+        self._failed, self._answered = 0, True
         self.journal.add(request.key, answer)
         return answer
 

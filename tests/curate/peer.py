@@ -26,8 +26,8 @@ class Asked:
     def send(self, status: int, text: str, kind: str = "application/json", **headers: str) -> None:
         self.handler.send_response(status)
         body = text.encode()
-        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close"} | headers
-        for name, value in headers.items():
+        ours = {"Content_Type": kind, "Content_Length": str(len(body)), "Connection": "close"}
+        for name, value in (ours | headers).items():
             self.handler.send_header(name.replace("_", "-"), value)
         self.handler.end_headers()
         self.handler.wfile.write(body)

@@ -194,7 +194,7 @@ BAD = {
     "another JSON": lambda asked: asked.send(200, '{"detail": "busy"}'),
     "broken off": Asked.broken_off,
     "nothing": lambda asked: time.sleep(3),
-    "a byte now and then": lambda asked: asked.dripping(3),
+    "a byte now and then": lambda asked: asked.dripping(20),
 }
 
 
@@ -215,6 +215,8 @@ def test_what_fails_once_is_asked_again(synthesise):
     assert not again and len(synthesise.rows) == 10 and synthesise.report["again"] >= len(BAD)
     slower = times[WORDS[list(BAD).index("too many requests")]]
     assert slower[1] - slower[0] > 1, "as long as it asks for"
+    dripping = times[WORDS[list(BAD).index("a byte now and then")]]
+    assert dripping[1] - dripping[0] < 15, "no read of it waits long, the attempt as a whole does"
     assert synthesise.report["counted_by_upper_bound"] >= len(BAD) - 2, "what may be paid for is counted"
 
 
@@ -289,15 +291,16 @@ def test_what_no_attempt_would_better_ends_the_run_at_once(synthesise, kind):
 
 def test_a_prompt_that_the_server_refuses_is_dropped_alone(synthesise):
     def picky(asked: Asked) -> None:
-        bad = "stone" in asked.text
-        asked.send(400, '{"error": {"message": "too long"}}') if bad else told(asked)
+        good = any(word in asked.text for word in ("cat", "chair"))
+        told(asked) if good else asked.send(400, '{"error": {"message": "too long"}}')
 
     with serving(picky) as peer:
-        assert synthesise(peer.url) == 0 and len(peer.asked) == 10
-    assert (
-        synthesise.dropped == ["no answer"]
-        and "stone" in (synthesise.out.parent / "out.dropped.jsonl").read_text()
-    )
+        assert synthesise(peer.url, "--concurrency", 1) == 0 and len(peer.asked) == 10, synthesise.said
+    side = (synthesise.out.parent / "out.dropped.jsonl").read_text()
+    assert synthesise.dropped == ["no answer"] * 8 and side.count("400: too long") == 8
+    with serving(lambda asked: asked.send(400, "no such parameter")) as peer:
+        assert synthesise(peer.url, "--seed", 7, "--concurrency", 1, "--overwrite") == 2
+    assert "has no answer to 5 requests in a row; the last: 400: no such parameter" in synthesise.said
 
 
 def test_no_server_and_a_server_of_two_models_are_said(synthesise):
@@ -421,6 +424,7 @@ def test_a_budget_is_kept_to_and_a_larger_one_goes_on(synthesise, options, most)
     with serving(told) as peer:
         assert synthesise(peer.url, *options) == 0, synthesise.said
         asked, report = len(peer.asked), synthesise.report
+        assert asked + report["not_asked"] == 10
         assert 2 <= asked == len(synthesise.rows) < 10 and "the budget is used up; " in synthesise.said
         used = report | {"tokens": report["tokens_read"] + report["tokens_written"]}
         assert all(used[name] <= limit for name, limit in most.items())

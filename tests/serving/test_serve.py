@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
+from lora_recipes.__main__ import main
 from lora_recipes.core import files, provenance
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.model import answers
@@ -369,6 +370,7 @@ def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smo
         assert there(crossed.apart) > 10 * there(proof.apart), "each has its own answers"
         served = [endpoint.logprobs("one", probe.input_ids) for probe in known["one"].probes]
         assert far(smollm2.merged("float32"), "float32", known["one"], served) < 1e-3
+        writes_rows(server.url, "base", tmp_path)
 
         def write(_: int) -> str:
             return endpoint.write("one", "The capital of France is", {}, 24).text
@@ -406,6 +408,25 @@ def far(folder: Path, dtype: str, known: provenance.Provenance, served: list[lis
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     pairs = zip(known.probes, served, strict=True)
     return max(live.apart(answers.logprobs(model, probe.input_ids), found) for probe, found in pairs)
+
+
+def writes_rows(url: str, model: str, folder: Path) -> None:
+    """As a teacher of `data synthesise`: a row for each prompt, counted as it counts, and asked for once."""
+    questions = ["Name a river of France.", "What is a lake?", "Where do penguins live?"]
+    seeds, out = folder / "prompts.jsonl", folder / "rows.jsonl"
+    seeds.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
+    words = ["data", "synthesise", str(seeds), str(out), "--method", "teacher", "--url", url]
+    words += ["--model", model, "--min-tokens", "1", "--max-tokens", "96", "--request", 'stop=[".", "?"]']
+    assert main(words) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows and all(row["provenance"]["teacher"] == model for row in rows)
+    answers = [json.loads(line) for line in (folder / "rows.journal.jsonl").read_text().splitlines()]
+    counted = [len(Endpoint(url).tokens(model, [{"role": "user", "content": q}], {})) for q in questions]
+    assert sorted(answer["read"] for answer in answers) == sorted(counted)
+    assert {row["messages"][-1]["content"] for row in rows} <= {answer["text"].strip() for answer in answers}
+    assert main([*words, "--overwrite"]) == 0
+    report = json.loads((folder / "rows.report.json").read_text())["synthesis"]
+    assert (report["requests"], report["from_journal"], report["kept"]) == (0, 3, len(rows))
 
 
 def ended(url: str, model: str) -> bool:
