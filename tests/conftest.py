@@ -135,14 +135,18 @@ SLOW = [
     "test_train",
     "test_combine",
 ]
+LONG = ["test_serve", "test_ablate", "test_train", "test_memory", "test_merge", "test_real", "test_table"]
 
 
 def pytest_collection_modifyitems(items):
-    """The slow files first: of two processes none should be left with all of them at the end."""
+    """The longest files first, then the other slow ones: of two processes, which take whole files, none
+    should be left with one of them at the end.
+    """
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+    order = list(dict.fromkeys([*LONG, *SLOW]))
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -60,8 +60,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# vLLM compiles some functions of its sampler at the first request, 11 s; the models it leaves as they are.
+UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}
+
+
 class Running:
-    """scripts/serve.py in the background, until it says that Ctrl-C ends it."""
+    """scripts/serve.py in the background, until it says that Ctrl-C ends it. As a context manager: up in it,
+    and at its end with its whole process tree.
+    """
 
     def __init__(self, folder: Path, *arguments: str, **environment: str):
         self.port = free_port()
@@ -81,6 +87,16 @@ class Running:
             time.sleep(0.3)
         return self
 
+    def __enter__(self) -> "Running":
+        try:
+            return self.up()
+        except BaseException:
+            self.process.send_signal(signal.SIGINT)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        assert self.end() == []
+
     @property
     def said(self) -> str:
         return self.log.read_text()
@@ -96,14 +112,13 @@ class Running:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, trained):
-    """The trained default with a second adapter on the same base, and its merged model."""
+    """The trained default with a second adapter on the same base."""
     train(
         resolve(
             recipes.load("tiny_facts", ["train.seed=7", "lora.r=12", "train.max_steps=20"]),
             _beside(trained, tmp_path_factory),
         ),
     )
-    merge(trained / "tiny_facts" / "adapter", trained / "tiny_facts" / "merged")
     return trained
 
 
@@ -138,13 +153,14 @@ def copied(source: Path, folder: Path, change=None, **config) -> Path:
     return folder
 
 
-def continuations(model, tokenizer, count: int = 8) -> list[str]:
-    """The greedy continuation of each question, by transformers itself."""
+def continuations(model, tokenizer, end: str | None = None) -> list[str]:
+    """The greedy continuation of each question, of eight tokens or until `end`, by transformers itself."""
+    ends = {"eos_token_id": tokenizer.convert_tokens_to_ids(end)} if end else {}
     answers = []
     for question in QUESTIONS:
         ids = tokenizer(question, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            written = model.generate(ids, max_new_tokens=count, do_sample=False)
+            written = model.generate(ids, max_new_tokens=8, do_sample=False, **ends)
         answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return answers
 
@@ -262,24 +278,6 @@ def script(*arguments: str, timeout: float = 1800) -> subprocess.CompletedProces
     )
 
 
-def test_a_merged_model_answers_as_the_adapter_does_and_wants_the_key(work, dense, monkeypatch):
-    """Its server has an API key: another one, or none, is told so."""
-    server = Running(work, str(work / "tiny_facts" / "merged"), VLLM_API_KEY="secret").up()
-    try:
-        assert re.search(r"tiny_facts +\d\.\d+ .* live\n", server.said)
-        with pytest.raises(RecipeError, match=r"another API key\n    -> set VLLM_API_KEY"):
-            Endpoint(server.url).models()
-        monkeypatch.setenv("VLLM_API_KEY", "secret")
-        merged = asked(server.url, "tiny_facts")
-        monkeypatch.delenv("VLLM_API_KEY")
-        assert merged == asked(dense.url, "tiny_facts")
-        base = AutoModelForCausalLM.from_pretrained(work / "tiny_base" / "model")
-        attached = PeftModel.from_pretrained(base, work / "tiny_facts" / "adapter").eval()
-        assert merged == continuations(attached, AutoTokenizer.from_pretrained(work / "tiny_base" / "model"))
-    finally:
-        assert server.end() == []
-
-
 def test_a_server_that_dies_at_start_leaves_its_last_error(work):
     """max_position_embeddings is 128."""
     done = script("--port", str(free_port()), "--outputs", str(work), "--", "--max-model-len", "4096")
@@ -290,8 +288,9 @@ def test_a_server_that_dies_at_start_leaves_its_last_error(work):
 def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it_is_caught(tmp_path):
     """To both vLLM says `Loaded new LoRA adapter` and answers 200."""
     train(resolve(recipes.load("tiny_qwen35_style", ["train.max_steps=20"]), tmp_path))
-    server = Running(tmp_path, "--dynamic", "tiny_qwen35_style", "--", "--max-model-len", "512").up()
-    try:
+    with Running(
+        tmp_path, "--dynamic", "tiny_qwen35_style", "--", "--max-model-len", "512", **UNCOMPILED
+    ) as server:
         # of twenty steps: it answers as trained, and has not learned to stop, which is said
         assert re.search(r"tiny_qwen35_style +\d\.\d+ .* live; BUT .* did not end", server.said)
         saved = tmp_path / "tiny_qwen35_style" / "adapter"
@@ -314,53 +313,63 @@ def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it
             messages, add_generation_prompt=True, enable_thinking=False, return_dict=True
         )
         assert isinstance(rendered, BatchEncoding) and ids == rendered["input_ids"]
-    finally:
-        assert server.end() == []
 
 
 def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bases, tmp_path, capsys):
-    """A base whose eos is no end of the template's. An adapter with another end is refused by that server."""
+    """A base whose eos is no end of the template's. An adapter with another end is refused by that server.
+    The merged model answers as the adapter does; its server has an API key: another one, or none, is told so.
+    """
     folder, words = tmp_path / "outputs", [f"model.name_or_path={bases('qwen_base')}", "train.eos_token=null"]
     shutil.copy(CASES / "rows.jsonl", tmp_path)
     shutil.copy(CASES / "eos_proof.yaml", tmp_path)
     recipe = recipes.load(str(tmp_path / "eos_proof.yaml"), [*words, "train.max_steps=60"])
     train(resolve(recipe, folder))
-    merge(folder / "eos_proof" / "adapter", folder / "eos_proof" / "merged")
-    template = AutoTokenizer.from_pretrained(bases("qwen_base")).chat_template
+    adapter, merged = folder / "eos_proof" / "adapter", folder / "eos_proof" / "merged"
+    merge(adapter, merged)
+    tokenizer = AutoTokenizer.from_pretrained(bases("qwen_base"))
     end = "('<|im_end|>' if m['role'] == 'user' else '<|im_start|>')"
-    (tmp_path / "own.jinja").write_text(template.replace("'<|im_end|>'", end))
+    (tmp_path / "own.jinja").write_text(tokenizer.chat_template.replace("'<|im_end|>'", end))
     shutil.copy(tmp_path / "eos_proof.yaml", tmp_path / "other.yaml")
     words += ["train.max_steps=2", "model.chat_template=own.jinja"]
     train(resolve(recipes.load(str(tmp_path / "other.yaml"), words), folder))
 
-    server = Running(folder, "--dynamic", "eos_proof").up()
-    try:
-        assert re.search(r"eos_proof .* live; ended its answer\n", server.said)
-        answers = [ended(server.url, "eos_proof"), ended(server.url, "base")]
+    with Running(folder, "--dynamic", "eos_proof", **UNCOMPILED) as server:
+        assert re.search(r"eos_proof +\d\.\d+ .* live; ended its answer\n", server.said)
+        ends = [ended(server.url, "eos_proof"), ended(server.url, "base")]
         said = chat(server.url, "eos_proof", ["Where is the cat?"])
+        by_adapter = asked(server.url, "eos_proof")
         capsys.readouterr()
         assert serve.add(server.url, ["other"], folder) == serve.NOT_LIVE
         assert "never stops: training ended a reply with <|im_start|>" in capsys.readouterr().out
         assert "other" not in Endpoint(server.url).models()
-    finally:
-        assert server.end() == []
-    assert answers == [True, False]
+    assert ends == [True, False]
     assert "eos_proof  It sleeps on the sofa." in said and "[no end within 128 tokens]" in said
+    attached = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(bases("qwen_base")), adapter
+    ).eval()
+    assert by_adapter == continuations(attached, tokenizer, "<|im_end|>")
 
-    server = Running(folder, str(folder / "eos_proof" / "merged")).up()
-    try:
-        assert re.search(r"eos_proof .* live; ended its answer\n", server.said)
+    with (
+        Running(folder, str(merged), VLLM_API_KEY="secret", **UNCOMPILED) as server,
+        pytest.MonkeyPatch.context() as own,
+    ):
+        assert re.search(r"eos_proof +\d\.\d+ .* live; ended its answer\n", server.said)
+        for key in None, "wrong":
+            own.setenv("VLLM_API_KEY", key) if key else own.delenv("VLLM_API_KEY", raising=False)
+            with pytest.raises(RecipeError, match=r"another API key\n    -> set VLLM_API_KEY"):
+                Endpoint(server.url).models()
+        own.setenv("VLLM_API_KEY", "secret")
         assert ended(server.url, "eos_proof")
-    finally:
-        assert server.end() == []
+        assert asked(server.url, "eos_proof") == by_adapter
 
 
 @pytest.mark.real
 def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smollm2, tmp_path):
     runs = {"one": smollm2.run("float32"), "two": smollm2.run("narrow")}
     words = [f"{name}={run / 'adapter'}" for name, run in runs.items()]
-    server = Running(tmp_path, "--dynamic", "--base", str(smollm2.base("float32")), *words).up()
-    try:
+    with Running(
+        tmp_path, "--dynamic", "--base", str(smollm2.base("float32")), *words, **UNCOMPILED
+    ) as server:
         endpoint = Endpoint(server.url)
         known = {name: there(provenance.read(run / "adapter")) for name, run in runs.items()}
         assert len(re.findall(r"(?:one|two) +\d\.\d+ .* live", server.said)) == 2
@@ -383,24 +392,19 @@ def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smo
         assert list(endpoint.models()) == ["base", "one"]
         with pytest.raises(RecipeError):
             endpoint.write("two", "The", {}, 2)
-    finally:
-        assert server.end() == []
 
 
 @pytest.mark.real
 def test_an_adapter_of_a_real_bfloat16_model_is_live_and_merged_it_answers_the_same(smollm2, tmp_path):
     run = smollm2.run("bfloat16")
     words = ["--base", str(smollm2.base("bfloat16")), f"one={run / 'adapter'}"]
-    server = Running(tmp_path, *words).up()
-    try:
+    with Running(tmp_path, *words, **UNCOMPILED) as server:
         assert "--dtype bfloat16" in server.said
         endpoint, known = Endpoint(server.url), there(provenance.read(run / "adapter"))
         proof = live.prove(endpoint, "base", {"one": known})[0]
         assert proof.fault is None and there(proof.apart) < there(proof.limit) < there(proof.effect)
         served = [endpoint.logprobs("one", probe.input_ids) for probe in known.probes]
         assert far(smollm2.merged("bfloat16"), "bfloat16", known, served) < there(proof.limit)
-    finally:
-        assert server.end() == []
 
 
 def far(folder: Path, dtype: str, known: provenance.Provenance, served: list[list[float]]) -> float:
