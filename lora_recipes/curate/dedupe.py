@@ -63,7 +63,10 @@ def options(parser: ArgumentParser) -> None:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= 1:
         raise ArgumentTypeError(f"{text} is no share above 0 and up to 1")
     return value

@@ -156,8 +156,8 @@ CREDENTIALS = [
         "private_key",
         ("PRIVATE KEY",),
         re.compile(
-            r"-----BEGIN (?P<of>[A-Z ]*)PRIVATE KEY( BLOCK)?-----(?P<it>[\sA-Za-z0-9+/=:,.\\-]{40,20000}?)"
-            r"(?=-----END|$)"
+            r"-----BEGIN (?P<of>[A-Z ]{0,40})PRIVATE KEY( BLOCK)?-----"
+            r"(?P<it>(?:(?!-----)[\sA-Za-z0-9+/=:,.\\-]){40,20000}?)(?=-----END|$)"
         ),
     ),
     _shape("huggingface_token", "hf_ api_org_", rf"{_A}(hf_|api_org_)[A-Za-z0-9]{{30,}}{_Z}", _varied),
@@ -173,7 +173,8 @@ CREDENTIALS = [
     _shape(
         "aws_secret",
         "aws AWS",
-        r"(?i:aws_?secret[a-z_ ]*)[\"']?\s*[=:]\s*[\"']?(?P<it>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])",
+        r"(?i:aws_?secret[a-z_ ]{0,30})[\"']?\s{0,4}[=:]\s{0,4}[\"']?"
+        r"(?P<it>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])",
     ),
     _shape("google_key", "AIza", rf"{_A}AIza[A-Za-z0-9_-]{{35}}{_Z}", _varied),
     _shape("npm_token", "npm_", rf"{_A}npm_[A-Za-z0-9]{{36}}{_Z}", _varied),

@@ -18,9 +18,13 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, timedelta
+from datetime import time as clock
+from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import UUID
 
 from lora_recipes.core import files
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
@@ -270,13 +274,17 @@ class Work:
                 file.close()
 
     def _write(self, item: Item, outcome: Outcome, opened: dict[str, BinaryIO]) -> None:
-        state = self.state
+        state, texts = self.state, set[str]()
         state.read += 1
-        for row in outcome.rows:
-            opened[f"{outcome.to}.kept"].write(_line(row))
+        try:
+            lines = [_line(row, texts) for row in outcome.rows]
+        except TypeError as error:
+            outcome, lines = dropped("holds a value that JSON has not", str(error)), []
+        for line in lines:
+            opened[f"{outcome.to}.kept"].write(line)
             state.written[outcome.to] = state.written.get(outcome.to, 0) + 1
         example = item.raw if outcome.example is None else outcome.example
-        for note in outcome.notes:
+        for note in (*outcome.notes, *(f"{kind} is written as text" for kind in sorted(texts))):
             _count(state.noted, note, item.where, example)
         if not outcome.rows:
             assert outcome.reason, "a dropped row has a reason"
@@ -284,7 +292,9 @@ class Work:
             why = {"where": item.where, "reason": outcome.reason}
             if outcome.example:
                 why["found"] = outcome.example
-            opened["dropped"].write(_line(why | {"row": item.raw if outcome.raw is None else outcome.raw}))
+            row = item.raw if outcome.raw is None else outcome.raw
+            opened["dropped"].write(json.dumps(why | {"row": row}, ensure_ascii=False, default=repr).encode())
+            opened["dropped"].write(b"\n")
 
     def _save(self, opened: dict[str, BinaryIO]) -> None:
         for name, file in opened.items():
@@ -369,9 +379,18 @@ def _count(counted: dict[str, Counted], what: str, where: str, example: str | Ma
         found.examples.append({"where": where} | ({"text": cut} if cut else {}))
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
-    """As JSONL; a value of Parquet that JSON has not (bytes, a date) is written as text."""
-    return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+def _line(row: Mapping[str, Any], texts: set[str]) -> bytes:
+    """As JSONL. Dates, times and decimals of Parquet are texts in it: their kinds are added to `texts`.
+    TypeError names what is neither (bytes).
+    """
+
+    def as_text(value: Any) -> str:
+        if not isinstance(value, date | clock | timedelta | Decimal | UUID):
+            raise TypeError(f"{type(value).__name__}")
+        texts.add(f"a {type(value).__name__}")
+        return str(value)
+
+    return json.dumps(row, ensure_ascii=False, default=as_text).encode() + b"\n"
 
 
 def _plain(value: Any) -> Iterable[tuple[str, Any]]:

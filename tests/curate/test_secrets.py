@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 
@@ -25,6 +26,32 @@ def test_what_is_planted_is_found_whole_and_named():
 def test_what_only_looks_like_one_stays():
     changed = [(what, text) for what, text in harmless(40) if clean(text, SHAPES, []) != text]
     assert changed == []
+
+
+LONG = [
+    "1",
+    "a@",
+    "a.",
+    "+1 ",
+    "212-",
+    "f:",
+    "a://",
+    "ab+",
+    "eyJaaaaaaaaa.",
+    "DE12 AAAA ",
+    "tel ",
+    "0 ",
+    "sk-",
+]
+LONG += ["xoxb-1-", "aws_secret ", "-----BEGIN " + "PRIVATE KEY-----"]
+
+
+def test_a_long_text_takes_no_longer_than_it_is_long():
+    """No shape goes back over the whole text from each place where it might begin: seconds at this size."""
+    began = time.process_time()
+    for part in LONG:
+        clean(part * (20_000 // len(part)), SHAPES, [])
+    assert time.process_time() - began < 3  # 0.2 s
 
 
 def test_shipped_rows_hold_none(tmp_path):

@@ -2,13 +2,16 @@
 and a killed run that goes on. Asked of `convert`, which does least itself.
 """
 
+import datetime
 import gzip
 import json
 import random
 import signal
 import time
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from lora_recipes.__main__ import main
 from lora_recipes.curate import work
@@ -232,3 +235,22 @@ def test_a_folder_of_a_verbs_files_is_its_rows_alone(run, tmp_path):
         code, said = run("convert", path, "again.jsonl", "--overwrite")
         assert code == 0 and read(tmp_path / "again.jsonl") == [{"text": "a"}], said
     assert "dropped" not in said
+
+
+def test_values_of_parquet_that_json_has_not_are_told(run, tmp_path):
+    day = datetime.date(2024, 1, 2)
+    table = pyarrow.table({"text": ["a", "b"], "on": [day, None], "image": [None, b"\x89PNG"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    code, said = run("secrets", "a.parquet", "o.jsonl")
+    assert code == 0 and read(tmp_path / "o.jsonl") == [{"text": "a", "on": "2024-01-02", "image": None}]
+    assert "noted       1 a date is written as text" in said
+    assert "dropped     1 holds a value that JSON has not" in said
+    (lost,) = read(tmp_path / "o.dropped.jsonl")
+    assert lost["found"] == "bytes" and lost["row"]["text"] == "b"
+
+
+def test_no_rows_are_a_parquet_file_too(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    code, said = run("convert", "a.jsonl", "o.parquet")
+    assert code == 0 and "WARNING     no row is left" in said
+    assert parquet.read_table(tmp_path / "o.parquet").num_rows == 0
