@@ -90,7 +90,9 @@ def elsewhere(word: str) -> tuple[str, str] | None:
     name here.
     """
     homes = [
-        f"{section}.{word}" for section, its in schema()["properties"].items() if word in its["properties"]
+        f"{section}.{word}"
+        for section, its in schema()["properties"].items()
+        if word in its.get("properties", ())
     ]
     owned = [advice for name, advice in OWNED.items() if name.endswith(f".{word}")]
     if homes:

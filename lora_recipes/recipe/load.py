@@ -12,7 +12,7 @@ from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, rais
 from lora_recipes.core.record import Run
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.recipe import check, rules
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.recipe import Recipe, sections_of
 
 RECIPES = files.ROOT / "configs" / "recipes"
 
@@ -66,7 +66,7 @@ def run_of(word: str, outputs: Path) -> str:
         raise RecipeError(Problem(cli.command(RECIPE=word), _nowhere(word, Path()), do)) from None
     kept = run.path / "recipe.yaml"
     if isinstance(record := run.record, Run) and kept.is_file():
-        began = Recipe(run.path.name, kept, _sections(yamlfile.read(kept)[0])).anywhere()
+        began = Recipe(run.path.name, kept, sections_of(yamlfile.read(kept)[0])).anywhere()
         now = load(str(file), record.plan.overrides).anywhere()
         keys = {(section, key) for said in (began, now) for section, its in said.items() for key in its}
         other = sorted(
@@ -82,11 +82,6 @@ def run_of(word: str, outputs: Path) -> str:
                 file=sys.stderr,
             )
     return run.path.name
-
-
-def _sections(content: dict[str, Any]) -> dict[str, Any]:
-    """`full:` and `full: {}` are the same; a section that should hold more is then told what it lacks."""
-    return {key: {} if value is None else value for key, value in content.items()}
 
 
 def runs_of(words: Sequence[str], outputs: Path) -> list[str]:
@@ -112,10 +107,12 @@ def load(name: str, overrides: Sequence[str] = (), beside: Path | None = None) -
     """
     path = find(name, beside)
     content, lines, problems = yamlfile.read(path)
-    sections = _sections(content)
+    sections, task = sections_of(content), {k: v for k, v in content.items() if k == "task"}
     set_by, refused = _override(sections, overrides)
     recipe = Recipe(path.stem, path, sections, lines, set_by)
-    faults = check.faults(sections)
+    faults = check.faults(task | sections)
+    if "classify" in sections and not task:
+        faults.append((("classify",), "is read only with task: classify", "write that too, or remove it"))
     faults.sort(key=lambda fault: _line(recipe.written(fault[0])))
     problems += [Problem(recipe.at(*key), found, do) for key, found, do in faults] + refused
     raise_if(problems + rules.at_load(recipe, {key[0] if key else "" for key, _, _ in faults}))

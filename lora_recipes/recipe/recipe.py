@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from lora_recipes.core import files, yamlfile
 from lora_recipes.core.run_folder import WHOLE
 from lora_recipes.recipe.sections import (
+    Classify,
     Data,
     EarlyStopping,
     Freeze,
@@ -29,6 +30,7 @@ PATHS: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "train"): (),
     ("data", "eval"): (),
     ("data", "kept"): (),
+    ("classify", "labels"): (".txt",),  # else a list of names
     ("model", "name_or_path"): (),
     ("model", "tokenizer"): (),
     ("model", "contract"): (".yaml", ".yml"),  # other words are names in configs/models/
@@ -90,6 +92,11 @@ class Recipe:
         return self._optional(LearningRates, "learning_rates")
 
     @cached_property
+    def classify(self) -> Classify | None:
+        """The head; None of a recipe whose task is not to classify."""
+        return self._optional(Classify, "classify")
+
+    @cached_property
     def early_stopping(self) -> EarlyStopping | None:
         """The arguments of transformers.EarlyStoppingCallback."""
         return self._optional(EarlyStopping, "early_stopping")
@@ -137,7 +144,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as resolved, overrides applied."""
-        return yamlfile.dump(self.sections)
+        return yamlfile.dump(document(self.sections))
 
     def file(self, path: str) -> Path:
         """The file or folder that `path` in this recipe means, there or not (files.find)."""
@@ -158,6 +165,21 @@ class Recipe:
             }
             for section, its in self.sections.items()
         }
+
+
+def document(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The sections as a recipe's file says them; `sections_of` reads them back."""
+    return ({"task": "classify"} if "classify" in sections else {}) | sections
+
+
+def sections_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a recipe's file: an empty one holds nothing (`full:` and `full: {}` are the same), and
+    `task: classify` is its section, with its defaults where the file has none.
+    """
+    sections = {key: {} if value is None else value for key, value in content.items() if key != "task"}
+    return sections | (
+        {"classify": sections.get("classify", {})} if content.get("task") == "classify" else {}
+    )
 
 
 def _names_file(section: str, key: str, value: Any) -> bool:

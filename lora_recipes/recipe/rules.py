@@ -120,7 +120,8 @@ def _asked(facts: Facts, warns: bool) -> list["Rule"]:
 
 def of_layout(recipe: Recipe, layout: Layout) -> list[Problem]:
     """The rules about several processes: known before a library is asked, which would say it otherwise."""
-    return list(_problems(_LAYOUT, recipe, Facts(layout)))
+    rules = [*_LAYOUT, _CLASSIFY[-1]]
+    return list(_problems(rules, recipe, Facts(layout)))
 
 
 def _problems(rules: list[Rule], recipe: Recipe, facts: Facts) -> Iterator[Problem]:
@@ -156,6 +157,11 @@ def _bases(recipe: Recipe, facts: Facts) -> Words | None:
     return {"what": "name_or_path and from_recipe exclude each other" if sources else "no base model"}
 
 
+def held_out(recipe: Recipe) -> bool:
+    """Is there anything to evaluate on: data.eval, or what classify.validation holds out?"""
+    return bool(recipe.data.eval) or (recipe.classify is not None and recipe.classify.validation is not None)
+
+
 def _evaluates(recipe: Recipe) -> bool:
     return recipe.train.eval_strategy != "no"
 
@@ -179,7 +185,7 @@ def _shares(recipe: Recipe, facts: Facts) -> Words | None:
     return None if abs(total - 1) < 1e-6 else {"what": f"the shares add up to {total:g}"}
 
 
-_EVALUATION = ("data", "train", "early_stopping")
+_EVALUATION = ("data", "train", "early_stopping", "classify")
 _FIRST = [
     Rule(
         "data.train",
@@ -257,7 +263,7 @@ _FIRST = [
         "no data.eval",
         "there is nothing to evaluate on",
         "set data.eval, or eval_strategy: 'no'",
-        lambda r, f: _evaluates(r) and not r.data.eval,
+        lambda r, f: _evaluates(r) and not held_out(r),
         early=True,
         sections=_EVALUATION,
     ),
@@ -266,7 +272,7 @@ _FIRST = [
         "no data.eval",
         "early stopping needs data.eval",
         "name an eval file or remove the section",
-        lambda r, f: r.early_stopping is not None and not r.data.eval,
+        lambda r, f: r.early_stopping is not None and not held_out(r),
         early=True,
         sections=_EVALUATION,
     ),
@@ -364,7 +370,10 @@ _LORA = [
         "write CAUSAL_LM, or remove it",
         lambda r, f: (
             {"task": r.lora.task_type}
-            if r.lora and "task_type" in r.lora.given and r.lora.task_type != "CAUSAL_LM"
+            if r.lora
+            and "task_type" in r.lora.given
+            and r.lora.task_type != "CAUSAL_LM"
+            and r.classify is None
             else None
         ),
     ),
@@ -444,6 +453,224 @@ _LORA = [
             and r.model.quantize is not None
             and bool(r.lora.loftq_config)
         ),
+    ),
+]
+
+
+# ---- task: classify: a head is trained with the adapter. What is about writing text does nothing there; the
+# rest of what is refused was not tried
+
+HEADS = ("score", "classifier")  # the names that PEFT takes for the head of a SEQ_CLS model
+_WRITES = "is about writing text, which task: classify does not do"
+
+
+def _classifies(broken: Callable[[Recipe], "Words | bool | None"]) -> Broken:
+    return lambda r, f: broken(r) if r.classify is not None else None
+
+
+def _on_head(recipe: Recipe) -> Words | None:
+    given = recipe.lora.target_modules if recipe.lora else None
+    entries = [given] if isinstance(given, str) else given or []
+    for entry in entries:
+        if entry.rpartition(".")[2] in HEADS:
+            return {"entry": entry}
+    return None
+
+
+def _odd_columns(recipe: Recipe) -> Words | None:
+    sources = [s for s in (recipe.data.train, recipe.data.eval) if isinstance(s, list)]
+    given = [
+        recipe.data.columns,
+        *(s.get("columns", {}) for its in sources for s in its if isinstance(s, dict)),
+    ]
+    odd = [name for columns in given for name in columns if name not in ("text", "label")]
+    return {"odd": odd[0]} if odd else None
+
+
+def _no_file(recipe: Recipe) -> Words | None:
+    labels = recipe.classify.labels if recipe.classify else None
+    return {"labels": labels} if isinstance(labels, str) and not labels.endswith(".txt") else None
+
+
+def _labels_twice(recipe: Recipe) -> Words | None:
+    labels = recipe.classify.labels if recipe.classify else None
+    twice = [name for name in labels if labels.count(name) > 1] if isinstance(labels, list) else []
+    return {"name": twice[0]} if twice else None
+
+
+def _begins_otherwise(recipe: Recipe) -> Words | None:
+    begins = recipe.lora.init_lora_weights if recipe.lora else True
+    return {"init": begins} if begins not in (True, False, "gaussian", "orthogonal") else None
+
+
+_CLASSIFY = [
+    Rule(
+        "{method}",
+        "task: classify",
+        "{method}: with task: classify was not tried here",
+        "write lora:",
+        _classifies(lambda r: any(m in r.sections for m in METHODS if m != "lora")),
+        early=True,
+    ),
+    *(
+        Rule(
+            section,
+            "task: classify",
+            f"{section}: {why}",
+            "remove it",
+            _classifies(lambda r, section=section: section in r.sections),  # type: ignore[misc]
+            early=True,
+        )
+        for section, why in (
+            ("probes", "asks for words, and task: classify has classes"),
+            ("warm_start", "with task: classify was not tried here"),
+            ("learning_rates", "with task: classify was not tried here"),
+        )
+    ),
+    *(
+        Rule(
+            key,
+            "task: classify",
+            _WRITES,
+            "remove it",
+            _classifies(lambda r, key=key: key.split(".")[1] in r.sections[key.split(".")[0]]),  # type: ignore[misc]
+            early=True,
+            sections=("data", "model"),
+        )
+        for key in (
+            "data.kept",
+            "data.rows",
+            "data.chat_template_kwargs",
+            "model.chat_template",
+            "model.new_tokens",
+        )
+    ),
+    Rule(
+        "data.format",
+        "task: classify",
+        "task: classify reads rows of text and label",
+        "remove it; data.columns names other fields: {{text: ..., label: ...}}",
+        _classifies(lambda r: r.data.format is not None),
+        early=True,
+        sections=("data",),
+    ),
+    Rule(
+        "data.columns",
+        "task: classify, but for text and label",
+        "task: classify reads no {odd}",
+        "it reads text and label: {{text: ..., label: ...}}",
+        _classifies(_odd_columns),
+        early=True,
+        sections=("data",),
+    ),
+    Rule(
+        "data.columns.label",
+        "any other task",
+        "no label is read without task: classify",
+        "write task: classify, or remove it",
+        lambda r, f: r.classify is None and "label" in r.data.columns,
+        early=True,
+        sections=("data", "classify", "task"),
+    ),
+    Rule(
+        "train.dataset_text_field",
+        "task: classify",
+        "is read by TRL alone",
+        "write data.columns: {{text: ...}}",
+        _classifies(lambda r: "dataset_text_field" in r.train.given),
+        early=True,
+        sections=("train",),
+    ),
+    Rule(
+        "classify.validation",
+        "data.eval",
+        "there is data.eval already",
+        "remove one of the two",
+        _classifies(lambda r: bool(r.classify and r.classify.validation is not None and r.data.eval)),
+        early=True,
+        sections=("data", "classify"),
+    ),
+    Rule(
+        "classify.labels",
+        "a text that is no .txt file",
+        "{labels!r} is no text file",
+        "a list of names, or a .txt file with one a line",
+        _classifies(_no_file),
+        early=True,
+        sections=("classify",),
+    ),
+    Rule(
+        "classify.labels",
+        "a name twice",
+        "{name!r} stands there twice",
+        "each class has one place",
+        _classifies(_labels_twice),
+        early=True,
+        sections=("classify",),
+    ),
+    Rule(
+        "lora.target_modules",
+        "the head of task: classify",
+        "{entry!r} is the head: it trains whole, and is saved with the adapter (modules_to_save)",
+        "remove it",
+        _classifies(_on_head),
+        early=True,
+        sections=("lora",),
+    ),
+    Rule(
+        "lora.modules_to_save",
+        "task: classify",
+        "holds the head, score, by itself; another module beside it was not tried here",
+        "remove it",
+        _classifies(lambda r: r.lora is not None and r.lora.modules_to_save is not None),
+        early=True,
+        sections=("lora",),
+    ),
+    Rule(
+        "lora.trainable_token_indices",
+        "task: classify",
+        "with task: classify was not tried here",
+        "remove it",
+        _classifies(lambda r: r.lora is not None and bool(r.lora.trainable_token_indices)),
+        early=True,
+        sections=("lora",),
+    ),
+    Rule(
+        "lora.task_type",
+        "task: classify, but SEQ_CLS",
+        "{task} is not the task of a classifier",
+        "write SEQ_CLS, or remove it",
+        _classifies(
+            lambda r: (
+                {"task": r.lora.task_type}
+                if r.lora and r.lora.given.get("task_type", "SEQ_CLS") != "SEQ_CLS"
+                else None
+            )
+        ),
+        sections=("lora",),
+    ),
+    Rule(
+        _INIT,
+        "task: classify, where the base or the data decide",
+        "an initialisation by {init} with task: classify was not tried here",
+        "remove it",
+        _classifies(_begins_otherwise),
+        early=True,
+        sections=("lora",),
+    ),
+    Rule(
+        "train.use_liger_kernel",
+        "task: classify",
+        "Liger's loss is that of a language model",
+        "remove it",
+        _classifies(lambda r: r.train.use_liger_kernel),
+    ),
+    Rule(
+        "task",
+        "FSDP2, ZeRO-2 and ZeRO-3",
+        "task: classify under {layout} was not shown to work here",
+        cli.command(ACCELERATE="ddp"),
+        lambda r, f: r.classify is not None and f.layout.kind in (FSDP2, ZERO2, ZERO3),
     ),
 ]
 
@@ -928,6 +1155,7 @@ def _reports(recipe: Recipe, to: str = "") -> bool:
 # What SFTTrainer.evaluate returns; aux_loss where there are experts.
 METRICS: tuple[str, ...] = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
 METRICS += ("runtime", "samples_per_second", "steps_per_second")
+CLASS_METRICS = ("loss", "accuracy", "macro_f1", "calibration_error", *METRICS[-3:])  # of task: classify
 # What torch.utils.checkpoint.checkpoint takes and YAML can hold; `selective` is TRL's.
 CHECKPOINTING: tuple[str, ...] = (
     "use_reentrant",
@@ -965,7 +1193,8 @@ def _metric(recipe: Recipe) -> str:
 
 
 def _no_metric(recipe: Recipe, facts: Facts) -> Words | None:
-    known = [m for m in METRICS if m != "aux_loss" or facts.router]
+    measured = METRICS if recipe.classify is None else CLASS_METRICS
+    known = [m for m in measured if m != "aux_loss" or facts.router]
     if not recipe.train.metric_for_best_model or _metric(recipe) in known:
         return None
     close = nearest(_metric(recipe), known)
@@ -974,6 +1203,7 @@ def _no_metric(recipe: Recipe, facts: Facts) -> Words | None:
 
 def _wrong_way(recipe: Recipe, facts: Facts) -> Words | None:
     best = {"loss": False, "aux_loss": False, "entropy": False, "mean_token_accuracy": True}
+    best |= {"accuracy": True, "macro_f1": True, "calibration_error": False}
     metric, said = _metric(recipe), recipe.train.greater_is_better
     taken = not metric.endswith("loss") if said is None else said  # as TrainingArguments has it
     if metric not in best or taken == best[metric] or not _reads_metric(recipe):
@@ -1084,7 +1314,7 @@ _TRAIN = [
         "no data.eval",
         "there is nothing to evaluate on",
         "set data.eval, or remove it",
-        lambda r, f: r.train.eval_on_start and not r.data.eval,
+        lambda r, f: r.train.eval_on_start and not held_out(r),
     ),
     Rule(
         "train.padding_free",
@@ -1282,7 +1512,7 @@ _TRAIN = [
             "no data.eval",
             "there is nothing to evaluate on",
             "set data.eval, or remove it",
-            lambda r: bool(r.data.eval),
+            held_out,
         )
         for name in ("per_device_eval_batch_size", "eval_packing")
     ),
@@ -1637,6 +1867,7 @@ def _attention(recipe: Recipe, said: str) -> Words | None:
 RULES: tuple[Rule, ...] = (
     *_FIRST,
     *_LORA,
+    *_CLASSIFY,
     *_PEFT,
     *_BASE,
     *_RATES,

@@ -125,6 +125,7 @@ _COLUMNS = _object(
                 "prompt": "what is asked",
                 "completion": "what is answered",
                 "text": "text (in place of train.dataset_text_field)",
+                "label": "the class of a text (task: classify)",
                 "instruction": "Alpaca's instruction",
                 "input": "Alpaca's input",
                 "output": "Alpaca's output",
@@ -311,6 +312,48 @@ OURS: dict[str, dict[str, Any]] = {
         },
         ["from_recipe"],
         "lora: A and B begin as the best rank-r part of that recipe's update of the base (by SVD)",
+    ),
+    "classify": _object(
+        {
+            "pooling": {
+                "enum": ["mean", "last"],
+                "default": "mean",
+                "description": (
+                    "what of the last hidden states goes into the head: the mean of a text's tokens, or its"
+                    " last token"
+                ),
+            },
+            "labels": {
+                "anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 2}],
+                "description": (
+                    "the classes in the head's order: names, or a text file with one a line (default: those"
+                    " of data.train, sorted)"
+                ),
+            },
+            "validation": {
+                "type": "number",
+                "exclusiveMinimum": 0,
+                "exclusiveMaximum": 1,
+                "description": "in place of data.eval: the share of data.train held out, of each class alike",
+            },
+            "validation_seed": {
+                "type": "integer",
+                "minimum": 0,
+                "default": 0,
+                "description": "which rows those are; train.seed does not change them",
+            },
+            "class_weight": {
+                "anyOf": [
+                    {"enum": ["balanced"]},
+                    {"type": "object", "additionalProperties": _RATE, "minProperties": 1},
+                ],
+                "description": (
+                    "factor of a row's loss by its class: a number for each, or balanced: rows / (classes x"
+                    " rows of the class), as scikit-learn calls it (default: 1)"
+                ),
+            },
+        },
+        description="of task: classify: a linear head on the pooled hidden states, trained with the adapter",
     ),
     "learning_rates": _object(
         {
@@ -499,13 +542,18 @@ def _stopping() -> dict[str, Any]:
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe file, from the installed peft, trl and transformers."""
-    sections = {
+    sections: dict[str, Any] = {
+        "task": {
+            "enum": ["classify"],
+            "description": "classify: label texts with a head, in place of writing text",
+        },
         "model": OURS["model"],
         "data": OURS["data"],
         "lora": _class_section("lora", LoraConfig, ["r", "lora_alpha", "target_modules"]),
         "full": OURS["full"],
         "peft": _peft(),
         "freeze": OURS["freeze"],
+        "classify": OURS["classify"],
         "train": _class_section("train", SFTConfig, ["learning_rate"]),
         "warm_start": OURS["warm_start"],
         "learning_rates": OURS["learning_rates"],

@@ -178,6 +178,17 @@ class Freeze(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Classify(Section):
+    """The `classify:` section."""
+
+    pooling: Literal["mean", "last"] = "mean"
+    labels: list[str] | str | None = None
+    validation: float | None = None
+    validation_seed: int = 0
+    class_weight: Literal["balanced"] | dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train(Section):
     """The `train:` section."""
 

@@ -61,8 +61,8 @@ MOST = 8  # words in a Literal; longer lists (optimizers, schedules) are texts
 def source(schema: dict[str, Any]) -> str:
     """The text of sections.py, for `ruff format`."""
     sections = {
-        name: its for name, its in schema["properties"].items() if name != "full"
-    }  # full: {} has no key
+        name: its for name, its in schema["properties"].items() if its.get("properties") or "allOf" in its
+    }  # task: is one word, and full: {} has no key
     return HEAD + "\n\n".join(_section(name, its) for name, its in sections.items())
 
 

@@ -10,7 +10,7 @@ from lora_recipes.core.checkpoints import newest_whole, steps_of
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.run_folder import FILES, RunFolder
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.recipe import Recipe, sections_of
 
 # Keys of train: that change what is shown or kept, not what is trained.
 HARMLESS = {
@@ -94,7 +94,7 @@ def differences(folder: RunFolder, recipe: Recipe, facts: Mapping[str, str | Non
     """
     try:
         before = yaml.safe_load((folder.path / "recipe.yaml").read_text(encoding="utf-8")) or {}
-        began = {section: its or {} for section, its in before.items()}
+        began = sections_of(before)
         before = Recipe(recipe.name, folder.path / "recipe.yaml", began).anywhere()
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         do = f"without it nobody knows what the run began with: {cli.command(FORCE=True)} begins anew"

@@ -30,7 +30,7 @@ from lora_recipes.planning import plan as plans
 from lora_recipes.planning import space
 from lora_recipes.planning.plan import Plan
 from lora_recipes.recipe.base import Resolved
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.recipe import Recipe, document
 from lora_recipes.training import launch, loss, usage, verify, watch
 from lora_recipes.training.finish import Session, finish, report, say
 from lora_recipes.training.resume import differences, left, may_start
@@ -328,7 +328,7 @@ def _begin(session: Session) -> Run:
     if PartialState().is_main_process:
         folder.clear()
         folder.write_record(run)  # first: files of a run without it are somebody's own
-        write(folder.path / "recipe.yaml", dump(recipe.anywhere()))
+        write(folder.path / "recipe.yaml", dump(document(recipe.anywhere())))
         write(folder.path / PLAN, session.plan.text() + "\n")
         folder.reserve(space.result(session.plan.facts, session.tokenizer))
     PartialState().wait_for_everyone()
