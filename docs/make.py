@@ -223,7 +223,7 @@ def box(room: str, x: int, y: int) -> list[str]:
     ]
 
 
-SECTIONS = ("model", "data", "freeze", "warm_start", "learning_rates", "early_stopping", "probes")
+SECTIONS = ("model", "data", "classify", "freeze", "warm_start", "learning_rates", "early_stopping", "probes")
 
 
 def rules() -> str:

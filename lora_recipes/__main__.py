@@ -4,6 +4,7 @@ call it.
 A verb is parsed and its recipe checked before anything slow is imported: those imports stand in the actions.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -331,8 +332,47 @@ def evaluate(given: Namespace) -> None:
     with cli.importing():
         from lora_recipes.evaluation import evaluate
 
-    asked = evaluate.evaluation(given.recipe, given.outputs, given.overrides, given.adapter, given.base)
-    print(evaluate.report(asked))
+    print(evaluate.answered(given.recipe, given.outputs, given.overrides, given.adapter, given.base))
+
+
+def _predict(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "classifier",
+        nargs="?",
+        default="tiny_classify",
+        help="a recipe (name or file), or the folder of an adapter or a merged model"
+        " (default: tiny_classify)",
+    )
+    parser.add_argument(
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help="the texts: a line each, or .jsonl with a text in each object (default: standard input, a line"
+        " each)",
+    )
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="a label file that must agree with the head's classes"
+    )
+    _outputs(parser)
+    _base(parser)
+
+
+def predict(given: Namespace) -> None:
+    """Answer each text with a line of JSON."""
+    from lora_recipes.core import locate
+    from lora_recipes.recipe import load
+
+    word = load.run_of(given.classifier, given.outputs)
+    folder = next(iter(locate.named([word], given.outputs).values()))
+    if given.file and not given.file.is_file():
+        raise RecipeError(Problem("--file", f"{given.file} is no file", "texts, a line each, or .jsonl"))
+    with cli.importing():
+        from lora_recipes.evaluation import classify
+
+    with given.file.open(encoding="utf-8") if given.file else contextlib.nullcontext(sys.stdin) as lines:
+        json_lines = bool(given.file) and given.file.suffix == ".jsonl"
+        for line in classify.predict(folder, lines, json_lines, given.base, given.labels):
+            print(line, flush=True)
 
 
 def _combine(parser: ArgumentParser) -> None:
@@ -597,6 +637,7 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         evaluate,
         "Ask base and trained model the same: held-out loss, probes, what was forgotten, generations.",
     ),
+    "predict": (_predict, predict, "Label texts with a classifier: a class and probabilities for each."),
     "combine": (
         _combine,
         combine,

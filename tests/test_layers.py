@@ -1,6 +1,7 @@
 """The shape of the house, read from its files: imports point down, no circles, the low rooms stay light."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -115,15 +116,24 @@ def test_there_is_one_trainer():
     assert found == ["model.build"]
 
 
+def test_there_is_one_trainer_of_heads():
+    """Transformers' own: TRL's takes no model without an lm_head."""
+    calls = re.compile(r"(?<!SFT)\bTrainer\(")
+    found = [name_of(p) for p in FILES for _ in calls.findall(p.read_text(encoding="utf-8"))]
+    assert found == ["model.heads"]
+
+
 def test_nothing_makes_the_model_a_peft_model_before_the_trainer_does():
-    """Those measure on models without bytes, or ask a small twin, and are no way to training."""
+    """Those measure on models without bytes, or ask a small twin, and are no way to training; transformers'
+    Trainer, which trains heads, takes no peft_config.
+    """
     calls = {
         name_of(path)
         for path in FILES
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "get_peft_model"
     }
-    assert calls <= {"planning.adapter_facts", "memory.fake", "model.twin"}
+    assert calls <= {"planning.adapter_facts", "memory.fake", "model.twin", "model.heads"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")

@@ -54,13 +54,22 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Called:
+    """A text as a classifier saw it, and the logits of its classes by PEFT at the end of training."""
+
+    text: str
+    input_ids: list[int]
+    logits: list[float]
+
+
+@dataclass(frozen=True)
 class Provenance:
     """`fingerprint`: of the base's weights (weights.fingerprint), None for one that was never a folder here.
     `dtype`: of the probes. `files`: SHA-256 of each file that was saved beside it; `adapter_config`: what
     that file said. Both are empty where the version that trained did not record them yet. `stops`: the tokens
     that ended a reply in training, by id; `stop_text`: what ended it where that was no token. `question`:
     None where no reply was trained, or training could not ask. `unproven`: of a combination, the adapters in
-    it that were not proven, and what of each was not.
+    it that were not proven, and what of each was not. `called`: of a classifier, in place of probes.
     """
 
     recipe: str
@@ -77,6 +86,7 @@ class Provenance:
     files: dict[str, str] = field(default_factory=dict)
     adapter_config: dict[str, Any] = field(default_factory=dict)
     unproven: dict[str, str] = field(default_factory=dict)
+    called: list[Called] = field(default_factory=list)
 
     @property
     def made_of(self) -> str:
@@ -109,6 +119,7 @@ def read(folder: Path) -> Provenance | None:
         found = json.loads(file.read_text(encoding="utf-8"))
         typed: dict[str, Any] = {"probes": [Probe(**probe) for probe in found["probes"]]}
         typed["stops"] = {int(i): token for i, token in found.get("stops", {}).items()}
+        typed["called"] = [Called(**called) for called in found.get("called", [])]
         typed["question"] = Question(**found["question"]) if found.get("question") else None
         known = Provenance(**found | typed)
         if any(not len(p.base) == len(p.adapter) == len(p.input_ids) - 1 for p in known.probes):

@@ -150,6 +150,25 @@ class StopFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassFacts:
+    """A class of task: classify."""
+
+    name: Annotated[str, "its label"]
+    train: Annotated[int, "rows of it to train on"]
+    eval: Annotated[int, "rows of it held out"]
+    weight: Annotated[float, "factor of its rows in the loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFacts:
+    """The head of task: classify."""
+
+    pooling: Annotated[str, "mean or last: what of the last hidden states goes into it"]
+    parameters: Annotated[int, "of the head: hidden size x classes, no bias"]
+    classes: Annotated[list[ClassFacts], "in the order of its outputs"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepFacts:
     """Optimiser steps."""
 
@@ -207,6 +226,7 @@ class PlanFacts:
     adapter: Annotated[AdapterFacts | None, "the adapter; where one is trained"] = None
     coverage: Annotated[list[CoverageFacts] | None, "what it reaches, by kind of layer"] = None
     data: Annotated[DataFacts, "rows and tokens"]
+    head: Annotated[HeadFacts | None, "of task: classify"] = None
     stops: Annotated[StopFacts | None, "what ends a reply; older records have none"] = None
     steps: Annotated[StepFacts | None, "absent where packing needs tokens that are not counted"] = None
     learning_rate: Annotated[RateFacts | None, "as steps"] = None
@@ -223,6 +243,7 @@ class ResumeFacts:
     base_weights: Annotated[str | None, "hash over the base's weights; null where it is no folder here"]
     base_revision: Annotated[str | None, "the base's commit on the Hub"]
     layout: Annotated[str, "the processes, in words"]
+    classes: Annotated[list[str] | None, "of task: classify, in the head's order"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +366,34 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassScores:
+    """One class on the held-out rows, by scikit-learn's precision_recall_fscore_support."""
+
+    name: Annotated[str, "its label"]
+    rows: Annotated[int, "rows of it"]
+    precision: Annotated[float, "share of what was called so that is so; 0 where nothing was"]
+    recall: Annotated[float, "share of its rows that were called so"]
+    f1: Annotated[float, "harmonic mean of the two"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A classifier on the held-out rows."""
+
+    rows: Annotated[int, "rows asked"]
+    sha256: Annotated[str, "hash of the rows"]
+    loss: Annotated[float, "mean cross entropy, nats a row, without weights"]
+    accuracy: Annotated[float, "share of rows that were called right"]
+    macro_f1: Annotated[float, "mean of the classes' f1"]
+    calibration_error: Annotated[
+        float, "mean |confidence - accuracy| over ten bins of confidence, by rows (ECE, arXiv 1706.04599)"
+    ]
+    majority: Annotated[float, "accuracy of always calling the most frequent class of train"]
+    classes: Annotated[list[ClassScores], "each class"]
+    confusion: Annotated[list[list[int]], "rows of class i (line) called class j (column)"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Combined:
     """What a combination was made of, and what was measured: `make combine`."""
 
@@ -386,6 +435,7 @@ class Record:
     command: Annotated[str, "as it was called"]
     hardware: Annotated[Hardware, "the machine"]
     evaluation: Annotated[Evaluation | None, "the last evaluation, if one was made"] = None
+    scores: Annotated[Scores | None, "of task: classify, on the held-out rows"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ FILES = (
     "run.json",
     "metrics.jsonl",
     "loss.png",
+    "confusion.png",
     "tensorboard",
     "adapter",
     "model",

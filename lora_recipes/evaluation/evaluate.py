@@ -25,7 +25,8 @@ from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import new_tokens, read, render, stops
 from lora_recipes.data.render import IGNORED
-from lora_recipes.model import answers, attach, embeddings, probes
+from lora_recipes.evaluation import classify
+from lora_recipes.model import answers, attach, embeddings, probes, scores
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import Resolved, resolve
 from lora_recipes.recipe.recipe import Recipe
@@ -79,6 +80,20 @@ def evaluation(
     more = [run.path] if run.path.is_dir() else []
     with lock.runs([adapter] if adapter else [], "evaluates", *more):
         return _evaluation(run, name, overrides, adapter, base)
+
+
+def answered(
+    name: str, outputs: Path, overrides: Sequence[str], adapter: Path | None, base: Path | None
+) -> str:
+    """The same for a person. Of a classifier its scores on data.eval alone: an untrained head has no answer
+    to compare them with.
+    """
+    name = recipes.run_of(name, outputs)
+    run = RunFolder(outputs / name)
+    if (run.path / "recipe.yaml").is_file() and (asked := _recipe(run, name, overrides)).classify:
+        with lock.runs([adapter] if adapter else [], "evaluates", run.path):
+            return "\n".join(scores.text(classify.evaluation(run, asked, adapter, base)))
+    return report(evaluation(name, outputs, overrides, adapter, base))
 
 
 def _evaluation(

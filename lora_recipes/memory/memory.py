@@ -20,6 +20,7 @@ from trl import pack_dataset
 
 from lora_recipes.data import new_tokens
 from lora_recipes.data.gate import Gate
+from lora_recipes.data.labels import LabelGate, Texts
 from lora_recipes.data.render import IGNORED
 from lora_recipes.data.rows import Rows
 from lora_recipes.memory import blocks, fake, fits, kernels, rehearsal
@@ -94,11 +95,14 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
         freeze=recipe.freeze,
         new_tokens=tuple(new_tokens.ids(gate.tokenizer if gate else None, recipe, text.vocab_size)),
         copies=initialise.copies(recipe) + peft_callbacks.copies(recipe),
+        head=(tuple(gate.names), recipe.classify.pooling)
+        if isinstance(gate, LabelGate) and recipe.classify
+        else None,
     )
 
 
 def _batch(
-    examples: Rows | None,
+    examples: Rows | Texts | None,
     counted: bool,
     rows: int,
     packing: bool,
@@ -117,6 +121,10 @@ def _batch(
             if free
             else Batch(rows, width, rows * (width - 1), padded=rows > 1)
         )
+    if isinstance(examples, Texts):
+        wide = np.sort(examples.lengths)[::-1][:rows]
+        differ = len(wide) > 1 and bool(examples.lengths.min() < wide[0])
+        return Batch(len(wide), int(wide[0]), len(wide), padded=differ)
     data: Any = examples.dataset
     if packing:
         data = pack_dataset(data, arguments.max_length, arguments.packing_strategy)
@@ -286,7 +294,8 @@ def assumptions(setup: Setup, whole: rehearsal.Whole) -> Iterator[str]:
         if batch.padded
         else "all of one length"
     )
-    yield f"batch: {batch.rows} x {batch.width:,} tokens ({shape}), {batch.supervised:,} of them supervised"
+    trained = f", {batch.supervised:,} of them supervised" if setup.head is None else ""
+    yield f"batch: {batch.rows} x {batch.width:,} tokens ({shape}){trained}"
     kernel = (
         "FlashAttention's kernel"
         if not (batch.packed or batch.padded)
@@ -300,7 +309,8 @@ def assumptions(setup: Setup, whole: rehearsal.Whole) -> Iterator[str]:
         how = parts.decoder(whole.base).config._experts_implementation
         least = " (on a GPU compute capability 8.0 or more)" if setup.cuda and how == "grouped_mm" else ""
         yield f"experts: {how}{least}; each token's copy for each of its experts, whichever those are"
-    yield "loss: TRL's fused head, tiles of 4,096 tokens x 32,768 words; no logits are built"
+    if setup.head is None:
+        yield "loss: TRL's fused head, tiles of 4,096 tokens x 32,768 words; no logits are built"
     for package in kernels.used(fake.modeling_of(setup.config)):
         name = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}[package]
         yield f"linear attention: {name}" + (

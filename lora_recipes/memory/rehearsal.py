@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from lora_recipes.memory import blocks, fake, kernels, storages
 from lora_recipes.memory.fits import gib
 from lora_recipes.memory.storages import Peak, Storages, Stretch
-from lora_recipes.model import embeddings, experts, freeze, parts, targets
+from lora_recipes.model import embeddings, experts, freeze, heads, parts, targets
 from lora_recipes.recipe.sections import Freeze
 
 aten = torch.ops.aten
@@ -56,7 +56,8 @@ class Setup:
     the CPU as it runs here. `evaluation`: the largest batch of an evaluation pass. `trl`: TRL's loss; else
     transformers' own, whole logits held through the backward pass. `prepared`: after
     peft.prepare_model_for_kbit_training. `freeze`: that section of the recipe. `new_tokens`: their ids.
-    `copies` of what is trained are kept beside it, besides the optimiser's.
+    `copies` of what is trained are kept beside it, besides the optimiser's. `head`: the classes and the
+    pooling of task: classify, whose loss is then that of the head; None where text is written.
     """
 
     config: PreTrainedConfig
@@ -75,6 +76,7 @@ class Setup:
     freeze: Freeze | None = None
     new_tokens: tuple[int, ...] = ()
     copies: int = 0
+    head: tuple[tuple[str, ...], str] | None = None
 
 
 @dataclass
@@ -130,7 +132,9 @@ def run(setup: Setup, whole: Whole, chosen: list[int] | None = None) -> Run:
             stack.enter_context(blocks.only(parts.decoder(base), whole.blocks, chosen))
         statistics = stack.enter_context(fake.materialised(model, setup.dtype, mode))
         trained = [p for p in model.parameters() if p.requires_grad]
-        inputs, held_out = _inputs(setup.batch, mode), setup.evaluation and _inputs(setup.evaluation, mode)
+        inputs, held_out = (
+            batch and _inputs(batch, setup, mode) for batch in (setup.batch, setup.evaluation)
+        )
         stack.enter_context(fake.untraced(base.config.get_text_config(), setup.fast, setup.cuda))
         stack.enter_context(mode)
         optimizer, paged = _optimizer(model, trained, setup)
@@ -194,12 +198,24 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
     embeddings.grow(base, list(setup.new_tokens))
     if setup.freeze is not None:
         freeze.apply(base, setup.freeze)
+    if setup.head is not None:
+        base = heads.of(base, list(setup.head[0]), setup.head[1])
     adapter = copy.deepcopy(setup.peft_config)
     new = list(setup.new_tokens)
     adapter = adapter and targets.resolved(base, embeddings.training(adapter, base, new))
     model = fake.adapted(base, adapter, setup.adapter)
-    if adapter:
+    if setup.head is None:
         embeddings.readable_head(model)
+    elif setup.adapter is not None:
+        heads.trained(model, setup.adapter)
+    _checkpointed(model, setup)
+    if setup.trl and setup.head is None:
+        add_fused_lm_head(base, outputs=HEAD_OUTPUTS)
+    return model.train(), base
+
+
+def _checkpointed(model: Any, setup: Setup) -> None:
+    """Gradient checkpointing as the trainer turns it on."""
     if setup.arguments.gradient_checkpointing:
         given: Any = setup.arguments.gradient_checkpointing_kwargs
         options = dict(given or {})
@@ -210,9 +226,6 @@ def _model(setup: Setup, config: PreTrainedConfig) -> tuple[Any, Any]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None, **more)
         if setup.peft_config:
             model.enable_input_require_grads()
-    if setup.trl:
-        add_fused_lm_head(base, outputs=HEAD_OUTPUTS)
-    return model.train(), base
 
 
 def _storages(setup: Setup, batch: Batch) -> Storages:
@@ -308,8 +321,8 @@ def _hooks(
     return made
 
 
-def _inputs(batch: Batch, mode: FakeTensorMode) -> dict[str, Any]:
-    """The batch as TRL's collator makes it, as fake tensors."""
+def _inputs(batch: Batch, setup: Setup, mode: FakeTensorMode) -> dict[str, Any]:
+    """The batch as the collator makes it, TRL's or that of a head, as fake tensors."""
     lengths = [batch.width] * batch.rows
     if batch.padded:
         lengths[1:] = [max(batch.width - 1, 1)] * (batch.rows - 1)
@@ -318,6 +331,9 @@ def _inputs(batch: Batch, mode: FakeTensorMode) -> dict[str, Any]:
         for row, n in zip(rows, lengths, strict=True):
             row["seq_lengths"] = [n // 2, n - n // 2]
     made = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=batch.packed)(rows)
+    if setup.head is not None:  # a class a row
+        mask = made.get("attention_mask", torch.ones_like(made["input_ids"]))
+        made = made | {"labels": made["labels"][:, 0].clone(), "attention_mask": mask}
     return {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
 
 
@@ -334,13 +350,10 @@ def _train(
     counted.add((v for v in inputs.values() if isinstance(v, torch.Tensor)), "activations")
     with counted:
         with fake.autocast(setup.arguments):
-            outputs = model(**inputs, use_cache=False, **({"fused_lm_head": True} if setup.trl else {}))
-            loss = _loss(outputs) if setup.trl else outputs.loss
-        if setup.trl:
-            outputs = None
+            loss, held = _forward(model, setup, inputs)
         counted.stretch = "backward head", 0
         loss.backward()
-        del loss
+        del loss, held
         counted.stretch, counted.label = ("clip", 0), "optimiser"
         if setup.arguments.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trained, setup.arguments.max_grad_norm)
@@ -348,6 +361,20 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
     counted.label = "activations"
+
+
+def _forward(model: Any, setup: Setup, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """The loss, and the outputs that the trainer holds beside it."""
+    if setup.head is not None:
+        labels = inputs["labels"]
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        weights, smoothing = [1.0] * len(setup.head[0]), setup.arguments.label_smoothing_factor
+        return heads.loss(weights, smoothing)(outputs, labels), outputs
+    if setup.trl:
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        return _loss(outputs), None
+    outputs = model(**inputs, use_cache=False)
+    return outputs.loss, outputs
 
 
 def _loss(outputs: Any) -> torch.Tensor:
@@ -363,5 +390,5 @@ def _evaluate(model: Any, setup: Setup, counted: Storages, inputs: dict[str, Any
     counted.add((v for v in inputs.values() if isinstance(v, torch.Tensor)), "activations")
     with counted, torch.no_grad(), fake.autocast(setup.arguments):
         model.eval()
-        _loss(model(**inputs, use_cache=False, fused_lm_head=True))
+        _forward(model, setup, inputs)
     counted.handlers = handlers

@@ -13,11 +13,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lora_recipes.core import weights
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.locate import local
-from lora_recipes.core.provenance import Probe, Provenance, Question
+from lora_recipes.core.provenance import Called, Probe, Provenance, Question
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.gate import Gate
+from lora_recipes.data.labels import LabelGate
 from lora_recipes.data.row import Row
 from lora_recipes.data.stops import Stops
+from lora_recipes.model import heads
 from lora_recipes.model.initialise import Start
 from lora_recipes.recipe.base import Base, Resolved
 from lora_recipes.recipe.recipe import Recipe
@@ -46,6 +48,35 @@ def provenance(
         stops=dict(zip(stops.trained, stops.named(stops.trained), strict=True)),
         stop_text=stops.text,
         question=question(model, tokenizer, recipe, rows, stops) if whole else None,
+    )
+
+
+def classified(model: PeftModel, gate: LabelGate, resolved: Resolved) -> Provenance:
+    """The same of a classifier: what a merge and a server must call the shortest of the held-out texts, as
+    far as they were not cut.
+    """
+    recipe, base = resolved.recipe, resolved.base
+    limit = recipe.train.max_length
+    rows = [
+        (text, example)
+        for text, example in zip(gate.texts, gate.evaluation or gate.train, strict=True)
+        if limit is None or len(example.input_ids) < limit
+    ]
+    rows = sorted(rows[:50], key=lambda row: len(row[1].input_ids))[: 2 * MOST]
+    found: Any = heads.logits(model, gate.tokenizer, [e.input_ids for _, e in rows], 1) if rows else []
+    return Provenance(
+        recipe=recipe.name,
+        name_or_path=base.weights,
+        revision=recipe.model.revision,
+        fingerprint=fingerprint(base),
+        dtype=recipe.model.dtype,
+        quantize=recipe.model.quantize,
+        chat_template_kwargs={},
+        probes=[],
+        called=[
+            Called(text, example.input_ids, [round(x, 6) for x in logits.tolist()])
+            for (text, example), logits in zip(rows, found, strict=True)
+        ],
     )
 
 

@@ -8,14 +8,23 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from lora_recipes.core import adapter_folder, base_fit, locate, provenance
+from lora_recipes.core import head as core_head
 from lora_recipes.core import stops as files
 from lora_recipes.core.adapter_folder import Adapter
-from lora_recipes.core.errors import Problem, RecipeError, listed
+from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
+from lora_recipes.core.head import Head
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.model import build, checkpoint
+from lora_recipes.data.labels import padded
+from lora_recipes.model import build, checkpoint, heads
 from lora_recipes.recipe.base import Folder
 
 
@@ -31,6 +40,12 @@ def base(folder: Path, known: Provenance | None) -> PreTrainedModel:
     if torch.cuda.is_available() and not options:  # bitsandbytes has placed 4-bit weights itself
         loaded = loaded.to("cuda")
     return build.trainable_4bit(loaded).eval()
+
+
+def plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in `folder` in `dtype`, not quantised."""
+    loaded: PreTrainedModel = checkpoint.load(Folder(folder), dtype=dtype)
+    return loaded.eval()
 
 
 def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
@@ -72,6 +87,50 @@ def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
                 Problem(shown(adapter.path), f"does not go on its base whole: {listed(lost, 3)}", do)
             )
     return attached.eval()
+
+
+def classifier(folder: Path, base: Path | None = None) -> tuple[Any, PreTrainedTokenizerBase, Head]:
+    """The classifier in `folder`, an adapter on its base (`base` in place of the one it names) or a merged
+    model, in eval mode; its tokenizer, and what its outputs are. RecipeError where it is not whole, or not as
+    training saved it.
+    """
+    known, head = provenance.read(folder), core_head.needed(folder)
+    if (folder / "adapter_config.json").is_file():
+        adapter = adapter_folder.read(folder)
+        source = locate.base_of({folder.name: adapter}, base)
+        raise_if(base_fit.fit(adapter, source, known))
+        model: Any = on_base(adapter, source, known, head)
+    else:
+        source, model = folder, merged(folder, head)
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+    return model.eval(), padded(tokenizer(folder, source)), head
+
+
+def on_base(adapter: Adapter, source: Path, known: Provenance | None, head: Head) -> PeftModel:
+    """The classifier of `adapter` on the base in `source`, as it was trained."""
+    return attach(heads.of(base(source, known), head.labels, head.pooling), {"default": adapter})
+
+
+def merged(folder: Path, head: Head, **options: Any) -> PreTrainedModel:
+    """The merged classifier in `folder`, pooled as `head` says: transformers' own class pools the last token.
+    `options`: of from_pretrained.
+    """
+    with checkpoint.quietly():
+        loaded, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=False, **({"dtype": "auto"} | options)
+        )
+    if lost := sorted(report["missing_keys"] | report["unexpected_keys"]):
+        found = f"{len(lost)} tensors are missing or have no place: {listed(lost, 3)}"
+        raise RecipeError(Problem(shown(folder), found, "merge it again"))
+    score = loaded.score.weight
+    model: Any = heads.of(loaded, head.labels, head.pooling)
+    if model.score.weight.shape != score.shape:
+        found = f"its head has {score.shape[0]} outputs, and labels.json {len(head.labels)} classes"
+        raise RecipeError(Problem(shown(folder), found, "merge it again"))
+    model.score.weight.data.copy_(score.data)
+    whole: PreTrainedModel = model.eval()
+    return whole
 
 
 def stops(result: Path, tokenizer: Any, model: Any) -> list[int]:

@@ -112,7 +112,7 @@ def peft_config(
     prompt_tuning_init_text."""
     if recipe.whole:
         return None
-    fields = {"task_type": "CAUSAL_LM", **recipe.settings}
+    fields = {"task_type": "SEQ_CLS" if recipe.classify else "CAUSAL_LM", **recipe.settings}
     kind = fields.pop("peft_type", "LORA")
     if kind == "ADALORA" and total_step is None:  # PEFT makes none without a step
         fields = {k: v for k, v in fields.items() if k not in ("tinit", "tfinal", "deltaT")} | {

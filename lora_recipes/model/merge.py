@@ -30,13 +30,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import base_fit, cli, files, locate, lock, provenance, stops, weights
+from lora_recipes.core import head as core_head
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
 from lora_recipes.core.provenance import Probe, Provenance
 from lora_recipes.core.run_folder import foreign, merged_files
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.model import answers, attach, checkpoint, embeddings, stored
+from lora_recipes.model import answers, attach, checkpoint, embeddings, merge_head, stored
 from lora_recipes.recipe.base import Folder
 from lora_recipes.recipe.rules import PROMPTS
 from lora_recipes.serving import export
@@ -194,12 +195,33 @@ def _whole(
     raise_if(export.sound(adapter) if kind == "LORA" else [])
     notes = provenance.not_proven(folder, known, unproven, "merges")
     job = Job(adapter, known, source, dtype or _dtype(source))
+    if kind == "LORA" and adapter.config.get("task_type") == "SEQ_CLS":
+        _arithmetic(source, "float32", known.quantize if known else None)  # is there memory for it?
+        return _classifier(job, output, notes, said)
     job = replace(job, arithmetic=_arithmetic(source, job.dtype, known.quantize if known else None))
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         record = _merge(job, temporary, notes)
         record |= {"seconds": round(time.monotonic() - began, 2), "at": now(), "removed": said}
+        record["files"] = sorted(p.name for p in temporary.iterdir())
+        write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
+        replace_folder(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def _classifier(job: Job, output: Path, notes: list[str], said: list[str]) -> dict[str, Any]:
+    """The same of a classifier (model/merge_head.py)."""
+    began, temporary = time.monotonic(), output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    head = core_head.needed(job.adapter.path)
+    try:
+        record = merge_head.merge(job.adapter, job.known, job.source, job.dtype, head, temporary)
+        record |= {"adapter": shown(job.adapter.path), "base": str(job.source), "dtype": job.dtype}
+        record |= {"not_proven": notes, "removed": said, "at": now()}
+        record |= {"seconds": round(time.monotonic() - began, 2)}
         record["files"] = sorted(p.name for p in temporary.iterdir())
         write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
         replace_folder(temporary, output)
@@ -568,6 +590,8 @@ def _told(found: Difference) -> str:
 
 def report(record: dict[str, Any], output: Path) -> str:
     """merge.json for a person."""
+    if "classes" in record:
+        return merge_head.report(record, output)
     same = f"{record['greedy_equal']} of {record['greedy_total']} greedy tokens equal"
     against = f"base in {record['quantize']} + adapter" if "quantize" in record else "base + adapter"
     lines = [

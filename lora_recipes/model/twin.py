@@ -362,7 +362,8 @@ def problems(model: PreTrainedModel, config: PeftConfig | None, recipe: Recipe, 
     """What the class of `model`, that of `base`, cannot do of what `recipe` asks for. `config`: of its
     adapter, whose targets are all there.
     """
-    return [*_of_class(model, recipe, base), *_of_adapter(model, config, recipe)]
+    of_class = [] if recipe.classify else _of_class(model, recipe, base)  # TRL's loss of it is not taken
+    return [*of_class, *_of_adapter(model, config, recipe)]
 
 
 def _of_class(model: PreTrainedModel, recipe: Recipe, base: Base) -> Iterator[Problem]:

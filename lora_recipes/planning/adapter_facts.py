@@ -65,11 +65,12 @@ def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str], base:
     size *= saved["r"] // section.r
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     made = {key: getattr(config, key) for key in ("trainable_token_indices", "target_parameters")}
+    classifies = str(config.task_type) == "SEQ_CLS"
     faults = list(rules.config_faults(saved | made))
-    if alone := rules.z_without_qkv(set(adapted)):
-        faults.append(("target_modules", *alone))
+    if without := rules.z_without_qkv(set(adapted)):
+        faults.append(("target_modules", *without))
     faults += [("target_modules", *said) for said in rules.class_faults(base, adapted)]
-    served = None if faults else rules.max_lora_rank(rank)
+    served = None if faults or classifies else rules.max_lora_rank(rank)
     merges = not config.lora_bias  # PEFT merges that only where the base has a bias too
     facts = AdapterFacts(
         r=config.r, scaling=scaling, bytes=size, rank=rank, max_lora_rank=served, merges=merges
@@ -86,7 +87,12 @@ def lora(section: Lora, config: LoraConfig, size: int, adapted: list[str], base:
     if saved["r"] != config.r:
         parts.append(f"saved for the untouched base with r {saved['r']}")
     parts.append("merges" if merges else "merges only where the base has a bias")
-    parts.append("vLLM cannot serve it as an adapter" if faults else f"vLLM needs --max-lora-rank {served}")
+    if classifies:  # a LoRA request of vLLM's brings no head
+        parts.append("vLLM's classify endpoint serves it merged")
+        faults = []
+    else:
+        alone = "vLLM cannot serve it as an adapter"
+        parts.append(alone if faults else f"vLLM needs --max-lora-rank {served}")
     return (
         facts,
         "; ".join(parts),

@@ -17,14 +17,16 @@ from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.record import (
     AdapterFacts,
     CoverageFacts,
+    HeadFacts,
     LayoutFacts,
     ModelFacts,
     PlanFacts,
     RateFacts,
     StepFacts,
 )
-from lora_recipes.data import gate, new_tokens
+from lora_recipes.data import labels, new_tokens
 from lora_recipes.data.gate import Gate
+from lora_recipes.data.labels import LabelGate
 from lora_recipes.memory import blocks, choices, memory
 from lora_recipes.memory.fits import Memory, gib
 from lora_recipes.model import (
@@ -33,6 +35,7 @@ from lora_recipes.model import (
     embeddings,
     experts,
     freeze,
+    heads,
     parts,
     probes,
     rates,
@@ -58,7 +61,9 @@ SHORT = (
     "parameters",
     "adapter",
     "coverage",
+    "head",
     "data",
+    "classes",
     "tokens",
     "turns",
     "reply ends",
@@ -112,7 +117,7 @@ def make(
     resolved: Resolved,
     layout: Layout = SINGLE,
     network: bool = False,
-    rows: Callable[[Resolved, bool], Gate] = gate.pass_through,
+    rows: Callable[[Resolved, bool], Gate] = labels.gate,
     sample: int | None = None,
 ) -> Plan:
     """The plan of a recipe on the processes of `layout`. RecipeError lists all that is wrong with its
@@ -129,11 +134,11 @@ def make(
     config = config and targets.of_text(config, model)
     of_base = checkpoint.check(resolved.base, model)
     known = _facts(resolved, model, arguments, layout)
-    raise_if(rules.problems(recipe, known) + _named(model, recipe, trained))
+    raise_if(rules.problems(recipe, known) + _named(model, recipe, trained) + _unread(recipe))
     if trained.beside and config and not config.is_prompt_learning:
         raise_if(checkpoint.unnamed(resolved.base, targets.matched(model, config)))
     raise_if(twin.problems(model, config, recipe, resolved.base))
-    plan = Plan(gate.pass_through(resolved, network, sample) if sample else rows(resolved, network), layout)
+    plan = Plan(labels.gate(resolved, network, sample) if sample else rows(resolved, network), layout)
     if sample:
         plan.warnings.append(
             f"the first {sample:,} rows of each source alone were looked at: counts, steps and memory are of"
@@ -142,7 +147,7 @@ def make(
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))
     new = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
-    plan.warnings += twin.warnings(trained, resolved.base.config())
+    model = _classifier(plan, resolved, model, trained)
     plan.warnings += of_base + reach.check(model, new, plan.gate, recipe)
     changed = f" with {' '.join(recipe.overrides.values())}" if recipe.overrides else ""
     plan.say("recipe", f"{recipe.name}{changed}")
@@ -162,11 +167,14 @@ def make(
         adapter=adapter,
         coverage=coverage,
         data=plan.gate.facts,
-        stops=plan.gate.stops.facts(),
+        head=_head(plan.gate, recipe, model),
+        stops=plan.gate.stops.facts() if recipe.classify is None else None,
     )
     if different := rates.said(model, recipe, arguments.learning_rate):
         plan.say("rates", different)
-    for label, text in gate.lines(plan.gate, recipe):
+    for label, text in heads.lines(model, plan.facts.head):
+        plan.say(label, text)
+    for label, text in labels.lines(plan.gate, recipe):
         plan.say(label, text)
     _steps(plan, recipe, arguments, layout.processes)
     if plan.facts.steps:
@@ -175,11 +183,33 @@ def make(
     told = list(arguments.report_to or [])
     if trackers_said := trackers.said(recipe.train.report_to, told, resolved.folder.path):
         plan.say("reports to", trackers_said)
-    plan.say("example", gate.example(plan.gate, recipe))
+    plan.say("example", labels.example(plan.gate, recipe))
     plan.warnings += rules.warnings(recipe, replace(known, steps=None)) + plan.gate.warnings
     plan.warnings += trackers.warnings(told)
     plan.here = rules.on_device(recipe, known)
     return plan
+
+
+def _unread(recipe: Recipe) -> list[Problem]:
+    return heads.problems(recipe) if recipe.classify else []
+
+
+def _classifier(
+    plan: Plan, resolved: Resolved, model: PreTrainedModel, trained: parts.Trained
+) -> PreTrainedModel:
+    """`model`, or of task: classify the classifier that is made of it, which is what trains."""
+    rows, classify = plan.gate, resolved.recipe.classify
+    if isinstance(rows, LabelGate) and classify:
+        return heads.of(model, rows.names, classify.pooling)
+    plan.warnings += twin.warnings(trained, resolved.base.config())
+    return model
+
+
+def _head(rows: Gate, recipe: Recipe, model: PreTrainedModel) -> HeadFacts | None:
+    if not (isinstance(rows, LabelGate) and recipe.classify):
+        return None
+    size = model.config.hidden_size * len(rows.names)
+    return HeadFacts(pooling=recipe.classify.pooling, parameters=size, classes=rows.classes)
 
 
 def _facts(resolved: Resolved, model: PreTrainedModel, arguments: SFTConfig, layout: Layout) -> rules.Facts:

@@ -5,6 +5,7 @@ written from it. What a single key may hold is the schema's; what a model has is
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -472,7 +473,7 @@ def _on_head(recipe: Recipe) -> Words | None:
     given = recipe.lora.target_modules if recipe.lora else None
     entries = [given] if isinstance(given, str) else given or []
     for entry in entries:
-        if entry.rpartition(".")[2] in HEADS:
+        if set(re.split(r"\W+", entry)) & set(HEADS):  # a name, or a pattern that names it
             return {"entry": entry}
     return None
 

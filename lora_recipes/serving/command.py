@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import cli, provenance, stops, weights
+from lora_recipes.core import head as heads
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import HOME, OUTPUTS, ROOT
@@ -104,6 +105,7 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     """
     name, version = build
     raise_if(_address(options) + _doubled(options))
+    chosen = _merged(chosen)
     whole = {name: folder for name, folder in chosen.items() if is_model(folder)}
     if whole and len(chosen) > 1:
         raise RecipeError(
@@ -112,6 +114,9 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     read = {} if whole else {name: adapters.read(folder) for name, folder in chosen.items()}
     folder = next(iter(whole.values())) if whole else base_of(read, base)
     config = _config(folder)
+    head = heads.read(folder) if whole else None
+    if head:
+        config = _under(config)
     unfit = list(_class(config, folder, read, name))
     if tested := f"{version}.".startswith(f"{VLLM}."):
         raise_if(unfit)
@@ -123,6 +128,8 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
     base_name = served[0].name if whole else BASE
     command += ["--served-model-name", base_name]
     command += ["--host", options.host, "--port", str(options.port), "--dtype", dtype]
+    if head:
+        command += _classifies(head, config)
     if read:
         rank = rank_to_serve([adapters.rank(a.config) for a in read.values()], options.max_lora_rank)
         command += [
@@ -135,7 +142,9 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
         command += ["--lora-modules", *(f"{s.name}={s.path}" for s in served)]
     if config.get("vision_config") or config.get("audio_config"):
         command.append("--language-model-only")
-    rendering, notes = _rendering(folder, served)
+    rendering, notes = _rendering(folder, served) if head is None else ([], [])
+    if head and head.max_length:
+        notes.append(f"texts were cut at {head.max_length:,} tokens in training; the server cuts none")
     stopping, stops_said = _stopping(folder, served, options) if read else ([], [])
     notes += stops_said + ([why] if why else []) + [note for s in served for note in _notes(s)]
     if options.host not in LOOPBACK and not os.environ.get("VLLM_API_KEY"):
@@ -154,6 +163,35 @@ def prepare(chosen: dict[str, Path], base: Path | None, options: Options, build:
         _environment(name, options),
         notes,
     )
+
+
+def _merged(chosen: dict[str, Path]) -> dict[str, Path]:
+    """`chosen` with the merged model beside it in place of each adapter that is a classifier: a LoRA of
+    vLLM's brings no head. RecipeError where it was not merged yet.
+    """
+    found, problems = dict(chosen), []
+    for name, folder in chosen.items():
+        if is_model(folder) or heads.read(folder) is None:
+            continue
+        found[name] = folder.with_name("merged")
+        if not is_model(found[name]):
+            said = "is a classifier: its head is trained too, and vLLM takes none with an adapter"
+            problems.append(Problem(shown(folder), said, f"first {cli.command('merge', RECIPE=name)}"))
+    raise_if(problems)
+    return found
+
+
+def _under(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` of a classifier as that of the causal language model which vLLM puts the head on."""
+    name, _ = rules.served_class({k: v for k, v in config.items() if k != "architectures"})
+    return config | {"architectures": [name] if name else config.get("architectures")}
+
+
+def _classifies(head: heads.Head, config: dict[str, Any]) -> list[str]:
+    """What makes vLLM pool as the classifier was trained, and answer with probabilities."""
+    pooler = {"seq_pooling_type": head.pooling.upper(), "use_activation": True}
+    found = ["--runner", "pooling", "--convert", "classify", "--pooler-config", json.dumps(pooler)]
+    return [*found, "--hf-overrides", json.dumps({"architectures": config["architectures"]})]
 
 
 def python() -> Path:

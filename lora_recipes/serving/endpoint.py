@@ -95,6 +95,11 @@ class Endpoint:
         """Does an answer of `model` end where it writes `token`? It is made to: no other one is allowed."""
         return self.write(model, prompt, options | {"allowed_token_ids": [token]}, 2).ended
 
+    def shares(self, model: str, text: str) -> list[float]:
+        """The probability that `model`, a classifier, gives each class of `text`."""
+        found: list[float] = self._ask("/classify", {"model": model, "input": text})["data"][0]["probs"]
+        return found
+
     def load(self, name: str, path: str) -> None:
         """Add an adapter. vLLM has this route only with VLLM_ALLOW_RUNTIME_LORA_UPDATING."""
         self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})

@@ -3,6 +3,7 @@ PEFT's. Imports no torch.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -22,6 +23,9 @@ GENERAL = (
 # share of the adapter's own effect by which the server may depart from PEFT, beside twice what the base
 # departs by
 FAR = 0.1
+# largest difference of a probability of a classifier in float32; a base in 16 bits is off by more: see
+# docs/classify.md
+NEAR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,45 @@ def _of(probes: list[Probe], which: str) -> list[float]:
 def apart(one: list[float], other: list[float]) -> float:
     """Mean absolute difference."""
     return fmean(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@dataclass(frozen=True)
+class ClassProof:
+    """A classifier on a server: the largest difference of a probability from PEFT's at the end of training,
+    over `texts` texts; `rendered`: does the server make the same tokens of them?
+    """
+
+    name: str
+    apart: float
+    texts: int
+    rendered: bool
+
+    @property
+    def fault(self) -> str | None:
+        """Why it is not what was trained; None where it is."""
+        if not self.rendered:
+            return "the server makes other tokens of a text than training did: another tokenizer?"
+        if not self.apart <= NEAR:
+            return f"not what was trained: a probability is {self.apart:.2g} from PEFT's, {NEAR:g} is allowed"
+        return None
+
+    def __str__(self) -> str:
+        """For a person, one line."""
+        found = f"largest difference of a probability from PEFT's, {self.texts} texts: {self.apart:.1e}"
+        return f"{self.name}: {self.fault or 'live'}; {found}"
+
+
+def classified(endpoint: Endpoint, name: str, known: Provenance) -> ClassProof:
+    """Ask the server for the classes of the texts that training asked."""
+    apart, rendered = 0.0, True
+    for called in known.called:
+        rendered &= endpoint.tokens(name, called.text, {}) == called.input_ids
+        most = max(called.logits)
+        powers = [math.exp(x - most) for x in called.logits]
+        served = endpoint.shares(name, called.text)
+        wanted = [p / sum(powers) for p in powers]
+        apart = max(apart, *(abs(a - b) for a, b in zip(served, wanted, strict=True)))
+    return ClassProof(name, apart, len(known.called), rendered)
 
 
 def table(proofs: list[Proof]) -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
@@ -11,13 +12,15 @@ from transformers import PreTrainedConfig
 from lora_recipes.core import adapter_folder, record, stops
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.files import now, replace_folder
+from lora_recipes.core.head import Head
 from lora_recipes.core.locate import local
 from lora_recipes.core.provenance import Provenance, Question
-from lora_recipes.core.record import FinishedRun, Probes, ResumeFacts, Run
+from lora_recipes.core.record import FinishedRun, Probes, ResumeFacts, Run, Scores
 from lora_recipes.core.run_folder import RunFolder, logged
 from lora_recipes.core.yamlfile import shown
+from lora_recipes.data.labels import LabelGate
 from lora_recipes.memory.fits import Memory
-from lora_recipes.model import answers, probes
+from lora_recipes.model import answers, heads, probes, scores
 from lora_recipes.model.initialise import Start
 from lora_recipes.planning.plan import Plan
 from lora_recipes.recipe.base import Resolved
@@ -77,6 +80,8 @@ def finish(session: Session) -> FinishedRun:
             session.run = replace(
                 session.run, probes=Probes(before=probes.probes(trainer.model, session.tokenizer, recipe))
             )
+    if isinstance(session.plan.gate, LabelGate):
+        session.run = replace(session.run, scores=_scores(session, session.plan.gate))
     assert session.run.probes
     asked = replace(session.run.probes, after=probes.probes(trainer.model, session.tokenizer, recipe))
     session.run = replace(session.run, probes=asked)
@@ -99,23 +104,16 @@ def finish(session: Session) -> FinishedRun:
                 raise RecipeError(Problem(shown(temporary), found, f"{do}; it is not kept"))
         # A pickle with this machine's paths; recipe.yaml says the same.
         (temporary / "training_args.bin").unlink(missing_ok=True)
-        source = local(session.resolved.base.weights, session.resolved.base.revision)
-        settings = stops.settings(source) if source else {}
-        stops.save(temporary, settings, list(session.plan.gate.stops.all))
-        not_servable = None
-        if provenance:
-            provenance.sealed(temporary).save(temporary)
-            faults = export.check(
-                adapter_folder.read(temporary, anything=True),
-                local(provenance.name_or_path, provenance.revision),
-            )
-            not_servable = [f"{fault.found}: {fault.do}" for fault in faults]
+        _beside(session, temporary)
+        not_servable = _sealed(provenance, temporary, recipe) if provenance else None
         size = sum(p.stat().st_size for p in temporary.glob("*.safetensors"))
         files = sorted({"README.md", *(p.name for p in temporary.iterdir())})
         done = record.finished(session.run, now(), size, files, not_servable)
         card.write(temporary, recipe, done)
         replace_folder(temporary, final)
         watch.draw(folder)
+        if done.scores:
+            scores.draw(done.scores, folder.path / "confusion.png")
         folder.write_record(done)
         shutil.rmtree(folder.replaced, ignore_errors=True)
         session.run = done
@@ -133,9 +131,47 @@ def _learned(recipe: Recipe, wrong: list[str]) -> None:
         raise RecipeError(Problem(recipe.at("lora", "target_modules"), f"not learned: {listed(wrong)}", do))
 
 
+def _beside(session: Session, folder: Path) -> None:
+    """Write beside the weights in `folder` what a person or a server must know of them: where a reply ends,
+    or the classes.
+    """
+    recipe, base = session.recipe, session.resolved.base
+    if isinstance(gate := session.plan.gate, LabelGate):
+        assert recipe.classify, "labels.gate asks for it"
+        cut = recipe.train.max_length, recipe.train.truncation_mode
+        Head(gate.names, recipe.classify.pooling, *cut).save(folder)
+        return
+    source = local(base.weights, base.revision)
+    stops.save(folder, stops.settings(source) if source else {}, list(gate.stops.all))
+
+
+def _sealed(provenance: Provenance, folder: Path, recipe: Recipe) -> list[str] | None:
+    """Write provenance.json into `folder`; why vLLM cannot serve the adapter there, None for a classifier,
+    which is served merged.
+    """
+    provenance.sealed(folder).save(folder)
+    if recipe.classify:
+        return None
+    base = local(provenance.name_or_path, provenance.revision)
+    faults = export.check(adapter_folder.read(folder, anything=True), base)
+    return [f"{fault.found}: {fault.do}" for fault in faults]
+
+
+def _scores(session: Session, gate: LabelGate) -> Scores | None:
+    """What the classifier calls the held-out rows; None without any."""
+    if not gate.evaluation:
+        return None
+    model = session.trainer.accelerator.unwrap_model(session.trainer.model)
+    logits = heads.logits(model, gate.tokenizer, [e.input_ids for e in gate.evaluation])
+    called, sha256 = [e.labels[0] for e in gate.evaluation], gate.facts.eval.sha256
+    return scores.of(logits.numpy(), called, gate.names, gate.majority, sha256)
+
+
 def _provenance(session: Session) -> Provenance:
     gate = session.plan.gate
     model = session.trainer.accelerator.unwrap_model(session.trainer.model)
+    if isinstance(gate, LabelGate):
+        return answers.classified(model, gate, session.resolved)
     rows = gate.evaluation.told.head or gate.train.told.head
     whole = not session.plan.layout.sharded
     return answers.provenance(model, session.start, gate, session.resolved, rows, whole)
@@ -175,6 +211,9 @@ def report(session: Session, run: FinishedRun) -> None:
         lora = session.recipe.method == "lora"
         said = "adapted module has finite, non-zero A and B" if lora else "trained tensor has changed"
         say(f"every {said}")
+    if session.recipe.classify:
+        say("\n".join(["", *scores.text(run.scores)]) if run.scores else "no row was held out: not measured")
+    elif not session.recipe.whole:
         faults = [f"WARNING     vLLM cannot serve it as it is: {fault}" for fault in run.not_servable or []]
         say("\n".join(faults or ["the saved files pass vLLM's rules for adapters"]))
     if asked := session.question:

@@ -21,11 +21,13 @@ from lora_recipes.core.files import now, write
 from lora_recipes.core.record import BaseModel, FinishedRun, Probes, Resumed, ResumeFacts, Run
 from lora_recipes.core.run_folder import PLAN, RunFolder, make_folder
 from lora_recipes.core.yamlfile import dump, shown
-from lora_recipes.data import gate, read
+from lora_recipes.data import labels, read
 from lora_recipes.data.gate import Gate
+from lora_recipes.data.labels import LabelGate
 from lora_recipes.memory.fits import Memory
-from lora_recipes.model import answers, build, package, probes
+from lora_recipes.model import answers, build, heads, package, probes
 from lora_recipes.model.checkpoint import contract_differences
+from lora_recipes.model.initialise import Start
 from lora_recipes.planning import plan as plans
 from lora_recipes.planning import space
 from lora_recipes.planning.plan import Plan
@@ -42,7 +44,7 @@ class Shared:
     the memory once planned.
     """
 
-    rows: Callable[[Resolved, bool], Gate] = gate.pass_through
+    rows: Callable[[Resolved, bool], Gate] = labels.gate
     model: Callable[[Resolved], PreTrainedModel] = build.model
     memory: Memory | None = None
 
@@ -117,7 +119,13 @@ def _train(
     rows = (plan.gate.train, plan.gate.evaluation)
     assert plan.facts.steps, "the tokenizer is there, so the steps were counted"
     steps = plan.facts.steps.total
-    trainer, start = build.trainer(resolved, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps)
+    if isinstance(plan.gate, LabelGate):
+        trainer: Any = heads.trainer(resolved, arguments, base, plan.gate, callbacks)
+        start = Start()
+    else:
+        trainer, start = build.trainer(
+            resolved, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps
+        )
     launch.check(asked, trainer, recipe, plan.layout)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
@@ -241,6 +249,7 @@ def resume_facts(
         base_weights=answers.fingerprint(resolved.base, before.resume_facts.base_weights if before else None),
         base_revision=getattr(real, "_commit_hash", None),
         layout=str(plan.layout),
+        classes=plan.gate.names if isinstance(plan.gate, LabelGate) else None,
     )
 
 
@@ -301,7 +310,8 @@ def _begin(session: Session) -> Run:
     before = checked = None
     if not session.plan.layout.sharded:
         trainer.model.to(trainer.args.device)  # DeepSpeed would do it later
-        checked = loss.check(trainer, session.plan.gate.train, session.resolved)
+        if recipe.classify is None:
+            checked = loss.check(trainer, session.plan.gate.train, session.resolved)
         before = Probes(before=probes.probes(trainer.model, session.tokenizer, recipe))
     run = Run(
         status="running",

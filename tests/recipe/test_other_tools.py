@@ -39,7 +39,7 @@ from tests.typed import there
 
 ROWS: dict[str, Answer] = {**OTHER_NAMES, **OWNED}
 SECTIONS = check.schema()["properties"]
-KEYS = {f"{section}.{key}" for section, its in SECTIONS.items() for key in its["properties"]}
+KEYS = {f"{section}.{key}" for section, its in SECTIONS.items() for key in its.get("properties", ())}
 
 
 def of_kind(kind):
