@@ -7,6 +7,7 @@ not judged. The seed is fixed: the files are the same each time. Imports only th
 import json
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +27,7 @@ NAMES = {
         "number": "1 2 4711 815 99 3",
     },
     "eval.jsonl": {
-        "file": "summary.txt readme.rst b.log table.tsv page.html app.js settings.toml kill.md prev.orig plan.txt",
+        "file": "summary.txt info.rst b.log table.tsv page.html app.js conf.toml kill.md prev.orig plan.txt",
         "dir": "lib /tmp/stage dist /opt/cache manual ~/music /home/shared archive",
         "host": "web3.lan store.example.net 192.168.1.9 packages.example.edu",
         "user": "bob mysql nobody runner",
@@ -192,7 +193,7 @@ def _line(label: str, names: dict[str, list[str]], dice: random.Random) -> str:
     # Behind a comment nothing runs; what a part's own && or || decides must not reach its neighbours.
     parts.sort(key=lambda part: (part.startswith("#"), part.endswith("&"), "&& " in part or "|| " in part))
     line = parts[0]
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         apart = part.startswith("#") or any(sign in before + part for sign in ("&& ", "|| "))
         line += (" " if before.endswith("&") else "; " if apart else dice.choice(JOINS)) + part
     return line

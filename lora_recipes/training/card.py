@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lora_recipes.core.record import FinishedRun
 from lora_recipes.data.sources import ENDINGS
+from lora_recipes.model import scores
 from lora_recipes.recipe.recipe import Recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
@@ -43,15 +44,20 @@ def metadata(recipe: Recipe, run: FinishedRun) -> ModelCardData:
                 "text-generation", "held-out", name, metric_type="loss", metric_value=round(eval_loss, 4)
             )
         ]
+    if run.scores:
+        accuracy, name = round(run.scores.accuracy, 4), f"{recipe.name} eval"
+        results = [
+            EvalResult("text-classification", "held-out", name, metric_type="accuracy", metric_value=accuracy)
+        ]
     lora = [] if recipe.whole else [recipe.settings.get("peft_type", "lora").lower()]
     return ModelCardData(
         base_model=base if recipe.model.weights == "pretrained" and _on_the_hub(recipe, base) else None,
         license=licence if licence in LICENCES else None,
         library_name="peft" if lora else "transformers",
-        pipeline_tag="text-generation",
-        tags=[*lora, "sft", "trl", "lora-recipes"],
+        pipeline_tag="text-classification" if recipe.classify else "text-generation",
+        tags=[*lora, *(() if recipe.classify else ("sft", "trl")), "lora-recipes"],
         datasets=[s for s in sources(recipe) if _on_the_hub(recipe, s) and not s.endswith(ENDINGS)] or None,
-        metrics=["loss"] if results else None,
+        metrics=["accuracy" if run.scores else "loss"] if results else None,
         model_name=recipe.name,
         eval_results=results,
     )
@@ -78,6 +84,7 @@ def text(recipe: Recipe, run: FinishedRun) -> str:
         *([f"- licence of the base: {plan.model.licence}"] if plan.model.licence else []),
         f"- data: {', '.join(sources(recipe))} ({plan.data.train.rows:,} rows)",
         f"- {run.steps} steps, {', '.join(losses)}",
+        *([f"- {line}" for line in scores.text(run.scores)[:1]] if run.scores else []),
         f"- versions: {', '.join(f'{k} {v}' for k, v in run.versions.items())}",
     ]
     if plan.adapter and plan.adapter.max_lora_rank:

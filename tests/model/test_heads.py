@@ -1,5 +1,7 @@
 """The head of task: classify: padding does not reach it, and it is what transformers' own classes have."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -41,7 +43,7 @@ def base(kind):
 @torch.no_grad()
 def test_padding_on_either_side_does_not_change_the_logits(kind, pooling):
     torch.manual_seed(1)
-    model = heads.of(base(kind), NAMES, pooling)
+    model: Any = heads.of(base(kind), NAMES, pooling)
     torch.nn.init.normal_(model.score.weight)
     ids = torch.randint(1, 60, (2, 7))
     padding, none = (
@@ -59,7 +61,7 @@ def test_padding_on_either_side_does_not_change_the_logits(kind, pooling):
 
 @torch.no_grad()
 def test_the_last_token_is_that_of_transformers_and_the_mean_is_the_mean(tmp_path):
-    model = heads.of(base("qwen3"), NAMES, "last")
+    model: Any = heads.of(base("qwen3"), NAMES, "last")
     model.config.pad_token_id = 0
     model.save_pretrained(tmp_path)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -71,7 +73,7 @@ def test_the_last_token_is_that_of_transformers_and_the_mean_is_the_mean(tmp_pat
     assert torch.equal(
         model(input_ids=ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits
     )
-    mean = heads.of(base("qwen3"), NAMES, "mean")
+    mean: Any = heads.of(base("qwen3"), NAMES, "mean")
     hidden = mean.get_decoder()(input_ids=ids[1:]).last_hidden_state
     torch.testing.assert_close(mean(input_ids=ids[1:]).logits, mean.score(hidden.mean(1)))
 

@@ -176,6 +176,11 @@ def test_a_classifier_is_served_merged_with_its_own_pooling(outputs):
     assert "--enable-lora" not in server.command
 
 
+def test_an_ablation_is_refused(outputs, capsys):
+    assert main(["ablate", "tiny_classify", "lora.r=2,4", "--dry-run", "--outputs", str(outputs)]) == 2
+    assert "task: classify has none there yet" in capsys.readouterr().err
+
+
 def test_trls_keys_are_refused_by_the_plan(tmp_path):
     from lora_recipes.planning import plan
 
@@ -236,7 +241,8 @@ def test_vllms_probabilities_are_ours(outputs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = command.Options(port=port, outputs=outputs)
+    quick = ["--enforce-eager", "--max-model-len", "128"]  # nothing is compiled
+    options = command.Options(port=port, outputs=outputs, extra=quick)
     built = command.vllm()
     assert built
     server = command.prepare({"tiny": outputs / "tiny_classify" / "adapter"}, None, options, built)
