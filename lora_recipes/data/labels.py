@@ -5,8 +5,8 @@ The gate of rows that are written (data/gate.py) asks what is trained of a row, 
 row is trained whole, and what can be wrong is its class.
 """
 
-from collections import Counter
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -139,11 +139,7 @@ def make(
         raise_if(checkpoint.unnamed(resolved.base, targets.matched(model, config)))
     raise_if(twin.problems(model, config, recipe, resolved.base))
     plan = Plan(labels.gate(resolved, network, sample) if sample else rows(resolved, network), layout)
-    if sample:
-        plan.warnings.append(
-            f"the first {sample:,} rows of each source alone were looked at: counts, steps and memory are of"
-            " those, and faults of later rows are not seen"
-        )
+    plan.warnings += _sampled(sample)
     if plan.gate.counts.tokens is not None:
         raise_if(probes.problems(plan.gate.tokenizer, recipe))
     new = new_tokens.ids(plan.gate.tokenizer, recipe, model.config.get_text_config().vocab_size)
@@ -188,6 +184,12 @@ def make(
     plan.warnings += trackers.warnings(told)
     plan.here = rules.on_device(recipe, known)
     return plan
+
+
+def _sampled(sample: int | None) -> list[str]:
+    """What to know of a plan of a `sample` of the rows."""
+    said = "rows of each source alone were looked at: counts, steps and memory are of those, and faults of"
+    return [f"the first {sample:,} {said} later rows are not seen"] if sample else []
 
 
 def _unread(recipe: Recipe) -> list[Problem]:
