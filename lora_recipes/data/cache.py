@@ -39,16 +39,18 @@ def place() -> Path:
     return Path(config.HF_DATASETS_CACHE) / "lora_recipes"
 
 
-def key(resolved: Resolved, tokenizer: Any, sample: int | None) -> str | None:
-    """What decides the rows, as one hash; None where a source has no content that can be named (a stream of
+def content(resolved: Resolved) -> list[list[str | None]] | None:
+    """What stands for the bytes of all sources; None where one has no content that can be named (a stream of
     the hub without its commit).
     """
-    recipe = resolved.recipe
-    given = {which: getattr(recipe.data, which) for which in ("train", "eval")}
-    content = {which: _sources(entries, resolved) for which, entries in given.items()}
-    if any(None in found for found in content.values()):
-        return None
-    here = Path(__file__).parent
+    data = resolved.recipe.data
+    found = [_sources(given, resolved) for given in (data.train, data.eval)]
+    return None if any(None in sources_of for sources_of in found) else found
+
+
+def key(content: list[list[str | None]], resolved: Resolved, tokenizer: Any, sample: int | None) -> str:
+    """What decides the rows, as one hash."""
+    recipe, here = resolved.recipe, Path(__file__).parent
     code = [files.sha256(file) for file in sorted(here.glob("*.py"))]
     train = {name: getattr(recipe.train, name) for name in DECIDES}
     data = {k: v for k, v in recipe.sections["data"].items() if k not in ("limits", "kept")}

@@ -100,10 +100,10 @@ def prepared(
     first = Reader(resolved.recipe, "train")
     list(itertools.islice(first, BATCH))
     # What is wrong at the beginning is said before all bytes are read to find the rows among those kept.
-    key = None if first.faults else cache.key(resolved, tokenizer, sample)
-    if key is None:
+    content = None if first.faults else cache.content(resolved)
+    if content is None:
         return _apart(resolved, tokenizer, known, sample, "a source cannot be named by its content")
-    final = cache.place() / key
+    final = cache.place() / cache.key(content, resolved, tokenizer, sample)
     if facts := cache.whole(final):
         return _opened(final, facts, resolved, _again(facts))
     try:
@@ -121,6 +121,9 @@ def prepared(
         try:
             with files.writing(final.parent, "while rows were kept", _elsewhere):
                 facts = build(resolved, tokenizer, temporary, known, sample)
+                if cache.content(resolved) != content:
+                    found, do = "a source changed while it was read", "begin again when it is written"
+                    raise RecipeError(Problem(resolved.recipe.at("data"), found, do))
                 files.replace_folder(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

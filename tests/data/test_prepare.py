@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,23 @@ def test_the_trainer_gets_the_very_rows_that_were_counted(recipe_of, tmp_path):
     assert sum(len(row["input_ids"]) for row in rows) == made.counts.tokens
     assert sum(label != -100 for row in rows for label in row["labels"]) == made.counts.supervised
     assert made.counts.truncated and max(len(row["input_ids"]) for row in rows) == 48
+
+
+def test_a_source_that_changes_while_it_is_read_is_told_and_not_kept(passed, place, tmp_path):
+    file = write(tmp_path / "rows.jsonl", chats(1500))
+
+    def append():
+        while not list(place.glob(".*.tmp")):
+            time.sleep(0.002)
+        with file.open("a") as more:
+            more.write(json.dumps(chats(1)[0]) + "\n")
+
+    writer = threading.Thread(target=append)
+    writer.start()
+    with pytest.raises(RecipeError, match="a source changed while it was read"):
+        passed(str(file))
+    writer.join()
+    assert not cache.kept() and passed(str(file)).said.startswith("read and checked")
 
 
 # mixed
