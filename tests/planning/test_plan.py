@@ -27,9 +27,11 @@ def made(name: str, tmp_path, *overrides: str, devices: int = 1) -> plan.Plan:
 
 
 @pytest.mark.parametrize("name", recipes.names())
-def test_every_shipped_recipe_loads_and_plans(name, tmp_path):
-    text = made(name, tmp_path).text()
+def test_every_shipped_recipe_loads_and_plans_and_a_chat_trains_what_a_server_renders(name, tmp_path):
+    planned = made(name, tmp_path)
+    text, train = planned.text(), planned.facts.data.train
     assert "parameters" in text and "steps" in text and "example" in text
+    assert train.faithful == train.turns == (0 if train.format == "text" else train.rows)
 
 
 def test_the_seed_recipe_shows_its_known_figures(tmp_path):
@@ -43,13 +45,6 @@ def test_the_seed_recipe_shows_its_known_figures(tmp_path):
     assert "2 x 2 x 1 device = 4 examples a step, ceil(1000 / 4) x 3 = 750 steps" in text
     assert "linear_attention 24 layers: mlp only - no token mixer adapted (in_proj_qkv, in_proj_z" in text
     assert "750 x 0.03 = 22.5, rounded up: 23 steps" in text
-
-
-def test_all_shipped_chat_recipes_train_what_a_server_renders(tmp_path):
-    for name in recipes.names():
-        train = made(name, tmp_path).facts.data.train
-        assert train.faithful == train.turns, name
-        assert train.turns == (0 if train.format == "text" else train.rows), name
 
 
 def test_the_all_layers_recipe_adapts_a_token_mixer_in_every_layer(tmp_path):
