@@ -173,6 +173,9 @@ def plan(given: Namespace) -> None:
     made = plan.make(resolved, chosen, sample=given.sample)
     if chosen == layout.SINGLE:
         made.warnings += launch.would_refuse(resolved.recipe)
+    if given.compare and resolved.recipe.classify:
+        do = "leave it out: a head is trained with lora: alone"
+        raise RecipeError(Problem("--compare", "full fine-tuning of a classifier is not offered", do))
     if given.compare:
         print("\n".join(fits.comparison(choices.compare(resolved, made.gate))))
     if given.fit:
