@@ -55,7 +55,7 @@ def test_the_readme_lists_every_page_and_the_navigation_holds_it():
 
 def test_every_section_of_ours_has_its_table():
     text = (DOCS / "recipes.md").read_text(encoding="utf-8")
-    sections = set(make["schema"]()["properties"]) - {"lora", "train", "peft", "full"}
+    sections = set(make["schema"]()["properties"]) - {"task", "lora", "train", "peft", "full"}
     assert sections <= set(re.findall(r"<!-- table: (\w+) -->", text))
 
 

@@ -50,6 +50,7 @@ DENSE = {
     "smollm2_135m": (576, 1536, 30, 9, 3, 64, 49152, True, False, False, 134_515_008),
     "tiny_qwen3": (64, 128, 2, 2, 2, 32, 192, True, False, True, 94_656),
     "tiny_qwen3_de": (64, 128, 2, 2, 2, 32, 192, True, False, True, 94_656),
+    "tiny_commands": (64, 128, 2, 2, 2, 32, 1024, True, False, True, 147_904),
 }
 # name: hidden, intermediate, layers (every fourth full), heads, KV heads, head dim, linear key heads and
 # their dim, linear value heads and their dim, convolution width, vocab, tied, total. The 4B's total:
