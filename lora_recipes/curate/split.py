@@ -28,7 +28,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--part",
         action="append",
-        metavar="NAME=SHARE",
+        metavar="SOURCE=SHARE",
         help=f"may be given more than once (default: {' '.join(PARTS)})",
     )
     parser.add_argument(

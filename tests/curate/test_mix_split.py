@@ -82,8 +82,8 @@ def test_a_small_source_is_told_or_taken_again(run, tmp_path):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["a.jsonl"], "IN a.jsonl: is no NAME=SHARE above 0"),
-        (["a.jsonl=0"], "is no NAME=SHARE above 0"),
+        (["a.jsonl"], "IN a.jsonl: is no SOURCE=SHARE above 0"),
+        (["a.jsonl=0"], "is no SOURCE=SHARE above 0"),
         (["a.jsonl=1", "a.jsonl=2"], "a.jsonl stands twice"),
         (["a.jsonl=1", "b.jsonl=1"], "b.jsonl cannot be read (No such file"),
         (["a.jsonl=1", "--rows", "0"], "--rows: 0 rows are none"),
