@@ -2,7 +2,7 @@
 detect-secrets; and what it finds in the Python standard library and in data that another program made.
 
 pip install detect-secrets==1.5.0 faker
-python benchmarks/secrets.py     writes benchmarks/results/secrets.md
+python benchmarks/credentials.py     writes benchmarks/results/credentials.md
 """
 
 import sysconfig
@@ -16,7 +16,7 @@ from lora_recipes.curate.secrets import clean
 from lora_recipes.curate.shapes import SHAPES, find
 from tests.cases.planted import harmless, planted
 
-RESULTS = Path(__file__).parent / "results" / "secrets.md"
+RESULTS = Path(__file__).parent / "results" / "credentials.md"
 EACH, THEIRS = 500, 50  # texts of each kind; detect-secrets, which reads files, is given fewer
 LOCALES = ("en_US", "en_GB", "de_DE", "fr_FR", "nl_NL", "es_ES", "it_IT", "pl_PL")
 
@@ -100,9 +100,9 @@ def main() -> None:
     lines = [
         "# Credentials and personal data: found, missed, false alarms",
         "",
-        f"`python benchmarks/secrets.py`: {EACH} texts of each kind made by tests/cases/planted.py, of which",
-        f"detect-secrets {version('detect-secrets')} (default plugins and filters; any finding counts) saw",
-        f"{THEIRS}. The texts and our shapes are by the same hand: what nobody thought of is not among them.",
+        f"`python benchmarks/credentials.py`: {EACH} texts of each kind made by tests/cases/planted.py, of",
+        f"which detect-secrets {version('detect-secrets')} (default plugins, filters; any finding counts)",
+        f"saw {THEIRS}. The texts and our shapes are by the same hand: what nobody thought of is not there.",
         f"Ours took {seconds:.1f} s for {len(ours):,} texts.",
         "",
         "## Planted: share that is found and wholly gone",
