@@ -7,10 +7,13 @@ A test of the interpreter itself (what is imported when, a launcher, a terminal)
 import io
 import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
+
+from accelerate.state import AcceleratorState
 
 from lora_recipes.__main__ import main
 
@@ -20,9 +23,9 @@ FORK = multiprocessing.get_context("fork")
 class Forked:
     """main(words), begun; its standard output and standard error go to files of these names in `folder`."""
 
-    def __init__(self, words: tuple[str, ...], folder: Path):
+    def __init__(self, words: tuple[str, ...], folder: Path, **environment: str):
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
-        self.process = FORK.Process(target=_main, args=(words, self.stdout, self.stderr))
+        self.process = FORK.Process(target=_main, args=(words, self.stdout, self.stderr, environment))
         self.process.start()
         self.pid = self.process.pid
 
@@ -56,7 +59,25 @@ def run(*words: str, timeout: float = 1800) -> CompletedProcess:
         return Forked(words, Path(folder)).completed(timeout)
 
 
-def _main(words: tuple[str, ...], stdout: Path, stderr: Path) -> None:
+def together(count: int, *words: str, timeout: float = 1800) -> list[CompletedProcess]:
+    """The same in `count` processes of one group, with the variables that torchrun gives each of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    with TemporaryDirectory() as folder:
+        begun = []
+        for rank in range(count):
+            (own := Path(folder) / str(rank)).mkdir()
+            begun.append(Forked(words, own, RANK=str(rank), LOCAL_RANK=str(rank), **group))
+        return [process.completed(timeout) for process in begun]
+
+
+def _main(words: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # what a run before, in the process that was forked, found of itself
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)

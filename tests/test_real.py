@@ -4,8 +4,6 @@ with a real vocabulary, 30 layers and weights that mean something.
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_recipes.ablation import spec
 from lora_recipes.ablation.ablate import ablate
-from lora_recipes.core import files
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import gate
 from lora_recipes.data.render import IGNORED
@@ -27,11 +24,11 @@ from lora_recipes.model import build
 from lora_recipes.planning import plan
 from lora_recipes.training.train import train
 from tests.cases.real import NAME, ROWS, STEPS
+from tests.process import Forked, together
 from tests.typed import there
 
 pytestmark = pytest.mark.real
 
-SCRIPT = str(files.ROOT / "scripts" / "train.py")
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
@@ -123,8 +120,8 @@ def test_packed_rows_have_the_loss_that_each_has_alone(smollm2, trainer, tmp_pat
 def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(smollm2, tmp_path):
     whole = smollm2.run("float32")
     resolved = smollm2.resolved("float32", outputs=tmp_path / "killed")
-    command = [sys.executable, SCRIPT, NAME, *smollm2.words("float32"), "--outputs", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ("train", NAME, *smollm2.words("float32"), "--outputs", str(tmp_path / "killed"))
+    process = Forked(words, tmp_path)
     run = tmp_path / "killed" / NAME
     until = time.monotonic() + 900
     while not (run / "checkpoints" / "checkpoint-1" / "SHA256SUMS").is_file():
@@ -143,10 +140,9 @@ def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(smollm2, 
 def test_two_processes_train_what_one_trains_with_the_same_examples_a_step(smollm2, tmp_path):
     smollm2.resolved("float32", outputs=tmp_path)
     words = smollm2.words("float32", "train.gradient_accumulation_steps=1", "train.save_strategy='no'")
-    command = [sys.executable, SCRIPT, NAME, *words, "--outputs", str(tmp_path)]
-    command += ["--accelerate", "ddp", "--processes", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in together(2, "train", NAME, *words, "--outputs", str(tmp_path)):
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / NAME / "run.json").read_text())["hardware"]["processes"] == 2
     one, two = load_file(smollm2.run("float32") / ADAPTER), load_file(tmp_path / NAME / ADAPTER)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 

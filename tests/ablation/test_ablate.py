@@ -22,7 +22,6 @@ from lora_recipes.ablation import ablate as ablating
 from lora_recipes.ablation import arms, report, spec, workers
 from lora_recipes.ablation.ablate import ablate, state
 from lora_recipes.ablation.reuse import Kept, group
-from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder
@@ -33,8 +32,6 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import Shared, train
 from tests import process
 from tests.typed import there
-
-SCRIPT = str(files.ROOT / "scripts" / "ablate.py")
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -555,12 +552,7 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
         " train.save_total_limit: [2]"
     )
     file.write_text(f"# Which?\nrecipe: tiny_facts\ngrid:\n  lora.r: [2, 4]\n  {steps}\nseeds: [1]\n")
-    launched = subprocess.Popen(
-        [sys.executable, SCRIPT, str(file), "--outputs", str(outputs)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    launched = process.Forked(("ablate", str(file), "--outputs", str(outputs)), tmp_path)
     checkpoints, until = (
         outputs / "ablations" / "killed" / "r2" / "s1" / "checkpoints",
         time.monotonic() + 600,
@@ -572,12 +564,12 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     ):
         time.sleep(0.01)
     # spawn starts a resource tracker too, which imports nothing
-    child = max(psutil.Process(launched.pid).children(), key=lambda process: process.memory_info().rss)
+    child = max(psutil.Process(launched.pid).children(), key=lambda one: one.memory_info().rss)
     os.kill(child.pid, signal.SIGKILL)
-    out, err = launched.communicate(timeout=1800)
-    assert launched.returncode == 1, err
-    assert "[1/2] r2/s1: FAILED: its process was killed by SIGKILL" in out and "[2/2] r4/s1: 60 steps" in out
-    assert "r2: s1 running: not at its end" in out
+    first = launched.completed()
+    assert first.returncode == 1, first.stderr
+    assert "[1/2] r2/s1: FAILED: its process was killed by SIGKILL" in first.stdout
+    assert "[2/2] r4/s1: 60 steps" in first.stdout and "r2: s1 running: not at its end" in first.stdout
     second = process.run("ablate", str(file), "--outputs", str(outputs))
     assert second.returncode == 0, second.stderr
     assert (

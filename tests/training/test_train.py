@@ -37,9 +37,10 @@ from tests.typed import there
 
 SCRIPT = str(core_files.ROOT / "scripts" / "train.py")
 SLOW = [
-    "train.max_steps=16",
+    "train.max_steps=10",
+    "train.per_device_train_batch_size=1",
     "train.save_strategy=steps",
-    "train.save_steps=5",
+    "train.save_steps=3",
     "train.logging_steps=1",
     "train.eval_strategy='no'",
 ]
@@ -359,7 +360,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """The same run, killed with SIGKILL after the tenth step: checkpoint-5 and checkpoint-10 stand, nothing
+    """The same run, killed with SIGKILL after the sixth step: checkpoint-3 and checkpoint-6 stand, nothing
     else.
     """
     outputs = tmp_path_factory.mktemp("killed")
@@ -367,7 +368,7 @@ def killed(tmp_path_factory):
     process = Forked(words, tmp_path_factory.mktemp("said"))
     metrics = outputs / "tiny_qwen35_style" / "metrics.jsonl"
     end = time.monotonic() + 600
-    while time.monotonic() < end and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 12):
+    while time.monotonic() < end and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 7):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -390,20 +391,20 @@ def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(killed, u
         [log["loss"] for log in lines(o, "tiny_qwen35_style") if "loss" in log]
         for o in (outputs, uninterrupted)
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == 16
-    assert record(outputs, "tiny_qwen35_style")["resumed"][0]["from"] == "checkpoint-10"
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+    assert record(outputs, "tiny_qwen35_style")["resumed"][0]["from"] == "checkpoint-6"
 
 
 def test_a_partial_checkpoint_is_named_and_the_one_before_it_taken(killed, tmp_path, capsys):
     """The last line of the metrics is cut as well, which stops nobody."""
     outputs = copied(killed, tmp_path)
     with (outputs / "tiny_qwen35_style" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "lo')
-    (outputs / "tiny_qwen35_style" / "checkpoints" / "checkpoint-10" / "trainer_state.json").unlink()
+        file.write('{"step": 8, "lo')
+    (outputs / "tiny_qwen35_style" / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
     train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs), resume=True)
     said = capsys.readouterr().out
-    assert "checkpoint-10 skipped: trainer_state.json is missing" in said and "from checkpoint-5" in said
-    assert len([log for log in lines(outputs, "tiny_qwen35_style") if "loss" in log]) == 16
+    assert "checkpoint-6 skipped: trainer_state.json is missing" in said and "from checkpoint-3" in said
+    assert len([log for log in lines(outputs, "tiny_qwen35_style") if "loss" in log]) == 10
 
 
 def test_when_no_checkpoint_is_whole_each_is_named(killed, tmp_path):
@@ -411,7 +412,7 @@ def test_when_no_checkpoint_is_whole_each_is_named(killed, tmp_path):
     for checkpoint in (outputs / "tiny_qwen35_style" / "checkpoints").glob("checkpoint-*"):
         os.truncate(checkpoint / "optimizer.pt", 1000)
     with pytest.raises(
-        RecipeError, match=r"checkpoint-10 skipped: optimizer.pt is truncated.*checkpoint-5 skipped"
+        RecipeError, match=r"checkpoint-6 skipped: optimizer.pt is truncated.*checkpoint-3 skipped"
     ):
         train(resolve(recipes.load("tiny_qwen35_style", SLOW), outputs), resume=True)
 
@@ -428,14 +429,15 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_unasked(killed, tm
     [
         ("train.learning_rate=1e-4", "train.learning_rate: the run began with 0.01, now it is 0.0001"),
         ("train.seed=7", "train.seed: the run began with 42, now it is 7"),
-        ("train.per_device_train_batch_size=1", "train.per_device_train_batch_size"),
+        ("train.per_device_train_batch_size=2", "batch_size: the run began with 1, now it is 2"),
         ("lora.r=4", "lora.r: the run began with 8, now it is 4"),
         ("data.train=[{path: data/companion/train.jsonl, weight: 0.09}]", "train data sha256"),
     ],
 )
 def test_a_value_that_resuming_would_ignore_stops_it(killed, change, said):
+    words = {word.split("=")[0]: word for word in [*SLOW, change]}.values()
     with pytest.raises(RecipeError) as error:
-        train(resolve(recipes.load("tiny_qwen35_style", [*SLOW, change]), killed), resume=True)
+        train(resolve(recipes.load("tiny_qwen35_style", list(words)), killed), resume=True)
     assert said in str(error.value)
 
 
