@@ -11,6 +11,7 @@ from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.curate import inputs, shares, work
 from lora_recipes.curate.inputs import Inputs, Item
 from lora_recipes.curate.work import kept
+from lora_recipes.data.mix import apportion
 
 TOLD = """Mix sources by shares of the rows: general.jsonl=0.3 own.jsonl=0.7.
 
@@ -36,7 +37,7 @@ def run(given: Namespace) -> str:
     read = inputs.of(given, paths=list(wanted))
     most = min(int(n / share) for n, share in zip(read.rows, wanted.values(), strict=True))
     total = most if given.rows is None else given.rows
-    counts = shares.apportion(total, list(wanted.values()))
+    counts = apportion(total, list(wanted.values()))
     _enough(given, read, counts)
     drawn = [
         _times(n, count, f"{given.seed} {i}")

@@ -1,6 +1,5 @@
-"""Shares of a whole as they are typed, and in whole rows. Imports no torch."""
+"""Shares of a whole as they are typed. Imports no torch."""
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -23,15 +22,3 @@ def read(words: Sequence[str], option: str) -> dict[str, Fraction]:
         found[name] = value
     raise_if(problems)
     return {name: value / sum(found.values()) for name, value in found.items()}
-
-
-def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
-    """Whole numbers whose sum is `total`, each less than 1 from its share (largest remainders, the first of
-    equal ones).
-    """
-    exact = [total * share for share in shares]
-    whole = [math.floor(value) for value in exact]
-    by_rest = sorted(range(len(shares)), key=lambda i: whole[i] - exact[i])
-    for i in by_rest[: total - sum(whole)]:
-        whole[i] += 1
-    return whole

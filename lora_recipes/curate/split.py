@@ -11,6 +11,7 @@ from lora_recipes.core.errors import Problem, raise_if
 from lora_recipes.curate import inputs, shares, sketch, work
 from lora_recipes.curate.inputs import Inputs, Item
 from lora_recipes.curate.work import Outcome
+from lora_recipes.data.mix import apportion
 from lora_recipes.data.read import raise_first
 
 TOLD = """Split rows into parts so that no group of rows stands on both sides.
@@ -44,7 +45,7 @@ def run(given: Namespace) -> str:
     raise_if([Problem(f"--part {name}", "is no name of a file", "letters and digits") for name in bad])
     read = inputs.of(given, texts=not given.group)
     which, sizes, names = _groups(read, given.group, given.seed)
-    dealt = deal(sizes, shares.apportion(sum(sizes), list(wanted.values())), names)
+    dealt = deal(sizes, apportion(sum(sizes), list(wanted.values())), names)
     parts = list(wanted)
     figures = {
         part: {

@@ -2,7 +2,10 @@
 whole. Always the same rows: `train.seed` changes the order of training, not the data.
 """
 
+import math
 import random
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -61,14 +64,24 @@ def order(
     return np.concatenate([*found, np.empty(0, np.int64)]).astype(np.int64)
 
 
-def _by_rows(rows: list[int], shares: list[float]) -> list[list[int]]:
-    """As many rows as there can be without taking one twice; rounded by the largest remainder."""
-    whole = int(min(n / share for n, share in zip(rows, shares, strict=True)) + 1e-9)
-    exact = [whole * share for share in shares]
-    counts = [int(n + 1e-9) for n in exact]
-    by_rest = sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])
-    for i in by_rest[: whole - sum(counts)]:
-        counts[i] += 1
+def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
+    """Whole numbers whose sum is `total`, each less than 1 from its share (largest remainders, the first of
+    equal ones).
+    """
+    exact = [total * share for share in shares]
+    whole = [math.floor(value) for value in exact]
+    by_rest = sorted(range(len(shares)), key=lambda i: whole[i] - exact[i])
+    for i in by_rest[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def _by_rows(rows: list[int], given: list[float]) -> list[list[int]]:
+    """As many rows as there can be without taking one twice."""
+    typed = [Fraction(repr(share)) for share in given]
+    shares = [share / sum(typed) for share in typed]
+    total = min(math.floor(n / share) for n, share in zip(rows, shares, strict=True))
+    counts = apportion(total, shares)
     return [sorted(random.Random(0).sample(range(n), k)) for n, k in zip(rows, counts, strict=True)]
 
 

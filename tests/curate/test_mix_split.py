@@ -10,6 +10,7 @@ import pytest
 
 from lora_recipes.__main__ import main
 from lora_recipes.curate import shares, work
+from lora_recipes.data.mix import apportion
 from tests.process import Forked
 
 
@@ -39,7 +40,7 @@ def test_shares_in_whole_rows_are_exact():
     for _ in range(300):
         words = [f"n{i}={rng.choice([1, 2, 7, 0.3, 0.05, 12])}" for i in range(rng.randrange(1, 6))]
         wanted, total = list(shares.read(words, "IN").values()), rng.randrange(0, 5_000)
-        whole = shares.apportion(total, wanted)
+        whole = apportion(total, wanted)
         assert sum(whole) == total
         assert all(abs(count - total * share) < 1 for count, share in zip(whole, wanted, strict=True))
 
