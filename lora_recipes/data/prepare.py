@@ -34,7 +34,7 @@ from lora_recipes.data.overlap import Near
 from lora_recipes.data.read import MANY, Reader
 from lora_recipes.data.render import Example, Renderer, Unread
 from lora_recipes.data.row import Row
-from lora_recipes.data.rows import FEATURES, Rows, Told
+from lora_recipes.data.rows import COUNTED, FILES, TRAINED, Rows, Told
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.data.stops import NextTurn, Stops
 from lora_recipes.recipe.base import Resolved
@@ -80,7 +80,7 @@ class Made:
     that are nearly here, `seen` the new tokens that are here.
     """
 
-    table: pa.Table
+    tables: list[pa.Table]
     faults: list[Problem]
     system: dict[str, tuple[str, int]]
     shingles: list[Any] = field(default_factory=list)
@@ -159,7 +159,7 @@ def _opened(folder: Path, facts: dict[str, Any], resolved: Resolved, said: str) 
     for which in SPLITS:
         head = [Row(where, value) for where, value in facts[which]["head"]]
         told = Told(**facts[which] | {"head": head}, by=resolved.recipe.data.mix)
-        both[which] = Rows(folder / f"{which}.arrow", told)
+        both[which] = Rows(folder, which, told)
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["stops"].items()}
     ends = Stops(**fields)
     size = files.size(cache.size(folder))
@@ -181,11 +181,11 @@ def build(
     known: set[str] | None,
     sample: int | None = None,
 ) -> dict[str, Any]:
-    """Read, check and write both splits into `folder` (train.arrow, eval.arrow, facts.json); the facts."""
+    """Read, check and write both splits into `folder` (two Arrow files each, facts.json); the facts."""
     began, recipe = time.monotonic(), resolved.recipe
     folder.mkdir()
     readers = {which: Reader(recipe, which, sample) for which in SPLITS}
-    splits = {which: _Split(folder / f"{which}.arrow", readers[which], tokenizer, known) for which in SPLITS}
+    splits = {which: _Split(folder, readers[which], tokenizer, known) for which in SPLITS}
     numbered = {which: split.numbered(recipe) for which, split in splits.items()}
     following = stops.next_turn(tokenizer, resolved)
     new = new_tokens.ids(tokenizer, recipe, 0) if hasattr(tokenizer, "get_vocab") else []
@@ -217,7 +217,7 @@ def build(
         "processes": splits["train"].processes,
         "seconds": time.monotonic() - began,
         "made": files.now(),
-        "files": {f"{which}.arrow": (folder / f"{which}.arrow").stat().st_size for which in SPLITS},
+        "files": {file.name: file.stat().st_size for file in sorted(folder.glob("*.arrow"))},
     }
     files.write(folder / cache.FACTS, json.dumps(facts, ensure_ascii=False))
     return facts
@@ -226,14 +226,17 @@ def build(
 class _Split:
     """A split on its way to the disk."""
 
-    def __init__(self, file: Path, reader: Reader, tokenizer: Any, known: set[str] | None):
+    def __init__(self, folder: Path, reader: Reader, tokenizer: Any, known: set[str] | None):
         self.reader, self.tokenizer, self.known = reader, tokenizer, known
         self.faults, self.system = list[Problem](), dict[str, tuple[str, int]]()
         self.unread, self.kwargs = Unread(), dict[str, str]()
         self.shingles, self.near, self.seen = list[Any](), set[int](), set[int]()
         self.head = list[tuple[str, Any]]()
         self.examples, self.processes = 0, 1
-        self.writer = ArrowWriter(features=FEATURES, path=str(file))
+        self.writers = [
+            ArrowWriter(features=features, path=str(folder / f"{reader.which}{end}"))
+            for end, features in FILES.items()
+        ]
 
     def numbered(self, recipe: Recipe) -> Iterator[Numbered]:
         """The rows as they are to be trained, each with its source and its number there; those that the
@@ -314,9 +317,10 @@ class _Split:
         self.shingles += made.shingles
         self.near |= made.near
         self.seen |= made.seen
-        self.examples += len(made.table)
-        if len(made.table):
-            self.writer.write_table(made.table)
+        self.examples += len(made.tables[0])
+        for writer, table in zip(self.writers, made.tables, strict=True):
+            if len(table):
+                writer.write_table(table)
 
     def problems(self) -> list[Problem]:
         """What is wrong with the rows, the first of it."""
@@ -326,9 +330,10 @@ class _Split:
 
     def close(self) -> dict[str, Any]:
         """The file is whole; what `Told` says of it."""
-        if not self.examples:
-            self.writer.write_table(FEATURES.arrow_schema.empty_table())
-        self.writer.finalize()
+        for writer, features in zip(self.writers, FILES.values(), strict=True):
+            if not self.examples:
+                writer.write_table(features.arrow_schema.empty_table())
+            writer.finalize()
         notes = list(self.reader.notes)
         if note := self.unread.said(self.tokenizer, self.reader.recipe):
             notes.append(f"{self.reader.which}: {note}")
@@ -378,10 +383,10 @@ def processes(recipe: Recipe) -> int:
 def _examples(job: Job, batch: list[Numbered], begun: list[Example | None] | None = None) -> Made:
     """A batch as it is written."""
     flat = {name: array("i") for name in ("input_ids", "labels")}
-    renderer, columns = job.renderer, {name: list[Any]() for name in FEATURES if name not in flat}
+    renderer, columns = job.renderer, {name: list[Any]() for name in ("where", *COUNTED)}
     ends = [0]
     recipe, tokenizer = renderer.recipe, renderer.tokenizer
-    made = Made(pa.table({}), [], {})
+    made = Made([], [], {})
     examples = begun or [None] * len(batch)
     for (source, number, row), done in zip(batch, examples, strict=True):
         example = done if begun else renderer.example(row)
@@ -404,6 +409,7 @@ def _examples(job: Job, batch: list[Numbered], begun: list[Example | None] | Non
             "source": source,
             "row": number,
             "length": len(example.input_ids),
+            "kept": len(ids),
             "supervised": found.supervised,
             "dropped": int(found.dropped),
             "turns": found.turns,
@@ -422,7 +428,10 @@ def _examples(job: Job, batch: list[Numbered], begun: list[Example | None] | Non
         name: pa.ListArray.from_arrays(pa.array(ends, pa.int32()), np.frombuffer(part, dtype=np.int32))
         for name, part in flat.items()
     }
-    made.table = pa.table(tokens | columns, schema=FEATURES.arrow_schema)
+    made.tables = [
+        pa.table({name: (tokens | columns)[name] for name in features}, schema=features.arrow_schema)
+        for features in (TRAINED, COUNTED)
+    ]
     made.faults, renderer.faults = renderer.faults, []
     made.system, renderer.system = renderer.system, {}
     if job.near is not None:

@@ -17,21 +17,30 @@ from lora_recipes.data import mix, read
 from lora_recipes.data.render import Counts, Example
 from lora_recipes.data.row import Row
 
-# What is kept of an example. `length`: its tokens before truncation, `input_ids` and `labels` are as trained;
-# `last`: its largest token id; `plain`, `content` and `tokens`: what stands for its text as compared, its row
-# as given, and its ids with labels; the counts: those of `render.Measured`.
-NUMBERS = ("source", "row", "length", "supervised", "dropped", "turns", "faithful", "open_turns", "last")
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "where": Value("string"),
-        **{name: Value("int32") for name in NUMBERS},
-        "plain": Value("uint64"),
-        "content": Value("binary"),
-        "tokens": Value("binary"),
-    }
+# What is kept of an example, in two files: what is trained, and what is counted, so that counting does not
+# touch the larger one. `input_ids` and `labels` are as trained, `kept` of the `length` tokens; `last`: the
+# largest id; `plain`, `content` and `tokens`: what stands for its text as compared, its row as given, and
+# its ids with labels; the counts: those of `render.Measured`.
+TRAINED = Features(
+    {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "where": Value("string")}
 )
+NUMBERS = (
+    "source",
+    "row",
+    "length",
+    "kept",
+    "supervised",
+    "dropped",
+    "turns",
+    "faithful",
+    "open_turns",
+    "last",
+)
+COUNTED = Features(
+    {name: Value("int32") for name in NUMBERS}
+    | {"plain": Value("uint64"), "content": Value("binary"), "tokens": Value("binary")}
+)
+FILES = {".arrow": TRAINED, ".counts.arrow": COUNTED}  # what follows the split's name -> what is in the file
 Array = np.ndarray[Any, Any]
 
 
@@ -50,14 +59,15 @@ class Told:
 
 
 class Rows(Sequence[Example]):
-    """The examples of a split in the order of one epoch, as its sources' weights and shares say. `data`: the
-    file, in the order that it was read.
+    """The examples of a split in the order of one epoch, as its sources' weights and shares say. `data` and
+    `counted`: its files in `folder`, in the order that they were read.
     """
 
-    def __init__(self, file: Path, told: Told):
-        self.data, self.told = Dataset.from_file(str(file)), told
+    def __init__(self, folder: Path, which: str, told: Told):
+        self.told = told
+        self.data, self.counted = (Dataset.from_file(str(folder / f"{which}{end}")) for end in FILES)
         places = self._column("source"), self._column("row")
-        self.order = mix.order(told.entries, told.rows, *places, self._lengths, told.by)
+        self.order = mix.order(told.entries, told.rows, *places, self._column("kept"), told.by)
 
     def part(self, indices: Array) -> "Rows":
         """Some of them, in that order."""
@@ -68,16 +78,8 @@ class Rows(Sequence[Example]):
         return made
 
     def _column(self, name: str) -> Array:
-        found: Array = self.data.data.column(name).to_numpy()
+        found: Array = self.counted.data.column(name).to_numpy()
         return found
-
-    @cached_property
-    def _lengths(self) -> Array:
-        """Tokens of each example of the file, as trained."""
-        chunks = self.data.data.column("input_ids").chunks
-        return np.concatenate(
-            [np.empty(0, np.int64), *(pa.compute.list_value_length(chunk).to_numpy() for chunk in chunks)]
-        )
 
     def __len__(self) -> int:
         """How many examples an epoch has."""
@@ -106,7 +108,7 @@ class Rows(Sequence[Example]):
     @property
     def lengths(self) -> Array:
         """Tokens of each example as trained."""
-        return self._lengths[self.order]
+        return self._column("kept")[self.order]
 
     @property
     def plain(self) -> Array:
@@ -128,7 +130,7 @@ class Rows(Sequence[Example]):
         return read.sha256([self._bytes("tokens")])
 
     def _bytes(self, name: str) -> bytes:
-        fixed = [chunk.cast(pa.binary(16)) for chunk in self.data.data.column(name).chunks]
+        fixed = [chunk.cast(pa.binary(16)) for chunk in self.counted.data.column(name).chunks]
         parts = [np.frombuffer(c.buffers()[1], "V16")[c.offset : c.offset + len(c)] for c in fixed if len(c)]
         return np.concatenate([*parts, np.empty(0, "V16")])[self.order].tobytes()
 

@@ -82,7 +82,7 @@ def passed(recipe_of):
 
 def everything(rows):
     """All columns of a split in the order of an epoch."""
-    return rows.data.data.to_pydict(), rows.order.tolist()
+    return rows.data.data.to_pydict(), rows.counted.data.to_pydict(), rows.order.tolist()
 
 
 # kept
@@ -137,7 +137,12 @@ def test_what_is_not_as_it_was_written_is_made_anew(passed, place, tmp_path):
     file = write(tmp_path / "rows.jsonl", chats(12))
     whole = everything(passed(str(file)).train)
     (folder,) = cache.kept()
-    for name, size in (("train.arrow", 100), ("eval.arrow", 0), ("facts.json", 30)):
+    for name, size in (
+        ("train.arrow", 100),
+        ("train.counts.arrow", 9),
+        ("eval.arrow", 0),
+        ("facts.json", 30),
+    ):
         os.truncate(folder / name, size)
         again = passed(str(file))
         assert again.said.startswith("read and checked") and everything(again.train) == whole, name
