@@ -90,10 +90,11 @@ def answered(
     """
     name = recipes.run_of(name, outputs)
     run = RunFolder(outputs / name)
-    if (run.path / "recipe.yaml").is_file() and (asked := _recipe(run, name, overrides)).classify:
-        with lock.runs([adapter] if adapter else [], "evaluates", run.path):
+    more = [run.path] if run.path.is_dir() else []
+    with lock.runs([adapter] if adapter else [], "evaluates", *more):
+        if (run.path / "recipe.yaml").is_file() and (asked := _recipe(run, name, overrides)).classify:
             return "\n".join(scores.text(classify.evaluation(run, asked, adapter, base)))
-    return report(evaluation(name, outputs, overrides, adapter, base))
+        return report(_evaluation(run, name, overrides, adapter, base))
 
 
 def _evaluation(

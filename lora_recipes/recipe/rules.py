@@ -466,7 +466,8 @@ _WRITES = "is about writing text, which task: classify does not do"
 
 
 def _classifies(broken: Callable[[Recipe], "Words | bool | None"]) -> Broken:
-    return lambda r, f: broken(r) if r.classify is not None else None
+    """Asked of classifiers. Not by `r.classify`: that is no value yet where a key of it is misspelled."""
+    return lambda r, f: broken(r) if "classify" in r.sections else None
 
 
 def _on_head(recipe: Recipe) -> Words | None:
@@ -565,7 +566,7 @@ _CLASSIFY = [
         sections=("data",),
     ),
     Rule(
-        "data.columns.label",
+        "data.columns",
         "any other task",
         "no label is read without task: classify",
         "write task: classify, or remove it",

@@ -81,6 +81,18 @@ CASES = [
     *without("lora.use_qalora lora.alora_invocation_tokens lora.layer_replication lora.use_bdlora"),
     *without("lora.arrow_config lora.ensure_weight_tying lora.megatron_config"),
     Case("lora.task_type", "tiny_facts", "lora.task_type=SEQ_CLS", "lora.task_type=CAUSAL_LM"),
+    Case("lora.task_type", "tiny_classify", "lora.task_type=CAUSAL_LM", "lora.task_type=SEQ_CLS"),
+    Case(
+        "train.use_liger_kernel",
+        "tiny_classify",
+        "train.use_liger_kernel=true",
+        "-train.use_liger_kernel",
+        said="remove it",
+    ),
+    *(
+        Case("task", "tiny_classify", "", "", under(kind), ONE, said="ddp")
+        for kind in ("FSDP2", "ZeRO-2", "ZeRO-3")
+    ),
     Case(
         "model.quantize",
         "tiny_facts",
