@@ -54,6 +54,8 @@ def order(
     if by == "tokens" and any("share" in entry for entry in entries):
         sizes = [np.bincount(row[own], tokens[own], minlength=n) for own, n in zip(parts, rows, strict=True)]
         chosen = _by_tokens(sizes, [entry["share"] for entry in entries])
+    elif all("share" not in entry and entry.get("weight", 1) == 1 for entry in entries):
+        return np.concatenate([*parts, np.empty(0, np.int64)]).astype(np.int64)
     else:
         chosen = picks(entries, rows)
     found = []

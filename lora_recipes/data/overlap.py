@@ -44,10 +44,12 @@ def repeated(digests: Array, where: Callable[[int], str]) -> Array:
     """Which rows say what an earlier one says, that stands elsewhere (a file may be read twice, and a source
     be taken more than once). `where`: the place of a row by its index.
     """
-    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
-    found = np.zeros(len(digests), dtype=bool)
-    for i in np.flatnonzero(first[which] != np.arange(len(digests))).tolist():
-        found[i] = where(i) != where(int(first[which[i]]))
+    order, found = np.argsort(digests, kind="stable"), np.zeros(len(digests), dtype=bool)
+    own = digests[order]
+    begins = np.flatnonzero(np.concatenate([[True], own[1:] != own[:-1]])) if len(own) else order
+    for place in np.setdiff1d(np.arange(len(own)), begins, assume_unique=True).tolist():
+        first = order[begins[np.searchsorted(begins, place, "right") - 1]]
+        found[order[place]] = where(int(order[place])) != where(int(first))
     return found
 
 

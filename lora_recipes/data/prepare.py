@@ -34,7 +34,7 @@ from lora_recipes.data.overlap import Near
 from lora_recipes.data.read import MANY, Reader
 from lora_recipes.data.render import Example, Renderer, Unread
 from lora_recipes.data.row import Row
-from lora_recipes.data.rows import COUNTED, FILES, TRAINED, Rows, Told
+from lora_recipes.data.rows import COUNTED, FILES, ROWS, TRAINED, Rows, Told
 from lora_recipes.data.stand_in import Characters
 from lora_recipes.data.stops import NextTurn, Stops
 from lora_recipes.recipe.base import Resolved
@@ -232,7 +232,7 @@ class _Split:
         self.unread, self.kwargs = Unread(), dict[str, str]()
         self.shingles, self.near, self.seen = list[Any](), set[int](), set[int]()
         self.head = list[tuple[str, Any]]()
-        self.examples, self.processes = 0, 1
+        self.examples, self.processes, self.waiting = 0, 1, list[list[pa.Table]]()
         self.writers = [
             ArrowWriter(features=features, path=str(folder / f"{reader.which}{end}"))
             for end, features in FILES.items()
@@ -318,9 +318,16 @@ class _Split:
         self.near |= made.near
         self.seen |= made.seen
         self.examples += len(made.tables[0])
-        for writer, table in zip(self.writers, made.tables, strict=True):
-            if len(table):
-                writer.write_table(table)
+        self.waiting.append(made.tables)
+        if sum(len(tables[0]) for tables in self.waiting) >= ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        """Put what waits on the disk, as one batch: each costs whoever maps the file some kB of memory."""
+        for writer, tables in zip(self.writers, zip(*self.waiting, strict=True), strict=False):
+            if len(whole := pa.concat_tables(tables).combine_chunks()):
+                writer.write_table(whole, writer_batch_size=len(whole))
+        self.waiting.clear()
 
     def problems(self) -> list[Problem]:
         """What is wrong with the rows, the first of it."""
@@ -330,6 +337,7 @@ class _Split:
 
     def close(self) -> dict[str, Any]:
         """The file is whole; what `Told` says of it."""
+        self._write()
         for writer, features in zip(self.writers, FILES.values(), strict=True):
             if not self.examples:
                 writer.write_table(features.arrow_schema.empty_table())

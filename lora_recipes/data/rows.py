@@ -3,7 +3,7 @@ more memory than a thousand; read as `Example`s, and handed to the trainer as th
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ COUNTED = Features(
     | {"plain": Value("uint64"), "content": Value("binary"), "tokens": Value("binary")}
 )
 FILES = {".arrow": TRAINED, ".counts.arrow": COUNTED}  # what follows the split's name -> what is in the file
+ROWS = 4096  # that are written, or hashed, at once
 Array = np.ndarray[Any, Any]
 
 
@@ -122,17 +123,18 @@ class Rows(Sequence[Example]):
     @property
     def sha256(self) -> str:
         """As `read.Split.sha256`."""
-        return read.sha256([self._bytes("content")])
+        return read.sha256(self._bytes("content"))
 
     @property
     def tokens_sha256(self) -> str:
         """Hash of all tokens and labels in order."""
-        return read.sha256([self._bytes("tokens")])
+        return read.sha256(self._bytes("tokens"))
 
-    def _bytes(self, name: str) -> bytes:
+    def _bytes(self, name: str) -> Iterator[bytes]:
         fixed = [chunk.cast(pa.binary(16)) for chunk in self.counted.data.column(name).chunks]
         parts = [np.frombuffer(c.buffers()[1], "V16")[c.offset : c.offset + len(c)] for c in fixed if len(c)]
-        return np.concatenate([*parts, np.empty(0, "V16")])[self.order].tobytes()
+        flat = np.concatenate([*parts, np.empty(0, "V16")])
+        return (flat[self.order[i : i + ROWS]].tobytes() for i in range(0, len(self.order), ROWS))
 
     @cached_property
     def dataset(self) -> Dataset:
