@@ -27,13 +27,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 def options(parser: ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument(
-        "sources",
-        nargs="*",
-        metavar="IN",
-        help="a repository's folder, a .py file, or the name of an installed package"
-        f" (default: {STDLIB}, Python's own library)",
-    )
+    python_files.option(parser)
     work.options(parser)
     parser.add_argument("--tests", action="store_true", help="take test files and folders, too")
     parser.add_argument(

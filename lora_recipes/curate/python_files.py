@@ -16,6 +16,7 @@ import sysconfig
 import tokenize
 import tomllib
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -109,6 +110,17 @@ class PythonFile:
         commit = "" if self.path in source.changed else source.commit
         said = {"source": source.name, "version": source.version, "commit": commit, "path": self.path}
         return {k: v for k, v in said.items() if v} | {"licence": self.licence}
+
+
+def option(parser: ArgumentParser) -> None:
+    """IN..., as `source` takes each."""
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        metavar="IN",
+        help="a repository's folder, a .py file, or the name of an installed package"
+        f" (default: {STDLIB}, Python's own library)",
+    )
 
 
 def source(word: str) -> Source:

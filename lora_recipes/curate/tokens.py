@@ -50,13 +50,7 @@ class Seen:
 
 def options(parser: ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument(
-        "sources",
-        nargs="*",
-        metavar="IN",
-        help="a repository's folder, a .py file, or the name of an installed package"
-        f" (default: {STDLIB}, Python's own library)",
-    )
+    python_files.option(parser)
     work.options(parser)
     bases.option(parser, required=True)
     parser.add_argument(

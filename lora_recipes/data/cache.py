@@ -96,7 +96,7 @@ def unfinished(final: Path) -> Path:
 
 
 def kept() -> list[Path]:
-    """The folders of kept rows, the one that was used last first."""
+    """The folders of kept rows, the one that was made last first."""
     found = [f for f in place().glob("[!.]*") if f.is_dir()] if place().is_dir() else []
     return sorted(found, key=lambda f: f.stat().st_mtime, reverse=True)
 

@@ -95,7 +95,7 @@ def pass_through(resolved: Resolved, network: bool, sample: int | None = None) -
     tokens are not counted. `sample`: look at that many rows of each source alone.
     """
     recipe = resolved.recipe
-    tokenizer = _tokenizer(resolved, network)
+    tokenizer = tokenizer_of(resolved, network)
     known = _template_arguments(tokenizer)
     given = {key: recipe.at("data", "chat_template_kwargs", key) for key in recipe.data.chat_template_kwargs}
     raise_if(prepare.unused(given, known) if known is not None else [])
@@ -135,7 +135,7 @@ def pass_through(resolved: Resolved, network: bool, sample: int | None = None) -
         "train_in_eval": held.where(both[0]) if len(both) else "",
         "near_in_eval": held.where(near[0]) if len(near) else "",
     }
-    _limits(gate, recipe, shares, first)
+    gate.warnings += limits(recipe, shares, first)
     gate.warnings += _whole_rows(gate, recipe)
     for name, counts in (("train", gate.counts), ("eval", held.counts)):
         if counts.dropped:
@@ -178,7 +178,7 @@ def _template_arguments(tokenizer: Any) -> set[str] | None:
     return known - {"messages", "tools", "add_generation_prompt", "raise_exception"}
 
 
-def _tokenizer(resolved: Resolved, network: bool) -> Any:
+def tokenizer_of(resolved: Resolved, network: bool) -> Any:
     """The tokenizer; or, when it is neither cached nor to be fetched, characters under the contract's chat
     template.
     """
@@ -193,8 +193,11 @@ def _tokenizer(resolved: Resolved, network: bool) -> Any:
         return tokenizing.stand_in(resolved)
 
 
-def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], firsts: dict[str, str]) -> None:
-    problems = []
+def limits(recipe: Recipe, shares: dict[str, float], firsts: dict[str, str]) -> list[str]:
+    """Warnings for the `shares` above what LIMITS warns of, each with the place of its first row. RecipeError
+    for those above their limit.
+    """
+    problems, warnings = [], []
     for name, share in shares.items():
         limit, warn, found, do = LIMITS[name]
         limit = recipe.data.limits.get(name, limit)
@@ -204,8 +207,9 @@ def _limits(gate: Gate, recipe: Recipe, shares: dict[str, float], firsts: dict[s
             where = recipe.at("data", "limits", name) if name in recipe.data.limits else recipe.at("data")
             problems.append(Problem(where, text, f"{do}; or raise data.limits.{name} (now {limit:g})"))
         elif share > warn:
-            gate.warnings.append(f"{text}: {do}")
+            warnings.append(f"{text}: {do}")
     raise_if(problems)
+    return warnings
 
 
 def lines(gate: Gate, recipe: Recipe) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from lora_recipes.core.errors import Problem, RecipeError, listed, nearest, rais
 from lora_recipes.core.record import ClassFacts, DataFacts, EvalFacts, TrainFacts
 from lora_recipes.data import gate as gates
 from lora_recipes.data import mix, overlap, read, sources
-from lora_recipes.data.gate import LIMITS, Gate
+from lora_recipes.data.gate import Gate
 from lora_recipes.data.render import Characters, Counts, Example
 from lora_recipes.data.row import Row, control
 from lora_recipes.recipe.base import Resolved
@@ -123,10 +123,13 @@ def pass_through(resolved: Resolved, network: bool, sample: int | None = None) -
     known(held, names)
     train, held = validation(recipe, train, held)
     raise_if(_few(recipe, train, names))
-    tokenizer = padded(gates._tokenizer(resolved, network))
+    tokenizer = padded(gates.tokenizer_of(resolved, network))
     made = [_examples(split, tokenizer, names, recipe) for split in (train, held)]
     (rows, counted), (evaluation, counted_held) = made
-    twice, both, near = _repeated(train.rows), _both(train, held), _near(train, held)
+    digests = np.array([digest(row) for row in train.rows], dtype=np.uint64)
+    repeated = overlap.repeated(digests, lambda i: train.rows[i].where)
+    twice = [train.rows[i] for i in np.flatnonzero(repeated)]
+    both, near = read.in_both(train.rows, held.rows), _near(train, held)
     facts = DataFacts(
         train=TrainFacts(
             **vars(counted), format="text and label", duplicates=len(twice), sha256=train.sha256
@@ -142,14 +145,16 @@ def pass_through(resolved: Resolved, network: bool, sample: int | None = None) -
     found = LabelGate(tokenizer, rows, evaluation, counted, facts, names=names, weights=weights, classes=said)
     found.notes = train.notes + held.notes
     found.texts = [row.value["text"] for row in held.rows or train.rows]
-    firsts = {"duplicates": twice, "train_in_eval": both, "near_in_eval": near}
+    seen = {"duplicates": twice, "train_in_eval": both, "near_in_eval": near}
+    firsts = {name: rows_of[0].where for name, rows_of in seen.items() if rows_of}
     shares = {
         "truncated": counted.share("truncated"),
         "duplicates": len(twice) / counted.rows,
         "train_in_eval": len(both) / max(len(held.rows), 1),
         "near_in_eval": len(near) / max(len(held.rows), 1),
     }
-    found.warnings += _limits(recipe, shares, firsts)
+    raise_if(_unasked(recipe))
+    found.warnings += gates.limits(recipe, shares, firsts)
     found.warnings += _doubts(train, held, said)
     if counted_held.truncated:
         found.warnings.append(f"{counted_held.truncated} rows of eval are cut at train.max_length")
@@ -349,19 +354,8 @@ def padded(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _repeated(rows: list[Row]) -> list[Row]:
-    """Rows whose text stood in an earlier row (one that a source's weight repeats does not count)."""
-    seen: dict[int, str] = {}
-    return [row for row in rows if seen.setdefault(digest(row), row.where) != row.where]
-
-
-def _both(train: Labelled, held: Labelled) -> list[Row]:
-    known = {digest(row) for row in train.rows} if held.rows else set()
-    return [row for row in held.rows if digest(row) in known]
-
-
 def _near(train: Labelled, held: Labelled) -> list[Row]:
-    same = {row.where for row in _both(train, held)}
+    same = {row.where for row in read.in_both(train.rows, held.rows)}
     return [row for row in overlap.near(train.rows, held.rows) if row.where not in same]
 
 
@@ -383,26 +377,13 @@ def _weights(recipe: Recipe, train: Labelled, names: list[str]) -> list[float]:
     return [float(given.get(name, 1)) for name in names]
 
 
-def _limits(recipe: Recipe, shares: dict[str, float], rows: dict[str, list[Row]]) -> list[str]:
-    """Warnings for the shares that are above 0. RecipeError for those above their limit."""
-    problems = [
+def _unasked(recipe: Recipe) -> list[Problem]:
+    """Limits of the recipe that say nothing of texts and classes."""
+    return [
         Problem(recipe.at("data", "limits", name), "is of rows that are written", "remove it")
         for name in recipe.data.limits
         if name not in ASKED
     ]
-    warnings = []
-    for name, share in shares.items():
-        limit, warn, found, do = LIMITS[name]
-        limit = recipe.data.limits.get(name, limit)
-        first = f", first {rows[name][0].where}" if rows.get(name) else ""
-        text = f"{100 * share:.1f} % {found}{first}"
-        if share > limit:
-            where = recipe.at("data", "limits", name) if name in recipe.data.limits else recipe.at("data")
-            problems.append(Problem(where, text, f"{do}; or raise data.limits.{name} (now {limit:g})"))
-        elif share > warn:
-            warnings.append(f"{text}: {do}")
-    raise_if(problems)
-    return warnings
 
 
 def _doubts(train: Labelled, held: Labelled, said: list[ClassFacts]) -> list[str]:

@@ -330,12 +330,6 @@ class Unread:
                 first, at, count = self.found.get((key, message["role"]), (row, i, 0))
                 self.found[key, message["role"]] = first, at, count + 1
 
-    def add(self, other: "Unread") -> None:
-        """What `other` found in later rows."""
-        for key, (row, i, more) in other.found.items():
-            first, at, count = self.found.get(key, (row, i, 0))
-            self.found[key] = first, at, count + more
-
     def said(self, tokenizer: Any, recipe: Recipe) -> str:
         """The keys that the chat template does not read, as the first message with each shows; empty where
         there are none.

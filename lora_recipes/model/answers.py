@@ -34,15 +34,9 @@ def provenance(
     with. `start`: how its adapter began. `gate`: the data it was trained on. `whole`: does this process hold
     all of the model? Only then can it write an answer.
     """
-    tokenizer, stops = gate.tokenizer, gate.stops
-    recipe, base = resolved.recipe, resolved.base
+    recipe, tokenizer, stops = resolved.recipe, gate.tokenizer, gate.stops
     return Provenance(
-        recipe=recipe.name,
-        name_or_path=base.weights,
-        revision=recipe.model.revision,
-        fingerprint=fingerprint(base),
-        dtype=recipe.model.dtype,
-        quantize=recipe.model.quantize,
+        **_trained_on(resolved),
         chat_template_kwargs=recipe.data.chat_template_kwargs,
         probes=probes(model, start, tokenizer, recipe, rows),
         stops=dict(zip(stops.trained, stops.named(stops.trained), strict=True)),
@@ -55,8 +49,7 @@ def classified(model: PeftModel, gate: LabelGate, resolved: Resolved) -> Provena
     """The same of a classifier: what a merge and a server must call the shortest of the held-out texts, as
     far as they were not cut.
     """
-    recipe, base = resolved.recipe, resolved.base
-    limit = recipe.train.max_length
+    limit = resolved.recipe.train.max_length
     rows = [
         (text, example)
         for text, example in zip(gate.texts, gate.evaluation or gate.train, strict=True)
@@ -65,12 +58,7 @@ def classified(model: PeftModel, gate: LabelGate, resolved: Resolved) -> Provena
     rows = sorted(rows[:50], key=lambda row: len(row[1].input_ids))[: 2 * MOST]
     found: Any = heads.logits(model, gate.tokenizer, [e.input_ids for _, e in rows], 1) if rows else []
     return Provenance(
-        recipe=recipe.name,
-        name_or_path=base.weights,
-        revision=recipe.model.revision,
-        fingerprint=fingerprint(base),
-        dtype=recipe.model.dtype,
-        quantize=recipe.model.quantize,
+        **_trained_on(resolved),
         chat_template_kwargs={},
         probes=[],
         called=[
@@ -78,6 +66,19 @@ def classified(model: PeftModel, gate: LabelGate, resolved: Resolved) -> Provena
             for (text, example), logits in zip(rows, found, strict=True)
         ],
     )
+
+
+def _trained_on(resolved: Resolved) -> dict[str, Any]:
+    """Which recipe trained, and on which base."""
+    recipe, base = resolved.recipe, resolved.base
+    return {
+        "recipe": recipe.name,
+        "name_or_path": base.weights,
+        "revision": recipe.model.revision,
+        "fingerprint": fingerprint(base),
+        "dtype": recipe.model.dtype,
+        "quantize": recipe.model.quantize,
+    }
 
 
 def fingerprint(base: Base, like: str | None = None) -> str | None:

@@ -195,14 +195,13 @@ def _whole(
     raise_if(export.sound(adapter) if kind == "LORA" else [])
     notes = provenance.not_proven(folder, known, unproven, "merges")
     job = Job(adapter, known, source, dtype or _dtype(source))
-    if kind == "LORA" and adapter.config.get("task_type") == "SEQ_CLS":
-        _arithmetic(source, "float32", known.quantize if known else None)  # is there memory for it?
-        return _classifier(job, output, notes, said)
-    job = replace(job, arithmetic=_arithmetic(source, job.dtype, known.quantize if known else None))
+    classifies = kind == "LORA" and adapter.config.get("task_type") == "SEQ_CLS"
+    as_dtype = "float32" if classifies else job.dtype
+    job = replace(job, arithmetic=_arithmetic(source, as_dtype, known.quantize if known else None))
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        record = _merge(job, temporary, notes)
+        record = (_classifier if classifies else _merge)(job, temporary, notes)
         record |= {"seconds": round(time.monotonic() - began, 2), "at": now(), "removed": said}
         record["files"] = sorted(p.name for p in temporary.iterdir())
         write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
@@ -212,22 +211,16 @@ def _whole(
     return record
 
 
-def _classifier(job: Job, output: Path, notes: list[str], said: list[str]) -> dict[str, Any]:
-    """The same of a classifier (model/merge_head.py)."""
-    began, temporary = time.monotonic(), output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+def _classifier(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
+    """`_merge` of a classifier (model/merge_head.py)."""
     head = core_head.needed(job.adapter.path)
-    try:
-        record = merge_head.merge(job.adapter, job.known, job.source, job.dtype, head, temporary)
-        record |= {"adapter": shown(job.adapter.path), "base": str(job.source), "dtype": job.dtype}
-        record |= {"not_proven": notes, "removed": said, "at": now()}
-        record |= {"seconds": round(time.monotonic() - began, 2)}
-        record["files"] = sorted(p.name for p in temporary.iterdir())
-        write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
-        replace_folder(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return record
+    record = merge_head.merge(job.adapter, job.known, job.source, job.dtype, head, target)
+    return record | {
+        "adapter": shown(job.adapter.path),
+        "base": str(job.source),
+        "dtype": job.dtype,
+        "not_proven": notes,
+    }
 
 
 def _place(output: Path, force: bool) -> list[str]:
@@ -350,7 +343,7 @@ def _wanted(job: Job, tokenizer: Any) -> Wanted:
     asked = [_ask(attached, ids) for ids in probes]
     record = _against_record(attached, job)
     notes = _as_recorded(record, job)
-    dequantised = _dequantised(attached) if job.known.quantize else {}
+    dequantised = stored.dequantised(attached) if job.known.quantize else {}
     # Are these answers already what the merged model must give, by the same device and arithmetic?
     same = job.known.dtype == job.arithmetic and attached.device.type == "cpu"
     if same and not dequantised:
@@ -426,19 +419,6 @@ def _trained(job: Job) -> PeftModel:
     model = attach.base(job.source, job.known)
     embeddings.grow(model, job.tokens)
     return _attach(model, job)
-
-
-def _dequantised(attached: PeftModel) -> dict[str, torch.Tensor]:
-    """The base's 4-bit weights, dequantised, by module."""
-    import bitsandbytes as bnb
-
-    linears: dict[str, Any] = {
-        name.removesuffix(".base_layer"): module
-        for name, module in attached.get_base_model().named_modules()
-        if isinstance(module, bnb.nn.Linear4bit) and not isinstance(module, BaseTunerLayer)
-    }
-    dequantise = bnb.functional.dequantize_4bit
-    return {name: dequantise(m.weight.data, m.weight.quant_state).cpu() for name, m in linears.items()}
 
 
 def _logprobs(model: torch.nn.Module, job: Job) -> list[float]:

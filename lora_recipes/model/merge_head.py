@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForSequenceClassification
 
 from lora_recipes.core.adapter_folder import Adapter
@@ -17,7 +16,7 @@ from lora_recipes.core.head import Head
 from lora_recipes.core.provenance import Provenance
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.labels import padded
-from lora_recipes.model import attach, heads
+from lora_recipes.model import attach, heads, stored
 
 # How far a probability may be from what PEFT recorded, and from that of the step before: float32 on another
 # machine is within 1e-5 of it, half a class's worth of a wrong pooling or head is not.
@@ -40,18 +39,14 @@ def merge(
     if known and known.called:
         recorded = torch.tensor([called.logits for called in known.called]).softmax(-1)
         apart["adapter"] = _held(wanted, recorded, adapter.path, "the saved adapter")
-    packed = {
-        name: dequantize_module_weight(module).float().cpu()
-        for name, module in attached.get_base_model().named_modules()
-        if type(module).__name__ == "Linear4bit"
-    }
     if known and known.quantize:  # into the rounded weights that it was trained on, in 16 or 32 bits
+        packed = stored.dequantised(attached)
         del attached
         plain: Any = heads.of(attach.plain(source, torch.float32), head.labels, head.pooling)
-        for name, weight in packed.items():
-            plain.get_submodule(name.replace(".base_layer", "")).weight.data.copy_(weight)
         attached = attach.attach(plain, {"default": adapter})
-        apart["dequantised"] = float((_shares(attached, tokenizer, rows) - wanted).abs().max())
+        stored.put(packed, attached.get_base_model())
+        packed_gave, wanted = wanted, _shares(attached, tokenizer, rows)
+        apart["dequantised"] = float((wanted - packed_gave).abs().max())
     model: Any = attached.float().merge_and_unload()
     kind = _AUTO._model_mapping.get(type(model.config), None)
     if kind is None:
@@ -69,11 +64,9 @@ def merge(
     again = _shares(attach.merged(target, head, dtype=torch.float32), tokenizer, rows)
     exact = dtype == "float32"
     before = merged if exact else _shares(model.float(), tokenizer, rows)
-    apart["merged"] = float((merged - wanted).abs().max())
+    apart["merged"] = _held(merged, wanted, target, "the merged model")
     apart["rounded"] = float((before - merged).abs().max())
     apart["read_back"] = _held(again, before, target, "what was written")
-    if known is None or not known.quantize:
-        _held(merged, wanted, target, "the merged model")
     if known:
         replace(known, files={}, adapter_config={}).save(target)
     return {"architecture": kind.__name__, "classes": head.labels, "pooling": head.pooling, "apart": apart}

@@ -118,6 +118,19 @@ def _known(module: LoraLayer) -> bool:
     return all(isinstance(variant, DoraLinearVariant) for variant in module.lora_variant.values())
 
 
+def dequantised(attached: PeftModel) -> dict[str, torch.Tensor]:
+    """The base's 4-bit weights, dequantised, by module."""
+    import bitsandbytes as bnb
+
+    linears: dict[str, Any] = {
+        name.removesuffix(".base_layer"): module
+        for name, module in attached.get_base_model().named_modules()
+        if isinstance(module, bnb.nn.Linear4bit) and not isinstance(module, BaseTunerLayer)
+    }
+    dequantise = bnb.functional.dequantize_4bit
+    return {name: dequantise(m.weight.data, m.weight.quant_state).cpu() for name, m in linears.items()}
+
+
 def put(dequantised: dict[str, torch.Tensor], model: Any) -> None:
     """Replace the weights of these modules of `model`, which may carry an adapter."""
     for name, tensor in dequantised.items():

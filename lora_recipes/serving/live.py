@@ -202,6 +202,8 @@ class ClassProof:
     @property
     def fault(self) -> str | None:
         """Why it is not what was trained; None where it is."""
+        if not self.texts:
+            return "not proven: training recorded no text, as all were cut at train.max_length"
         if not self.rendered:
             return "the server makes other tokens of a text than training did: another tokenizer?"
         if not self.apart <= NEAR:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, locate, lock, provenance
+from lora_recipes.core import cli, head, locate, lock, provenance
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.serving import command, live, rules
@@ -41,7 +41,7 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
         # As patient as the start was: on a machine at a load of 17 the first answer took more than 120 s.
         first = Endpoint(options.url, timeout=process.START)
         known = server.served[0].provenance
-        if known and known.called:
+        if known and head.read(server.served[0].folder):
             proof = live.classified(first, server.base_name, known)
             print(proof, flush=True)
             proven = proof.fault is None

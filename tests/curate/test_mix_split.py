@@ -8,23 +8,9 @@ from collections import Counter
 
 import pytest
 
-from lora_recipes.__main__ import main
 from lora_recipes.curate import shares, work
 from lora_recipes.data.mix import apportion
 from tests.process import Forked
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs `lora-recipes data ...` in the test's folder; the code and what was said."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        code = main(["data", *map(str, words)])
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return call
 
 
 def write(path, name, count, **more):

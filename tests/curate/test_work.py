@@ -13,7 +13,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lora_recipes.__main__ import main
 from lora_recipes.curate import work
 from lora_recipes.curate.inputs import Inputs
 from tests.process import Forked
@@ -27,19 +26,6 @@ def rows(file, count=5, text="some words"):
 
 def read(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs `lora-recipes data ...` in the test's folder; the code and what was said."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        code = main(["data", *map(str, words)])
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return call
 
 
 def test_rows_go_in_and_out_with_a_report_and_the_dropped_ones(run, tmp_path):

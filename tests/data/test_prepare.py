@@ -231,7 +231,6 @@ def test_a_process_that_is_ended_from_outside_is_an_error_that_says_so(recipe_of
         signal.alarm(1)  # SIGALRM ends a process that does not handle it
 
     monkeypatch.setattr(prepare, "_begin", end_soon)
-    monkeypatch.setattr(prepare, "_work", time.sleep)
     resolved = recipe_of(str(file), train__dataset_num_proc=2)
     monkeypatch.setattr(prepare, "_work", _sleep)
     with pytest.raises(RecipeError, match=r"was ended from outside(?s:.*)train\.dataset_num_proc"):

@@ -447,7 +447,7 @@ def written(request, trained, tmp_path_factory):
     job = merging.Job(
         adapter_folder.read(run / "adapter"), known, base, "bfloat16" if kind == "bfloat16" else "float32"
     )
-    dequantised = merging._dequantised(merging._trained(job)) if known.quantize else {}
+    dequantised = stored.dequantised(merging._trained(job)) if known.quantize else {}
     attached = merging._attach(merging._load(job.source, "float32", job), job)
     stored.put(dequantised, attached.get_base_model())
     changes = stored.changes(attached, job.adapter)

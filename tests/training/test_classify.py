@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_recipes.__main__ import main
@@ -25,7 +25,7 @@ from lora_recipes.memory.storages import Storages
 from lora_recipes.model import attach, build, heads, merge_head
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
-from lora_recipes.serving import command
+from lora_recipes.serving import command, live
 from lora_recipes.training.train import train
 
 SHORT = ["train.num_train_epochs=1", "train.eval_strategy=steps", "train.save_strategy=steps"]
@@ -164,6 +164,28 @@ def test_a_changed_head_is_not_merged(outputs, tmp_path):
     file.write_text(file.read_text().replace('"mean"', '"last"'))
     assert main(["merge", "tiny_classify", "--outputs", str(tmp_path)]) == 2
     assert not (target / "merged").exists()
+
+
+def test_a_classifier_trained_in_nf4_merges_onto_the_dequantised_base(outputs, tmp_path):
+    """And not onto the untouched one: what is merged is held against the weights that were trained on."""
+    (tmp_path / "_bases").symlink_to(outputs / "_bases") if (outputs / "_bases").is_dir() else None
+    train(resolve(recipes.load("tiny_classify", [*SHORT, "model.quantize=nf4"]), tmp_path))
+    lines(["merge", "tiny_classify", "--outputs", str(tmp_path)])
+    run, words = tmp_path / "tiny_classify", ["--outputs", str(tmp_path)]
+    apart = json.loads((run / "merged" / "merge.json").read_text())["apart"]
+    assert set(apart) == {"adapter", "dequantised", "merged", "rounded", "read_back"}
+    assert apart["merged"] < 1e-5 and apart["adapter"] < 1e-3
+    file = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors |= {name: -value for name, value in tensors.items() if "lora_B" in name}
+    save_file(tensors, file, {"format": "pt"})
+    assert main(["merge", "tiny_classify", "--force", "--unproven", *words]) == 2
+
+
+def test_a_proof_of_no_text_is_none():
+    assert str(live.ClassProof("x", 0.0, 0, True).fault).startswith("not proven")
+    assert live.ClassProof("x", 1e-6, 3, True).fault is None
+    assert "is 0.02 from PEFT's" in str(live.ClassProof("x", 0.02, 3, True).fault)
 
 
 def test_a_classifier_is_served_merged_with_its_own_pooling(outputs):
