@@ -1,7 +1,7 @@
 """Many arms in one process, or a launch for each? Both in turn, several rounds, the same adapters: what the
 sharing saves.
 
-`python benchmarks/ablate.py` (about five minutes on two cores) writes benchmarks/results/ablate.md.
+`python -m benchmarks.ablate` (about five minutes on two cores) writes benchmarks/results/ablate.md.
 """
 
 import os
@@ -62,7 +62,7 @@ def main() -> None:
                 assert alone.read_bytes() == ours.read_bytes(), f"{run} is not what its launch makes"
     lines = ["# Arms of an ablation in one process, or a launch for each", ""]
     lines += [
-        f"`python benchmarks/ablate.py`: {RECIPE}, {over} ({len(VALUES)} arms, 40 steps each), {ROUNDS}"
+        f"`python -m benchmarks.ablate`: {RECIPE}, {over} ({len(VALUES)} arms, 40 steps each), {ROUNDS}"
         " rounds, both ways in turn; "
     ]
     lines[-1] += (

@@ -1,7 +1,7 @@
 """In which dtype should the adapter of a 4-bit base train? Both, over learning rates and seeds, on the tiny
 models.
 
-`python benchmarks/adapter_dtype.py` (about ten minutes on two cores) writes
+`python -m benchmarks.adapter_dtype` (about ten minutes on two cores) writes
 benchmarks/results/adapter_dtype.md and .json.
 """
 

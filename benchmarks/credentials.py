@@ -2,7 +2,7 @@
 detect-secrets; and what it finds in the Python standard library and in data that another program made.
 
 pip install detect-secrets==1.5.0 faker
-python benchmarks/credentials.py     writes benchmarks/results/credentials.md
+python -m benchmarks.credentials     writes benchmarks/results/credentials.md
 """
 
 import sysconfig
@@ -100,7 +100,7 @@ def main() -> None:
     lines = [
         "# Credentials and personal data: found, missed, false alarms",
         "",
-        f"`python benchmarks/credentials.py`: {EACH} texts of each kind made by tests/cases/planted.py, of",
+        f"`python -m benchmarks.credentials`: {EACH} texts of each kind made by tests/cases/planted.py, of",
         f"which detect-secrets {version('detect-secrets')} (default plugins, filters; any finding counts)",
         f"saw {THEIRS}. The texts and our shapes are by the same hand: what nobody thought of is not there.",
         f"Ours took {seconds:.1f} s for {len(ours):,} texts.",

@@ -2,7 +2,7 @@
 that one would use instead; and how much of what was planted dedupe finds.
 
 pip install -e '.[curate]' datasketch==2.0.0 detect-secrets==1.5.0
-python benchmarks/curate_scale.py [rows]     writes benchmarks/results/curate_scale.md
+python -m benchmarks.curate_scale [rows]     writes benchmarks/results/curate_scale.md
 """
 
 import ast
@@ -208,7 +208,7 @@ def main() -> None:
     said = [
         f"# {count:,} rows through the data verbs",
         "",
-        f"`python benchmarks/curate_scale.py`: {count:,} rows of ten lines of the standard library",
+        f"`python -m benchmarks.curate_scale`: {count:,} rows of ten lines of the standard library",
         f"({size:.0f} MiB), 10 % of them an earlier row with 1 to 24 words replaced, 5 % one in capitals,",
         "1 % with a planted secret.",
         f"One process each, {os.cpu_count()} CPUs that others used too: seconds are of that moment.",

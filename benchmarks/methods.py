@@ -1,7 +1,7 @@
 """The table of docs/methods.md: each recipe of configs/recipes/methods planned on the tiny base, its
 section's memory on Qwen3-8B.
 
-`python benchmarks/methods.py` prints it; nothing is trained. Qwen3-8B as in qwen3_8b_fact (8 x 64 tokens,
+`python -m benchmarks.methods` prints it; nothing is trained. Qwen3-8B as in qwen3_8b_fact (8 x 64 tokens,
 checkpointing, bfloat16).
 """
 

@@ -1,6 +1,6 @@
 """What checking rows costs, beside TRL's own preparation of the same rows: processor time, memory, disk.
 
-`python benchmarks/rows.py [ROWS ...]` (default: 1000 10000 100000) writes benchmarks/results/rows.md and
+`python -m benchmarks.rows [ROWS ...]` (default: 1000 10000 100000) writes benchmarks/results/rows.md and
 .json. Each figure is of a process of its own, from after its imports to a trainer that has its data set. The
 chats are made of the companion's sentences, the tokenizer and the template are SmolLM2's.
 """
@@ -136,7 +136,7 @@ def table(found: list[dict[str, Any]]) -> str:
     lines = [
         "# Rows: checked, beside TRL's own preparation",
         "",
-        f"`python benchmarks/rows.py` on {os.cpu_count()} cores, load {load} at the end; Python"
+        f"`python -m benchmarks.rows` on {os.cpu_count()} cores, load {load} at the end; Python"
         f" {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in names)}.",
         "Chats of one to three turns, SmolLM2's tokenizer, max_length 384. `first`: all checks, nothing kept"
         " yet; `second`: the same rows again. Memory is the most that one process held, less what it held"

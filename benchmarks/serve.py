@@ -323,7 +323,7 @@ def _command(given: argparse.Namespace) -> str:
     """What measures the same again; folders make no difference to it."""
     at_once = " ".join(str(c) for c in given.concurrency)
     return (
-        f"python benchmarks/serve.py --requests {given.requests} --repeats {given.repeats} --concurrency"
+        f"python -m benchmarks.serve --requests {given.requests} --repeats {given.repeats} --concurrency"
         f" {at_once}"
     )
 

@@ -1,5 +1,5 @@
 """From sources to checked rows on the disk: read one after another, made into tokens by several processes,
-counted, compared and written as they come, so that memory does not grow with their number.
+counted, compared and written as they come, so that memory hardly grows with their number.
 """
 
 import itertools

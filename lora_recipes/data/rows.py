@@ -1,5 +1,5 @@
-"""Checked rows as they lie on the disk: an Arrow file a split, memory-mapped, so that a million rows take no
-more memory than a thousand; read as `Example`s, and handed to the trainer as they are.
+"""Checked rows as they lie on the disk: Arrow files, memory-mapped, so that memory hardly grows with their
+number (166 MiB for a million); read as `Example`s, and handed to the trainer as they are.
 """
 
 import copy
