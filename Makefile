@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve data contract plan cache memory train ablate merge eval predict combine push serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
+.PHONY: help setup setup-serve data contract plan cache memory train ablate merge eval predict combine push release serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -72,8 +72,11 @@ predict: $(READY)  ## label the lines of standard input, or of IN=file (.jsonl: 
 combine: $(READY)  ## several adapters as one: outputs/NAME/adapter (ADAPTERS="a=folder b=folder" WEIGHTS="0.7 0.3" METHOD=cat, DENSITY=, SVD_RANK=, SEED=, FORCE=1, UNPROVEN=1)
 	@$(PY) scripts/combine.py $(ADAPTERS) $(COMBINE_OPTIONS)
 
-push: $(READY)  ## publish RECIPE's adapter on the Hugging Face Hub: REPO=owner/name, HF_TOKEN in the environment (private; PUBLIC=1, DRY=1 lists, FORCE=1 replaces, UNPROVEN=1)
-	@$(PY) scripts/push.py $(RECIPE) $(call named,REPO) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(and $(call given,PUBLIC),$(call on,PUBLIC)),--public) $(if $(call on,FORCE),--force) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,DRY),--dry-run)
+push: $(READY)  ## publish RECIPE's adapter on the Hugging Face Hub: REPO=owner/name, HF_TOKEN in the environment (TAG= a release; private; PUBLIC=1, DRY=1 lists, FORCE=1 replaces, UNPROVEN=1)
+	@$(PY) scripts/push.py $(RECIPE) $(call named,REPO TAG) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(and $(call given,PUBLIC),$(call on,PUBLIC)),--public) $(if $(call on,FORCE),--force) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,DRY),--dry-run)
+
+release: $(READY)  ## tie RECIPE's adapter to its rows, evaluation and commit: TAG=lora-v1.2.3, outputs/_releases/TAG (SOURCE=repository, DRY=1 only looks, UNPROVEN=1)
+	@$(PY) scripts/release.py $(RECIPE) $(call named,TAG SOURCE OUTPUTS) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,DRY),--dry-run)
 
 serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, UNPROVEN=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")
 	@$(PY) scripts/serve.py $(if $(CHECK)$(REMOVE),$(ADAPTERS),$(or $(ADAPTERS),$(RECIPE))) $(SERVE_OPTIONS) $(if $(VLLM),-- $(VLLM))

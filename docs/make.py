@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_recipes.core import record
 from lora_recipes.core.cli import quiet
+from lora_recipes.core.errors import Exit
 from lora_recipes.recipe import contract as contracts
 from lora_recipes.recipe import fields as fates
 from lora_recipes.recipe.check import schema
@@ -266,6 +267,11 @@ def models() -> str:
     return table("contract | base | parameters of the text model | chat template", rows)
 
 
+def exits() -> str:
+    """Every exit code."""
+    return table("code | when", [(str(code.value), code.told) for code in Exit])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(keys, name) for name in SECTIONS},
     "source": lambda: of_object(
@@ -276,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peft types": peft_types,
     "owned": owned,
     "fields": fields,
+    "exits": exits,
     "files": files,
     "rules": rules,
     "contracts": models,

@@ -16,7 +16,7 @@ import lora_recipes
 from lora_recipes.ablation.cluster import ENGINES
 from lora_recipes.core import cli, shipped
 from lora_recipes.core.errors import Problem, RecipeError, nearest
-from lora_recipes.core.files import OUTPUTS
+from lora_recipes.core.files import HOME, OUTPUTS
 
 DEFAULT = "tiny_facts"
 DATA = "Make a data set: convert, clean, compare, mix, split and synthesise files of rows."
@@ -433,6 +433,7 @@ def _push(parser: ArgumentParser) -> None:
         default=DEFAULT,
         help=f"a recipe (name or file), or an adapter folder (default: {DEFAULT})",
     )
+    parser.add_argument("--tag", metavar="TAG", help="a release, in place of what a run left")
     parser.add_argument("--repo", metavar="OWNER/NAME", help="the repository; made if it is not there")
     parser.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
     parser.add_argument("--force", action="store_true", help="replace another model that is there")
@@ -454,7 +455,7 @@ def push(given: Namespace) -> None:
     from lora_recipes.serving.push import push
 
     push(
-        load.run_of(given.adapter, given.outputs),
+        str(_released(given)) if given.tag else load.run_of(given.adapter, given.outputs),
         given.outputs,
         given.repo,
         given.public,
@@ -462,6 +463,51 @@ def push(given: Namespace) -> None:
         given.unproven,
         given.dry_run,
     )
+
+
+def _released(given: Namespace) -> Path:
+    """The folder of a release."""
+    from lora_recipes.core import release_folder
+
+    folder = release_folder.place(given.outputs, given.tag)
+    if not (folder / release_folder.MANIFEST).is_file():
+        do = cli.command("release", RECIPE="x", TAG=given.tag)
+        raise RecipeError(Problem(given.tag, f"there is no release in {folder}", do))
+    return folder
+
+
+def _source(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=HOME,
+        metavar="DIR",
+        help="the git repository that is released: where the rows come from (default: this one)",
+    )
+
+
+def _release(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", default=DEFAULT, help=f"a recipe, by name or file (default: {DEFAULT})"
+    )
+    parser.add_argument(
+        "--tag", required=True, help="name of the annotated tag and of the folder, e.g. lora-v1.2.3"
+    )
+    _source(parser)
+    parser.add_argument("--dry-run", action="store_true", help="look, and write nothing")
+    _outputs(parser)
+    _unproven(parser)
+
+
+def release(given: Namespace) -> None:
+    """Check, write the folder, tag."""
+    from lora_recipes.core import git
+
+    git.repository(given.source)
+    with cli.importing():
+        from lora_recipes.release.release import release
+
+    print(release(given.recipe, given.outputs, given.tag, given.source, given.unproven, given.dry_run))
 
 
 def _serve(parser: ArgumentParser) -> None:
@@ -647,6 +693,11 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         "Combine adapters of one base into one that merges and serves like a trained one.",
     ),
     "push": (_push, push, "Publish an adapter on the Hugging Face Hub: private, in one commit."),
+    "release": (
+        _release,
+        release,
+        "Tie an adapter to its recipe, rows, evaluation and commit: a folder, a manifest, a tag.",
+    ),
     "serve": (_serve, serve, "Check adapters, start vLLM, prove that they are live, stay up."),
     "chat": (_chat, chat, "Ask base and adapter on a running server side by side."),
 }

@@ -22,6 +22,7 @@ ROOMS = [
     "evaluation",
     "training",
     "ablation",
+    "release",
 ]
 LIGHT = ("core", "recipe", "serving")
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets"}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_recipes.core import files
-from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.errors import Exit, RecipeError
 from lora_recipes.core.files import INSTALLED
 
 # seconds; the first of several processes says an error that all of them have, and the launcher ends the
@@ -25,8 +25,9 @@ PATIENCE = 15
 def run(action: Callable[[], int | None], traceback: bool, outputs: Path | None = None) -> int:
     """Call `action` and return its exit code (None: 0). `outputs`: where it writes.
 
-    A RecipeError, what the disk refuses and any OSError is printed and answered with 2, Ctrl-C with 130; all
-    other errors are bugs and keep their traceback.
+    A RecipeError is printed and answered with its code (2, unless a caller is told more: errors.Exit), what
+    the disk refuses and any OSError with 2, Ctrl-C with 130; all other errors are bugs and keep their
+    traceback.
     """
     quiet()
     try:
@@ -37,7 +38,7 @@ def run(action: Callable[[], int | None], traceback: bool, outputs: Path | None 
         return _said(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED
     except BrokenPipeError:  # `make plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
@@ -49,7 +50,7 @@ def run(action: Callable[[], int | None], traceback: bool, outputs: Path | None 
             raise
         # The machine's own: no such file, a file where a folder is wanted, no connection.
         print(f"error: {error}\n    -> --traceback shows where", file=sys.stderr)
-        return 2
+        return Exit.REFUSED
     return 0
 
 
@@ -60,7 +61,7 @@ def _said(error: RecipeError) -> int:
         f"error: {len(error.problems)} problem{'s' * (len(error.problems) != 1)}\n{error}",
         file=sys.stderr,
     )
-    return 2
+    return error.code
 
 
 @contextlib.contextmanager

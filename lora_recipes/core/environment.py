@@ -3,11 +3,11 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from lora_recipes.core import git as repository
 from lora_recipes.core.files import INSTALLED, ROOT
 from lora_recipes.core.record import Git, Hardware
 
@@ -38,7 +38,10 @@ def versions() -> dict[str, str]:
 
 def git() -> Git:
     """The commit, and whether the tree differs from it."""
-    return Git(commit=_git("rev-parse", "HEAD"), dirty=bool(_git("status", "--porcelain")))
+    if INSTALLED:  # a repository around the package is somebody else's
+        return Git(commit=None, dirty=False)
+    commit, status = (repository.ask(ROOT, *words) for words in (("rev-parse", "HEAD"), repository.STATUS))
+    return Git(commit=commit.said if commit.done else None, dirty=status.done and bool(status.said))
 
 
 def command() -> str:
@@ -49,10 +52,3 @@ def command() -> str:
 def hardware(**more: Any) -> Hardware:
     """The machine (no host name, no paths); `more`: what the caller knows of its devices."""
     return Hardware(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), **more)
-
-
-def _git(*arguments: str) -> str | None:
-    if INSTALLED:  # a repository around the package is somebody else's
-        return None
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None

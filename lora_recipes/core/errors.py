@@ -1,10 +1,39 @@
-"""What the program says when something is wrong: one error family, and the nearest name."""
+"""What the program says when something is wrong: one error family with its exit codes, and the nearest
+name.
+"""
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 
 MOST = 100  # problems that are told at once; the rest is counted
+
+
+class Exit(IntEnum):
+    """How a command ends, for those that call it (docs/release.md); `told` says it in words."""
+
+    told: str
+
+    def __new__(cls, code: int, told: str) -> "Exit":
+        """A member is its code, with the words beside it."""
+        made = int.__new__(cls, code)
+        made._value_, made.told = code, told
+        return made
+
+    DONE = 0, "done; of retrain: promoted"
+    UNPROVEN = 1, "serve: not what was trained; ablate: an arm failed"
+    REFUSED = 2, "a mistake in the call, the recipe or the machine"
+    NO_GIT = 10, "release: there is no git on this machine"
+    NO_REPOSITORY = 11, "release: the folder is no git repository, or has no commit"
+    DIRTY = 12, "release: files differ from the commit"
+    NO_TAG_NAME = 13, "release: git takes no tag of that name"
+    TAG_EXISTS = 14, "release: the tag is there already, in git or in outputs/_releases/"
+    NOT_VERIFIED = 15, "release: neither a merge nor a server has proven this adapter"
+    CHANGED = 16, "release: the adapter is not as training saved it"
+    NOT_EVALUATED = 17, "release: no evaluation of this adapter is on record"
+    OTHER_DATA = 18, "release: the rows are not those that were trained"
+    INTERRUPTED = 130, "Ctrl-C"
 
 
 @dataclass(frozen=True)
@@ -24,11 +53,12 @@ class Problem:
 
 class RecipeError(ValueError):
     """A mistake of the user's, or of the machine they are on. Carries every problem that was found, not only
-    the first.
+    the first; `code`: how the command ends.
     """
 
-    def __init__(self, problems: Problem | Iterable[Problem]):
+    def __init__(self, problems: Problem | Iterable[Problem], code: Exit = Exit.REFUSED):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        self.code = code
         rest = len(self.problems) - MOST
         said = [*map(str, self.problems[:MOST]), *([f"... and {rest:,} more"] if rest > 0 else [])]
         super().__init__("\n".join(said))

@@ -394,6 +394,41 @@ class Scores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merged:
+    """The last merge of the adapter that held: what it answers, and its tensors, were compared."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    adapter_sha256: Annotated[str, "hash of the adapter's weights"]
+    dtype: Annotated[str, "dtype of the merged model"]
+    apart: Annotated[
+        float | None, "its answers from those that training recorded, nats a token; where there are any"
+    ] = None
+    allowed: Annotated[float | None, "the most that is taken for the trained adapter, nats a token"] = None
+    not_proven: Annotated[list[str], "what was not compared"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """The last time that the adapter was proven on a server: mean |difference| of log-probabilities."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    adapter_sha256: Annotated[str, "hash of the adapter's weights"]
+    vllm: Annotated[str, "its version"]
+    apart: Annotated[float, "the server's answers from those that training recorded, nats a token"]
+    allowed: Annotated[float, "the most that is taken for the trained adapter, nats a token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """A release of this run: `make release`."""
+
+    tag: Annotated[str, "the annotated tag, and the folder in outputs/_releases/"]
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    commit: Annotated[str, "of the repository that the tag is in"]
+    manifest_sha256: Annotated[str, "hash of its manifest.json"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Combined:
     """What a combination was made of, and what was measured: `make combine`."""
 
@@ -436,6 +471,9 @@ class Record:
     hardware: Annotated[Hardware, "the machine"]
     evaluation: Annotated[Evaluation | None, "the last evaluation, if one was made"] = None
     scores: Annotated[Scores | None, "of task: classify, on the held-out rows"] = None
+    merged: Annotated[Merged | None, "the last merge, if one was made"] = None
+    served: Annotated[Served | None, "the last proof on a server, if there was one"] = None
+    released: Annotated[list[Released] | None, "its releases, if there are any"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,6 +540,57 @@ def finished(
     return FinishedRun(**known)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleasedData:
+    """The rows of a release."""
+
+    train_rows: Annotated[int, "rows that were trained"]
+    train_sha256: Annotated[str, "hash of them, in order, as plan.data has it"]
+    eval_rows: Annotated[int, "rows held out"]
+    eval_sha256: Annotated[str, "hash of them"]
+    sources: Annotated[
+        dict[str, str],
+        "file: SHA-256; a file of the commit by its path there, another by its name alone, a data set on the"
+        " hub by its id",
+    ]
+    rows_sha256: Annotated[str, "hash of rows.blake2b: 16 bytes for each row of data.train as it was read"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a release ties together: outputs/_releases/<tag>/manifest.json."""
+
+    schema: Annotated[int, "version of this form"] = SCHEMA
+    tag: Annotated[str, "the annotated tag of the repository"]
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    recipe: Annotated[str, "the recipe's name"]
+    commit: Annotated[str, "of the repository that the tag is in"]
+    run_git: Annotated[Git, "the code that trained"]
+    run_ended: Annotated[str, "when training ended, UTC, ISO 8601"]
+    versions: Annotated[dict[str, str], "of Python and the libraries that trained"]
+    base: Annotated[BaseModel, "the model it began with"]
+    adapter_sha256: Annotated[str, "hash of the adapter's weights"]
+    files: Annotated[dict[str, str], "name in the folder: SHA-256; all that is published but this file"]
+    data: Annotated[ReleasedData, "the rows"]
+    evaluated: Annotated[str, "when it was evaluated, UTC, ISO 8601"]
+    losses: Annotated[dict[str, SetLosses], "of that evaluation: eval (held out), kept"]
+    scores: Annotated[Scores | None, "of task: classify"] = None
+    merged: Annotated[Merged | None, "the merge that proved it"] = None
+    served: Annotated[Served | None, "the server that proved it"] = None
+    notes: Annotated[list[str], "what is not proven, or to know"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """Which release of a recipe is in use: outputs/<recipe>/deployed.json."""
+
+    tag: Annotated[str, "its tag"]
+    folder: Annotated[str, "where it is on this machine"]
+    adapter_sha256: Annotated[str, "hash of its adapter's weights"]
+    by: Annotated[str, "release or retrain: what put it there"]
+    at: Annotated[str, "when, UTC, ISO 8601"]
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON holds it."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -512,8 +601,8 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def dumps(record: Record) -> str:
-    """The text of run.json."""
+def dumps(record: Record | Manifest) -> str:
+    """The text of run.json, or of manifest.json."""
     return json.dumps(plain(record), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -537,6 +626,20 @@ def loads(text: str, file: str) -> Record:
     record = _made(kind, found, f"{file}: ", problems)
     raise_if([*problems[:-1], *(replace(last, do=do) for last in problems[-1:])])  # what to do is said once
     return typing.cast(Record, record)
+
+
+def manifest(text: str, file: str) -> Manifest:
+    """The manifest in the text of manifest.json. RecipeError as of `loads`."""
+    do, problems = "copy the release again: nothing of it is taken as it is", list[Problem]()
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(Problem(file, f"cannot be read: {error}", do)) from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise RecipeError(Problem(file, f"is no manifest of a release in the form {SCHEMA}", do))
+    made = _made(Manifest, found, f"{file}: ", problems)
+    raise_if([*problems[:-1], *(replace(last, do=do) for last in problems[-1:])])
+    return typing.cast(Manifest, made)
 
 
 def _upgraded(found: dict[str, Any]) -> dict[str, Any]:
@@ -635,6 +738,7 @@ def page() -> str:
     """docs/run_json.md: a table for each class, from run.json down to its parts."""
     lines = [INTRODUCTION.format(schema=SCHEMA)]
     titles = {Record: "Every run.json", Run: "A training run", CombinedRecord: "A combination of adapters"}
+    titles |= {Manifest: "manifest.json of a release", Deployed: "deployed.json"}
     for kind in _classes():
         inherited = fields(Record) if kind in (Run, CombinedRecord) else ()
         rows = [f for f in fields(kind) if f.name not in {other.name for other in inherited}]
@@ -655,7 +759,7 @@ def page() -> str:
 def _classes() -> list[Any]:
     """The classes of run.json, each after the one that names it."""
     found: list[Any] = []
-    for kind in (Record, Run, CombinedRecord):
+    for kind in (Record, Run, CombinedRecord, Manifest, Deployed):
         found.append(kind)
     for kind in found:  # grows
         found += [part for part in _parts(kind) if part not in found]

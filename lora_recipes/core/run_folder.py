@@ -5,7 +5,8 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,19 @@ class RunFolder:
     def write_record(self, new: Record) -> None:
         """Write run.json in one move."""
         write(self.path / "run.json", record.dumps(new))
+
+
+def noted(result: Path, **found: Any) -> None:
+    """Write these fields into run.json of the run that left `result`; nothing where it is of no run. What was
+    found holds all the same where that cannot be written: it says so.
+    """
+    run = RunFolder(result.absolute().parent)
+    try:
+        if result.name == "adapter" and (known := run.record):
+            run.write_record(replace(known, **found))
+    except (OSError, RecipeError) as error:
+        said = error.problems[0].found if isinstance(error, RecipeError) else error.strerror
+        print(f"NOTE        {shown(run.path / 'run.json')} does not record it: {said}", file=sys.stderr)
 
 
 def merged_files(folder: Path) -> list[str] | None:

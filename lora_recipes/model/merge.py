@@ -35,7 +35,8 @@ from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
 from lora_recipes.core.provenance import Probe, Provenance
-from lora_recipes.core.run_folder import foreign, merged_files
+from lora_recipes.core.record import Merged
+from lora_recipes.core.run_folder import foreign, merged_files, noted
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.model import answers, attach, checkpoint, embeddings, merge_head, stored
 from lora_recipes.recipe.base import Folder
@@ -172,7 +173,18 @@ def merge(
         files.writing(output.parent, "while merging", lambda: kept),
         lock.runs([folder], "merges", lock.place(output)),
     ):
-        return _whole(folder, output, base, dtype, force, unproven)
+        merged = _whole(folder, output, base, dtype, force, unproven)
+        sha256, known = files.sha256(adapters.read(folder, anything=True).file), merged.get("recorded") or {}
+        proof = Merged(
+            at=merged["at"],
+            adapter_sha256=sha256,
+            dtype=merged["dtype"],
+            apart=known.get("merged"),
+            allowed=known.get("allowed"),
+            not_proven=merged["not_proven"],
+        )
+        noted(folder, merged=proof)
+        return merged
 
 
 def _whole(

@@ -51,7 +51,7 @@ from lora_recipes.planning.steps import Steps, chart
 from lora_recipes.recipe import rules
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.layout import SINGLE, Layout
-from lora_recipes.recipe.recipe import Recipe
+from lora_recipes.recipe.recipe import Recipe, document
 
 # The labels that stand in the short plan.
 SHORT = (
@@ -157,7 +157,7 @@ def make(
         recipe=recipe.name,
         method=recipe.method,
         overrides=list(recipe.overrides.values()),
-        resolved=recipe.sections,
+        resolved=document(recipe.anywhere()),
         layout=LayoutFacts(kind=layout.kind, processes=layout.processes),
         model=counted,
         adapter=adapter,

@@ -27,10 +27,11 @@ from huggingface_hub.utils.sha import git_hash
 
 from lora_recipes import __version__
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, locate, lock, provenance, yamlfile
+from lora_recipes.core import cli, locate, lock, provenance, release_folder, yamlfile
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import sha256
 from lora_recipes.core.record import Run
+from lora_recipes.core.release_folder import MANIFEST
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.serving import export
@@ -44,7 +45,7 @@ _TOKENIZER = (
 ADAPTER = re.compile(rf"README\.md|adapter_config\.json|{re.escape(WEIGHTS)}|provenance\.json|{_TOKENIZER}")
 # What may not stay in a repository beside another adapter: a loader would take it for part of that one.
 MODEL = re.compile(
-    rf"{ADAPTER.pattern}|recipe\.yaml|adapter_model\.bin|config\.json"
+    rf"{ADAPTER.pattern}|recipe\.yaml|manifest\.json|adapter_model\.bin|config\.json"
     r"|(pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?"
 )
 OF_THE_HUB = ".gitattributes"  # the hub makes it with the repository
@@ -156,6 +157,8 @@ def pack(folder: Path, unproven: bool = False, public: bool = False) -> Package:
     present = sorted(p.name for p in folder.iterdir())
     own = (CARD, provenance.CONFIG, WEIGHTS, provenance.FILE)
     ours = {*known.files, *own} if known and known.files else {n for n in present if ADAPTER.fullmatch(n)}
+    if released := release_folder.read(folder):
+        ours |= {*released.files, MANIFEST}
     files = {name: folder / name for name in present if name in ours}
     if recipe := _recipe(folder):
         files[RECIPE] = recipe

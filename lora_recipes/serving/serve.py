@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 from lora_recipes.core import adapter_folder as adapters
-from lora_recipes.core import cli, head, locate, lock, provenance
+from lora_recipes.core import cli, files, head, locate, lock, provenance
 from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.record import Served
+from lora_recipes.core.run_folder import noted
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.serving import command, live, rules
 from lora_recipes.serving import server as process
@@ -47,7 +49,9 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
             proven = proof.fault is None
         else:
             asked = {s.name: s.provenance for s in server.served}
-            proven = not _report(live.prove(first, server.base_name, asked))
+            proofs = live.prove(first, server.base_name, asked)
+            proven = not _report(proofs)
+            _record(proofs, {s.name: s.folder for s in server.served}, installed[1])
         if not proven:
             return NOT_LIVE
         print(f"\n{_ready(server, options)}\nCtrl-C ends it", flush=True)
@@ -72,6 +76,22 @@ def _report(proofs: list[Proof]) -> int:
         flush=True,
     )
     return NOT_LIVE if any(p.fault for p in proofs) else 0
+
+
+def _record(proofs: list[Proof], folders: dict[str, Path], version: str) -> None:
+    """Write what was proven into run.json of each adapter's run."""
+    for proof in proofs:
+        folder = folders[proof.name]
+        if proof.fault or proof.apart is None or not (folder / "adapter_config.json").is_file():
+            continue
+        sha256 = files.sha256(adapters.read(folder, anything=True).file)
+        apart, allowed = proof.apart, proof.limit
+        found = Served(at=files.now(), adapter_sha256=sha256, vllm=version, apart=apart, allowed=allowed)
+        try:
+            with lock.runs([folder], "records a proof"):
+                noted(folder, served=found)
+        except RecipeError as error:
+            print(f"NOTE        the proof is not recorded: {error.problems[0].found}", flush=True)
 
 
 def _ready(server: Server, options: Options) -> str:
