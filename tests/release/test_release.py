@@ -42,7 +42,7 @@ def test_a_release_ties_adapter_rows_evaluation_and_commit_together(project, cap
     assert card.data.library_name == "peft" and "## Release lora-v1" in card.text
     assert card.data.eval_results[0].metric_value == round(held["trained"]["loss"], 4)
     base = AutoModelForCausalLM.from_pretrained(project.outputs / "tiny_base" / "model")
-    assert PeftModel.from_pretrained(base, folder).peft_config["default"].r == 4
+    assert PeftModel.from_pretrained(base, folder).peft_config["default"].to_dict()["r"] == 4
     # published by the code that publishes an adapter, with its manifest and without the list of rows
     with stand_in.running() as hub:
         hub.users[TOKEN] = "me"
@@ -69,6 +69,11 @@ def another_row(project):
     project.commit()
 
 
+def no_commit(project):
+    shutil.rmtree(project.source / ".git")
+    git(project.source, "init")
+
+
 def no_git(project):
     os.environ["PATH"] = str(project.folder)  # monkeypatch puts it back
 
@@ -76,10 +81,7 @@ def no_git(project):
 STANDS = {
     no_git: (Exit.NO_GIT, "git: is not on this machine"),
     lambda p: shutil.rmtree(p.source / ".git"): (Exit.NO_REPOSITORY, "is no git repository"),
-    lambda p: (shutil.rmtree(p.source / ".git"), git(p.source, "init")): (
-        Exit.NO_REPOSITORY,
-        "is a repository without a commit",
-    ),
+    no_commit: (Exit.NO_REPOSITORY, "is a repository without a commit"),
     lambda p: (p.source / "new.py").write_text("x = 1"): (Exit.DIRTY, "differ from the commit: new.py"),
     lambda p: git(p.source, "tag", "lora-v1"): (Exit.TAG_EXISTS, "tag lora-v1: is in"),
     lambda p: git(p.source, "tag", "lora-v1/a"): (Exit.TAG_EXISTS, "as lora-v1/a, which leaves no room"),

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 from lora_recipes.__main__ import main
 from lora_recipes.core import files, provenance
 from lora_recipes.core.errors import RecipeError
+from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.model import answers
 from lora_recipes.model.merge import merge
 from lora_recipes.recipe import load as recipes
@@ -175,6 +176,13 @@ def test_two_adapters_on_one_server_are_proven_live(dense):
         r"other +\d\.\d+ .* live\n", dense.said
     )
     assert "--max-lora-rank 16" in dense.said, "the largest adapter, r 12, counts"
+
+
+def test_the_proof_is_recorded_in_run_json_of_the_adapter(dense, work):
+    run = work / "tiny_facts"
+    found = there(there(RunFolder(run).record).served)
+    assert found.adapter_sha256 == files.sha256(run / "adapter" / "adapter_model.safetensors")
+    assert found.apart < found.allowed
 
 
 def test_the_proof_is_tight_in_float32(dense, work):
