@@ -1,10 +1,12 @@
-"""Is a trained classifier better than word counts? Recipes over seeds beside two baselines of scikit-learn:
-`python -m benchmarks.classify tiny_classify smollm2_classify`. Writes results/classify_RECIPE.json.
+"""Is a trained classifier better than word counts? Recipes over seeds beside baselines of scikit-learn:
+`python -m benchmarks.classify tiny_classify smollm2_classify`. Writes results/classify_RECIPE.json after
+each seed.
 """
 
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 
-from lora_recipes.core.files import OUTPUTS, ROOT
+from lora_recipes.core.files import OUTPUTS, ROOT, write
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.data import labels
 from lora_recipes.recipe import load as recipes
@@ -48,9 +50,8 @@ def baselines(name: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def seeds(name: str) -> list[dict[str, float]]:
+def seeds(name: str) -> Iterator[dict[str, float]]:
     """The scores of each seed; what a seed trained before is taken."""
-    found = []
     for seed in SEEDS:
         outputs = OUTPUTS / "_classify" / f"s{seed}"
         outputs.mkdir(parents=True, exist_ok=True)
@@ -62,18 +63,20 @@ def seeds(name: str) -> list[dict[str, float]]:
         run = folder.run
         assert run and run.scores, "it was just trained"
         kept = ("accuracy", "macro_f1", "calibration_error", "loss")
-        found.append({"seed": seed, "steps": run.steps or 0} | {k: getattr(run.scores, k) for k in kept})
-    return found
+        said = {"seed": seed, "steps": run.steps or 0, "seconds": run.seconds or 0}
+        yield said | {k: getattr(run.scores, k) for k in kept}
 
 
 def main() -> None:
     """Train, and write what came of it."""
     (OUTPUTS / "_bases").mkdir(parents=True, exist_ok=True)
     for name in sys.argv[1:] or ["tiny_classify"]:
-        trained = seeds(name)
-        result = {"recipe": name, "baselines": baselines(name), "seeds": trained}
         file = Path(ROOT) / "benchmarks" / "results" / f"classify_{name}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result: dict[str, Any] = {"recipe": name, "baselines": baselines(name), "seeds": []}
+        trained = result["seeds"]
+        for run in seeds(name):
+            trained.append(run)
+            write(file, json.dumps(result, indent=1) + "\n")
         for key in ("accuracy", "macro_f1", "calibration_error"):
             values = [run[key] for run in trained]
             mean, apart = statistics.mean(values), statistics.stdev(values)

@@ -11,13 +11,24 @@ import matplotlib
 
 from lora_recipes.core.interval import Mean
 
-LABEL = {"eval_loss": "eval loss (nats a token)", "train_loss": "train loss, last logged (nats a token)"}
-CURVE = {"eval_loss": LABEL["eval_loss"], "train_loss": "train loss (nats a token)"}
+LABEL = {
+    "eval_loss": "eval loss (nats a token)",
+    "train_loss": "train loss, last logged (nats a token)",
+    "class_loss": "train loss, last logged (nats a text)",
+    "macro_f1": "macro F1",
+}
+CURVE = {
+    "eval_loss": LABEL["eval_loss"],
+    "train_loss": "train loss (nats a token)",
+    "class_loss": "train loss (nats a text)",
+    "macro_f1": LABEL["macro_f1"],
+}
+LOGGED = {"eval_loss": "eval_loss", "train_loss": "loss", "class_loss": "loss", "macro_f1": "eval_macro_f1"}
 
 
 def draw(folder: Path, arms: list[Any], kind: str) -> dict[str, str]:
     """Draw into `folder`; file name -> what it shows. `arms`: report.Arm, each with at least one run; `kind`:
-    eval_loss or train_loss.
+    a key of LABEL.
     """
     matplotlib.use("Agg")
     for old in folder.glob("*.png"):
@@ -33,7 +44,7 @@ def draw(folder: Path, arms: list[Any], kind: str) -> dict[str, str]:
         )
         _differences(folder / "differences.png", differences, reference.name, LABEL[kind])
     found["curves.png"] = f"{CURVE[kind]} over the steps, mean over seeds"
-    _curves(folder / "curves.png", arms, kind.replace("train_", ""), CURVE[kind])
+    _curves(folder / "curves.png", arms, LOGGED[kind], CURVE[kind])
     for key, lines in _varied(arms).items():
         name = f"{key.rpartition('.')[2]}.png"
         found[name] = f"{LABEL[kind]} against {key}"
@@ -58,7 +69,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def _means(path: Path, arms: list[Any], kind: str) -> None:
     figure, axis = _figure(1.2 + 0.3 * len(arms))
-    means = [getattr(arm, kind) for arm in arms]
+    means = [arm.mean(kind) for arm in arms]
     for y, mean in enumerate(means):
         axis.errorbar(mean.value, y, xerr=mean.half, fmt="o", color="C0", capsize=3)
     axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
@@ -142,7 +153,7 @@ def _against(path: Path, key: str, lines: dict[str, list[tuple[float, Any]]], ki
     values = sorted({value for points in lines.values() for value, _ in points})
     for text, points in lines.items():
         points.sort(key=lambda point: point[0])
-        means = [getattr(arm, kind) for _, arm in points]
+        means = [arm.mean(kind) for _, arm in points]
         options = {"marker": "o", "capsize": 3, "label": text if len(lines) > 1 else None}
         axis.errorbar(
             [v for v, _ in points], [m.value for m in means], yerr=[m.half or 0 for m in means], **options

@@ -7,7 +7,6 @@ import json
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +50,19 @@ class Arm:
 
     def losses(self, kind: str) -> dict[int, float]:
         """Seed -> `eval_loss` at the end, or `train_loss`: the last logged training loss, which is the mean
-        of the last logging_steps steps. Nats a token; without the seeds that have none.
+        of the last logging_steps steps; nats a token. Of a classifier `macro_f1` or `accuracy` of the
+        held-out rows, or `class_loss`, as train_loss, nats a text. Without the seeds that have none.
         """
         if kind == "eval_loss":
             return {s: run.metrics[kind] for s, run in self.runs.items() if kind in run.metrics}
+        if kind in ("macro_f1", "accuracy"):
+            return {s: getattr(run.scores, kind) for s, run in self.runs.items() if run.scores}
         logged = {seed: [log["loss"] for log in logs if "loss" in log] for seed, logs in self.logs.items()}
         return {seed: losses[-1] for seed, losses in logged.items() if losses}
 
-    @cached_property
-    def eval_loss(self) -> Mean | None:
-        """Its mean over the seeds."""
-        return mean(list(found.values())) if (found := self.losses("eval_loss")) else None
-
-    @cached_property
-    def train_loss(self) -> Mean | None:
-        """Its mean over the seeds."""
-        return mean(list(found.values())) if (found := self.losses("train_loss")) else None
+    def mean(self, kind: str) -> Mean | None:
+        """The mean of these over the seeds."""
+        return mean(list(found.values())) if (found := self.losses(kind)) else None
 
     def against(self, other: "Arm", kind: str) -> Mean | None:
         """This arm's loss minus that of `other`, seed by seed; None where no seed has both."""
@@ -105,7 +101,7 @@ def write(folder: Path) -> str:
             )
         ) from None
     counted = [arm for arm in arms if arm.runs]
-    kind = "eval_loss" if counted and all(arm.eval_loss for arm in counted) else "train_loss"
+    kind = _kind(counted)
     table, said, notes = rows(arms, kind), verdict(counted, kind), list(remarks(arms, kind))
     pictures = figures.draw(folder, counted, kind) if counted else {}
     head = f"{resolved['name']}: {resolved['question']}"
@@ -122,6 +118,13 @@ def write(folder: Path) -> str:
     return "\n".join([*_aligned(table), "", *said, *notes, f"\n{files}"])
 
 
+def _kind(arms: list[Arm]) -> str:
+    """What the arms are compared by: of held-out rows, where all have some."""
+    if any(run.plan.head for arm in arms for run in arm.runs.values()):
+        return "macro_f1" if all(arm.mean("macro_f1") for arm in arms) else "class_loss"
+    return "eval_loss" if arms and all(arm.mean("eval_loss") for arm in arms) else "train_loss"
+
+
 def _numbers(
     resolved: dict[str, Any], arms: list[Arm], kind: str, said: list[str], notes: list[str]
 ) -> dict[str, Any]:
@@ -131,8 +134,11 @@ def _numbers(
         return {"mean": found.value, "half": found.half, "seeds": found.count} if found else None
 
     def arm(one: Arm) -> dict[str, Any]:
-        found: dict[str, Any] = {"overrides": one.overrides, "losses": one.losses(kind)}
-        found |= {"loss": numbers(getattr(one, kind)), "missing": one.missing}
+        each, mean = ("scores", "score") if kind == "macro_f1" else ("losses", "loss")
+        found: dict[str, Any] = {"overrides": one.overrides, each: one.losses(kind)}
+        found |= {mean: numbers(one.mean(kind)), "missing": one.missing}
+        if accuracy := one.mean("accuracy"):
+            found["accuracy"] = numbers(accuracy)
         if one is arms[0]:
             return found
         difference, probes = one.against(arms[0], kind), one.answered(arms[0])
@@ -184,14 +190,15 @@ def rows(arms: list[Arm], kind: str) -> list[list[str]]:
     the one that the others are held against.
     """
     first = arms[0]
-    title = {"eval_loss": "eval loss", "train_loss": "train loss, last logged"}[kind]
+    title = figures.LABEL[kind].partition(" (")[0]
     columns: dict[str, Callable[[Arm], str]] = {
         "arm": lambda arm: arm.name,
         "seeds": lambda arm: (
             f"{len(arm.runs)}" + (f" of {len(arm.runs) + len(arm.missing)}" if arm.missing else "")
         ),
-        title: lambda arm: str(getattr(arm, kind) or "-"),
+        title: lambda arm: str(arm.mean(kind) or "-"),
         f"against {first.name}": lambda arm: "-" if arm is first else _difference(arm.against(first, kind)),
+        "accuracy": lambda arm: str(arm.mean("accuracy") or "-"),
         "changed": lambda arm: _answers(arm, "change"),
         "kept": lambda arm: _answers(arm, "keep"),
         f"probes against {first.name}": lambda arm: "-" if arm is first else _probes(arm, first),
@@ -247,23 +254,29 @@ def _memory(arm: Arm) -> str:
 
 
 def _served(run: FinishedRun) -> str:
+    if run.plan.head:  # it is served merged
+        return "-"
     rank = run.plan.adapter and run.plan.adapter.max_lora_rank
     return str(rank) if rank and not run.not_servable else "no"
 
 
 def verdict(arms: list[Arm], kind: str) -> list[str]:
-    """The lowest loss, and the arms from which no difference is shown, seed by seed."""
+    """The lowest loss, or the highest macro F1, and the arms from which no difference is shown, seed by
+    seed.
+    """
     if not arms:
         return ["No run is finished: there is nothing to compare."]
-    ranked = sorted(arms, key=lambda arm: getattr(arm, kind).value)
-    best, word = ranked[0], kind.replace("_", " ")
-    found: Mean = getattr(best, kind)
-    lines = [f"Lowest {word}: {best.name}, {found} nats a token."]
+    ranked = sorted(arms, key=lambda arm: _rank(arm, kind))
+    best, named = ranked[0], "train_loss" if kind == "class_loss" else kind
+    of = "text" if kind == "class_loss" else "token"
+    lines = [f"Lowest {named.replace('_', ' ')}: {best.name}, {best.mean(kind)} nats a {of}."]
+    if kind == "macro_f1":
+        lines = [f"Highest macro F1: {best.name}, {best.mean(kind)}."]
     differences = {arm.name: arm.against(best, kind) for arm in ranked[1:]}
     alike = [arm for arm in ranked[1:] if not ((d := differences[arm.name]) and d.shown)]
     lines += _no_difference(best.name, {arm.name: differences[arm.name] for arm in alike})
     if alike:
-        least = min([best, *alike], key=lambda arm: (_trainable(arm), getattr(arm, kind).value))
+        least = min([best, *alike], key=lambda arm: (_trainable(arm), _rank(arm, kind)))
         if _trainable(least) < _trainable(best):
             lines.append(
                 f"The smallest of them is {least.name}, with {_trainable(least):,} trainable parameters to"
@@ -271,7 +284,7 @@ def verdict(arms: list[Arm], kind: str) -> list[str]:
             )
     elif len(arms) > 1:
         lines.append("Its difference from every other arm, seed by seed, has an interval without 0.")
-    if kind == "train_loss":
+    if kind in ("train_loss", "class_loss"):
         lines.append(
             "That is how well it fits its training rows, not how it does on others: the recipe has no"
             " data.eval."
@@ -304,6 +317,13 @@ def _no_difference(best: str, differences: dict[str, Mean | None]) -> Iterator[s
         yield f"One seed shows no difference from {best}: {listed(few, 8)}."
 
 
+def _rank(arm: Arm, kind: str) -> float:
+    """What is smaller for a better arm."""
+    found = arm.mean(kind)
+    assert found, "arms without a run are left out"
+    return -found.value if kind == "macro_f1" else found.value
+
+
 def _trainable(arm: Arm) -> int:
     return next(iter(arm.runs.values())).plan.model.trainable
 
@@ -322,7 +342,7 @@ def remarks(arms: list[Arm], kind: str) -> Iterator[str]:
         "devices": lambda r: r.hardware.gpu or r.hardware.device,
         "base weights": lambda r: f"{r.base.name_or_path} {r.resume_facts.base_weights}",
     }
-    if kind == "eval_loss":
+    if kind in ("eval_loss", "macro_f1"):
         alike["eval rows, whose losses do not compare"] = lambda r: r.plan.data.eval.sha256
     for name, value in alike.items():
         if len(found := list(dict.fromkeys(str(value(run)) for run in runs))) > 1:

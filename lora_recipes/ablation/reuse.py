@@ -17,7 +17,7 @@ from lora_recipes.ablation.spec import Run
 from lora_recipes.ablation.workers import Outcome
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.data import gate
+from lora_recipes.data import labels
 from lora_recipes.data.gate import Gate
 from lora_recipes.model import build
 from lora_recipes.recipe.base import Resolved, resolve
@@ -63,7 +63,7 @@ class Kept:
 
     def rows(self, resolved: Resolved, network: bool) -> Gate:
         """The rows, read and tokenised once; the tokenizer, which TRL writes to, is each run's own."""
-        self.gate = self.gate or gate.pass_through(resolved, network)
+        self.gate = self.gate or labels.gate(resolved, network)
         return dataclasses.replace(self.gate, tokenizer=copy.deepcopy(self.gate.tokenizer))
 
     def model(self, resolved: Resolved) -> PreTrainedModel:
@@ -107,6 +107,8 @@ class Kept:
             for word, key in (("train", "train_loss"), ("eval", "eval_loss"))
             if key in found
         )
+        if done.scores:
+            losses += f", macro F1 {done.scores.macro_f1:.4f}"
         return Outcome(name, False, f"{done.steps} steps in {done.seconds:.1f} s{losses}")
 
 

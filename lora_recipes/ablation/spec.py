@@ -261,9 +261,6 @@ def _ablation(
             [Problem(f"{at('recipe')}: {p.where}", p.found, p.do) for p in error.problems]
         ) from None
     raise_if(list(_output(recipe.path, at("recipe"))))
-    if recipe.classify:
-        found, do = "its report compares losses of text: task: classify has none there yet", "train each seed"
-        raise RecipeError(Problem(at("recipe"), found, do))
     arms: dict[str, Arm] = {}
     problems: list[Problem] = []
     for arm, made in _expanded(content):

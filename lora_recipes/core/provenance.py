@@ -55,11 +55,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Called:
-    """A text as a classifier saw it, and the logits of its classes by PEFT at the end of training."""
+    """A text as a classifier saw it, and the log-probability (nats) of each of its classes by PEFT at the end
+    of training: `adapter`, and `base` by the trained head on the base alone.
+    """
 
     text: str
     input_ids: list[int]
-    logits: list[float]
+    base: list[float]
+    adapter: list[float]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class Provenance:
     that file said. Both are empty where the version that trained did not record them yet. `stops`: the tokens
     that ended a reply in training, by id; `stop_text`: what ended it where that was no token. `question`:
     None where no reply was trained, or training could not ask. `unproven`: of a combination, the adapters in
-    it that were not proven, and what of each was not. `called`: of a classifier, in place of probes.
+    it that were not proven, and what of each was not. `called`: of a classifier, in place of probes. `apart`:
+    of a merged model, how far its own answers, as transformers computes them in the dtype in which it is
+    stored, are from these (mean absolute difference, nats).
     """
 
     recipe: str
@@ -87,6 +92,7 @@ class Provenance:
     adapter_config: dict[str, Any] = field(default_factory=dict)
     unproven: dict[str, str] = field(default_factory=dict)
     called: list[Called] = field(default_factory=list)
+    apart: float = 0.0
 
     @property
     def made_of(self) -> str:
@@ -124,6 +130,8 @@ def read(folder: Path) -> Provenance | None:
         known = Provenance(**found | typed)
         if any(not len(p.base) == len(p.adapter) == len(p.input_ids) - 1 for p in known.probes):
             raise KeyError("probes of unequal lengths")
+        if any(len(c.base) != len(c.adapter) for c in known.called):
+            raise KeyError("classes of unequal number")
         return known
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
         found = f"is not as training wrote it: {type(error).__name__}: {error}"

@@ -56,14 +56,19 @@ def classified(model: PeftModel, gate: LabelGate, resolved: Resolved) -> Provena
         if limit is None or len(example.input_ids) < limit
     ]
     rows = sorted(rows[:50], key=lambda row: len(row[1].input_ids))[: 2 * MOST]
-    found: Any = heads.logits(model, gate.tokenizer, [e.input_ids for _, e in rows], 1) if rows else []
+    was_training = model.training
+    model.eval()
+    found = [heads.logprobs(model, example.input_ids) for _, example in rows]
+    with heads.untouched(model):
+        base = [heads.logprobs(model, example.input_ids) for _, example in rows]
+    model.train(was_training)
     return Provenance(
         **_trained_on(resolved),
         chat_template_kwargs={},
         probes=[],
         called=[
-            Called(text, example.input_ids, [round(x, 6) for x in logits.tolist()])
-            for (text, example), logits in zip(rows, found, strict=True)
+            Called(text, example.input_ids, alone, adapter)
+            for (text, example), alone, adapter in zip(rows, base, found, strict=True)
         ],
     )
 

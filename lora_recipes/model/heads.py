@@ -9,17 +9,21 @@ AutoModelForSequenceClassification loads what is merged.
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -40,6 +44,7 @@ from lora_recipes.recipe.recipe import Recipe
 
 SCORE = "score"  # the head's name in transformers' classes, PEFT's SEQ_CLS and vLLM
 # What loading a base in 4 bits leaves on the model that it made, and Trainer and PEFT look at.
+_AUTO: Any = AutoModelForSequenceClassification
 _QUANTISED = ("hf_quantizer", "is_loaded_in_4bit", "quantization_method", "is_4bit_serializable")
 
 
@@ -110,6 +115,14 @@ def of(base: PreTrainedModel, labels: list[str], pooling: str) -> PreTrainedMode
         if getattr(base, key, None) is not None:
             setattr(made, key, getattr(base, key))
     return made.train(base.training)
+
+
+def loaded_as(config: PreTrainedConfig) -> str | None:
+    """The class with which transformers loads a classifier on the text model of `config`; None where it has
+    none.
+    """
+    kind = _AUTO._model_mapping.get(type(config), None)
+    return kind.__name__ if kind else None
 
 
 def lines(model: PreTrainedModel, facts: HeadFacts | None) -> list[tuple[str, str]]:
@@ -215,6 +228,27 @@ def trained(model: Any, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32 if f".{SCORE}." in name else dtype)
+
+
+@contextmanager
+def untouched(model: PeftModel) -> Iterator[None]:
+    """`model` without LoRA, but with the head that was trained: PEFT's disable_adapter() takes both off."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def logprobs(model: Any, ids: list[int]) -> list[float]:
+    """Log-probability (nats) of each class of one text, in the mode that `model` is in."""
+    tensor = torch.tensor([ids], device=next(model.parameters()).device)
+    with torch.no_grad():
+        found = model(input_ids=tensor).logits[0].float().log_softmax(-1)
+    return [round(x, 6) for x in found.tolist()]
 
 
 @torch.no_grad()

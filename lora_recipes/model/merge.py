@@ -15,6 +15,7 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,11 +35,12 @@ from lora_recipes.core import head as core_head
 from lora_recipes.core.adapter_folder import Adapter
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
 from lora_recipes.core.files import now, replace_folder, write
-from lora_recipes.core.provenance import Probe, Provenance
+from lora_recipes.core.head import Head
+from lora_recipes.core.provenance import Called, Probe, Provenance
 from lora_recipes.core.record import Merged
 from lora_recipes.core.run_folder import foreign, merged_files, noted
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.model import answers, attach, checkpoint, embeddings, merge_head, stored
+from lora_recipes.model import answers, attach, checkpoint, embeddings, heads, merge_head, stored
 from lora_recipes.recipe.base import Folder
 from lora_recipes.recipe.rules import PROMPTS
 from lora_recipes.serving import export
@@ -63,11 +65,11 @@ GREEDY = 16  # tokens generated from each probe
 @dataclass(frozen=True)
 class Answer:
     """The tokens [1, n] of a probe and of a greedy continuation of it, and a model's logits for them
-    (float32, [n, vocabulary]).
+    (float32, [n, vocabulary]; of a classifier [1, classes], and nothing continues the probe).
     """
 
     ids: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Recorded:
 @dataclass(frozen=True)
 class Job:
     """What is merged: the `adapter`, what training `known`, the base's folder `source`; stored in `dtype`,
-    computed in `arithmetic`.
+    computed in `arithmetic`. `head`: of a classifier, what its outputs are.
     """
 
     adapter: Adapter
@@ -115,6 +117,7 @@ class Job:
     source: Path
     dtype: str
     arithmetic: str = "float32"
+    head: Head | None = None
 
     @property
     def architecture(self) -> str:
@@ -128,9 +131,9 @@ class Job:
         return found if isinstance(found, list) else [i for each in found.values() for i in each]
 
     @property
-    def probes(self) -> list[Probe]:
+    def probes(self) -> Sequence[Probe | Called]:
         """What training asked."""
-        return self.known.probes if self.known else []
+        return (self.known.probes or self.known.called) if self.known else []
 
     @property
     def recorded(self) -> list[float]:
@@ -207,13 +210,14 @@ def _whole(
     raise_if(export.sound(adapter) if kind == "LORA" else [])
     notes = provenance.not_proven(folder, known, unproven, "merges")
     job = Job(adapter, known, source, dtype or _dtype(source))
-    classifies = kind == "LORA" and adapter.config.get("task_type") == "SEQ_CLS"
-    as_dtype = "float32" if classifies else job.dtype
-    job = replace(job, arithmetic=_arithmetic(source, as_dtype, known.quantize if known else None))
+    if kind == "LORA" and adapter.config.get("task_type") == "SEQ_CLS":
+        job = replace(job, head=core_head.needed(folder))
+        merge_head.fits(folder, source)
+    job = replace(job, arithmetic=_arithmetic(source, job.dtype, known.quantize if known else None))
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        record = (_classifier if classifies else _merge)(job, temporary, notes)
+        record = _merge(job, temporary, notes)
         record |= {"seconds": round(time.monotonic() - began, 2), "at": now(), "removed": said}
         record["files"] = sorted(p.name for p in temporary.iterdir())
         write(temporary / "merge.json", json.dumps(record, indent=2) + "\n")
@@ -221,18 +225,6 @@ def _whole(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record
-
-
-def _classifier(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
-    """`_merge` of a classifier (model/merge_head.py)."""
-    head = core_head.needed(job.adapter.path)
-    record = merge_head.merge(job.adapter, job.known, job.source, job.dtype, head, target)
-    return record | {
-        "adapter": shown(job.adapter.path),
-        "base": str(job.source),
-        "dtype": job.dtype,
-        "not_proven": notes,
-    }
 
 
 def _place(output: Path, force: bool) -> list[str]:
@@ -315,16 +307,21 @@ def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
     _write(wanted.attached, job, target, wanted.dequantised)
     tokenizer.save_pretrained(target)
     wanted = replace(wanted, attached=None)
-    merged, known = _load(target, job.arithmetic, job), job.known
-    stops.save(target, stops.settings(target), attach.stops(job.adapter.path, tokenizer, merged))
+    if job.head:
+        facts |= {"architecture": merge_head.seal(target, job.head, tokenizer), **asdict(job.head)}
+        merged = attach.merged(target, job.head, dtype=getattr(torch, job.arithmetic))
+    else:
+        merged = _load(target, job.arithmetic, job)
+        stops.save(target, stops.settings(target), attach.stops(job.adapter.path, tokenizer, merged))
     names = list(merged.state_dict())
     facts |= stored.check(job.adapter, job.source, target, changes, names, wanted.dequantised, merged)
-    facts |= _judge(merged, wanted, changes, job)
+    judged, apart = _judge(merged, wanted, changes, job)
+    facts |= judged
     for name in PROCESSORS:
         if (job.source / name).is_file():
             shutil.copyfile(job.source / name, target / name)
-    if known:
-        replace(known, files={}, adapter_config={}).save(target)  # the hashes are the adapter's, not these
+    if job.known:  # the hashes are the adapter's, not these
+        replace(job.known, files={}, adapter_config={}, apart=apart).save(target)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     notes = [*notes, *wanted.notes, *_not_compared(facts["tensors_not_compared"], job)]
     return facts | {"not_proven": notes, "max_rss_bytes": peak}
@@ -348,18 +345,20 @@ def _wanted(job: Job, tokenizer: Any) -> Wanted:
     rows = min(len(tokenizer), config.vocab_size)
     chance = torch.randint(0, rows, (1, 16), generator=torch.Generator().manual_seed(0))
     probes = [chance, *(tokenizer(text, return_tensors="pt")["input_ids"] for text in PROBES)]
+    ask = _again if job.head else _continued
     if job.known is None:
         attached = _attach(_load(job.source, job.arithmetic, job), job)
-        return Wanted(attached, [_ask(attached, ids) for ids in probes])
+        return Wanted(attached, [ask(attached, Answer(ids)) for ids in probes])
     attached = _trained(job)
-    asked = [_ask(attached, ids) for ids in probes]
+    asked = [ask(attached, Answer(ids)) for ids in probes]
     record = _against_record(attached, job)
-    notes = _as_recorded(record, job)
     dequantised = stored.dequantised(attached) if job.known.quantize else {}
     # Are these answers already what the merged model must give, by the same device and arithmetic?
     same = job.known.dtype == job.arithmetic and attached.device.type == "cpu"
+    notes = _as_recorded(record, job) if same or not job.head else []
     if same and not dequantised:
         return Wanted(attached, asked, record, notes)
+    said = _logprobs(attached, job)
     del attached  # before the next model is loaded
     attached, facts = _attach(_load(job.source, job.arithmetic, job), job), {}
     if dequantised:
@@ -368,12 +367,18 @@ def _wanted(job: Job, tokenizer: Any) -> Wanted:
         stored.put(dequantised, attached.get_base_model())
     if not same:
         asked = [_again(attached, answer) for answer in asked]
+        if record and job.head:
+            record = replace(record, noise=apart(_logprobs(attached, job), said))
+            notes = _as_recorded(record, job)
     return Wanted(attached, asked, record, notes, dequantised, facts)
 
 
-def _judge(merged: PreTrainedModel, wanted: Wanted, changes: stored.Changes, job: Job) -> dict[str, Any]:
-    """What the merged model answers, against what it must. `merged` is of no further use then. RecipeError
-    when it is another model.
+def _judge(
+    merged: PreTrainedModel, wanted: Wanted, changes: stored.Changes, job: Job
+) -> tuple[dict[str, Any], float]:
+    """What the merged model answers, against what it must; and how far it is from the record as it is used,
+    in the arithmetic of its own dtype. `merged` is of no further use then. RecipeError when it is another
+    model.
     """
     again, said = [_again(merged, answer) for answer in wanted.asked], _logprobs(merged, job)
     _move(merged, job, changes)
@@ -381,28 +386,34 @@ def _judge(merged: PreTrainedModel, wanted: Wanted, changes: stored.Changes, job
     found, rounding = _difference(wanted.asked, again), _difference(again, moved)
     _within(found, rounding, job, max(a.logits.abs().max().item() for a in again))
     facts, record = asdict(found) | {"rounding": asdict(rounding)}, wanted.record
+    used = apart(said, job.recorded) if record else 0.0
     if record:
         record = replace(record, merged=apart(said, job.recorded), rounding=apart(said_moved, said))
     # What the arithmetic of its own dtype does to the same weights: every user of the merged model has that.
     for kind in sorted({job.dtype, job.known.dtype if job.known else job.dtype} - {job.arithmetic}):
         coarse: Any = merged.to(getattr(torch, kind))
+        if job.head:
+            coarse.score.float()  # as it is used
         if kind == job.dtype:
             facts["noise"] = asdict(_difference(moved, [_again(coarse, answer) for answer in moved]))
+            used += apart(_logprobs(coarse, job), said_moved) if record else 0.0
         if record and job.known and kind == job.known.dtype:
             record = replace(record, noise=record.noise + apart(_logprobs(coarse, job), said_moved))
     if record:
         if record.merged > record.allowed:
             raise _otherwise("the merged model", record.merged, record, job)
         facts["recorded"] = asdict(record) | {"allowed": record.allowed}
-    return facts
+    return facts, used
 
 
 def _load(folder: Path, dtype: str, job: Job) -> PreTrainedModel:
     """The text model in `folder` as training loads it, on the CPU; or, for an adapter of another tool whose
-    names are those of the two-part class, that class.
+    names are those of the two-part class, that class. A classifier, with a head that is not trained yet.
     """
     options = {"dtype": getattr(torch, dtype)}
     model = checkpoint.load(Folder(folder), **options)
+    if job.head:
+        return heads.of(model, job.head.labels, job.head.pooling).eval()
     names = dict(model.named_modules())
     if any(module.replace(".base_layer", "") not in names for module in job.adapter.modules):
         model = checkpoint.load(Folder(folder), getattr(transformers, job.architecture), **options)
@@ -428,13 +439,16 @@ def _layers(attached: PeftModel, adapter: Adapter) -> int:
 
 def _trained(job: Job) -> PeftModel:
     """The saved adapter on its base as it was trained: same class, same dtype, same 4 bits."""
+    if job.head:
+        return attach.on_base(job.adapter, job.source, job.known, job.head)
     model = attach.base(job.source, job.known)
     embeddings.grow(model, job.tokens)
     return _attach(model, job)
 
 
 def _logprobs(model: torch.nn.Module, job: Job) -> list[float]:
-    return [x for probe in job.probes for x in answers.logprobs(model, probe.input_ids)]
+    said = heads.logprobs if job.head else answers.logprobs
+    return [x for probe in job.probes for x in said(model, probe.input_ids)]
 
 
 def _against_record(attached: PeftModel, job: Job) -> Recorded | None:
@@ -445,8 +459,10 @@ def _against_record(attached: PeftModel, job: Job) -> Recorded | None:
         return None
     alone = [x for probe in job.probes for x in probe.base]
     noise = 0.0
-    if not job.tokens:  # else the base's new rows, as they began, are gone
-        with attached.disable_adapter():
+    # The base's new rows, as they began, are gone; a head was never on the base alone: what another
+    # arithmetic does to its answers is measured instead (_wanted), where there is memory for that.
+    if not job.tokens and not (job.head and job.arithmetic == "float32"):
+        with heads.untouched(attached) if job.head else attached.disable_adapter():
             noise = apart(_logprobs(attached, job), alone)
     return Recorded(apart(job.recorded, alone), noise, apart(_logprobs(attached, job), job.recorded))
 
@@ -458,7 +474,7 @@ def _as_recorded(record: Recorded | None, job: Job) -> list[str]:
     assert job.known
     if record is None:
         return ["training recorded no answers: that the adapter answers as it did then is not shown"]
-    if record.noise > record.effect:
+    if record.noise > record.effect and not job.head:
         found = (
             f"the base alone is {record.noise:.2g} nats a token from what training recorded, the adapter's"
         )
@@ -469,6 +485,9 @@ def _as_recorded(record: Recorded | None, job: Job) -> list[str]:
         return [f"{found}: its answers prove nothing here"]
     if record.adapter > record.allowed:
         raise _otherwise("the saved adapter", record.adapter, record, job)
+    if record.noise > record.effect:
+        found = f"arithmetic moves the answers by {record.noise:.2g} nats, LoRA by {record.effect:.2g}: they"
+        return [f"{found} show the head, not LoRA"]
     return []
 
 
@@ -500,6 +519,10 @@ def _write(attached: PeftModel, job: Job, target: Path, dequantised: dict[str, t
                 weight.data = weight.data.to(kind)
     text: Any = attached.merge_and_unload(safe_merge=True)
     kind = getattr(torch, job.dtype)
+    if job.head:
+        target.mkdir(parents=True)
+        text.to(kind).save_pretrained(target)
+        return
     whole = checkpoint.load(Folder(job.source), getattr(transformers, job.architecture), dtype=kind)
     embeddings.grow(whole, job.tokens)
     head, tied = whole.get_output_embeddings(), text.config.get_text_config().tie_word_embeddings
@@ -531,20 +554,20 @@ def _move(model: PreTrainedModel, job: Job, changes: stored.Changes) -> None:
 
 
 @torch.no_grad()
-def _ask(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> Answer:
-    """The probe `ids` [1, n], continued greedily by GREEDY tokens, past any end."""
+def _continued(model: PreTrainedModel | PeftModel, probe: Answer) -> Answer:
+    """`probe`, continued greedily by GREEDY tokens, past any end."""
     config = GenerationConfig(do_sample=False, min_new_tokens=GREEDY, max_new_tokens=GREEDY, pad_token_id=0)
-    ids, asked = ids.to(next(model.parameters()).device), cast(Any, model)  # its type knows no generate
+    ids, asked = probe.ids.to(next(model.parameters()).device), cast(Any, model)  # its type knows no generate
     ids = asked.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return _again(model, Answer(ids, torch.empty(0)))
+    return _again(model, Answer(ids))
 
 
 @torch.no_grad()
 def _again(model: PreTrainedModel | PeftModel, answer: Answer) -> Answer:
     """`model` asked for the same tokens."""
     device = next(model.parameters()).device
-    logits = model(input_ids=answer.ids.to(device), use_cache=False).logits[0].float().cpu()
-    return Answer(answer.ids.cpu(), logits)
+    logits = model(input_ids=answer.ids.to(device), use_cache=False).logits.float().cpu()
+    return Answer(answer.ids.cpu(), logits.reshape(-1, logits.shape[-1]))
 
 
 def _difference(before: list[Answer], after: list[Answer]) -> Difference:
@@ -556,7 +579,8 @@ def _difference(before: list[Answer], after: list[Answer]) -> Difference:
         int((b.logits[-GREEDY - 1 : -1].argmax(-1) == a.logits[-GREEDY - 1 : -1].argmax(-1)).sum())
         for b, a in zip(before, after, strict=True)
     )
-    return Difference(max(kl.item(), 0.0), off.max().item(), off.mean().item(), equal, len(before) * GREEDY)
+    greedy = sum(len(b.logits[-GREEDY - 1 : -1]) for b in before)
+    return Difference(max(kl.item(), 0.0), off.max().item(), off.mean().item(), equal, greedy)
 
 
 def _within(found: Difference, rounding: Difference, job: Job, size: float) -> None:
@@ -582,9 +606,8 @@ def _told(found: Difference) -> str:
 
 def report(record: dict[str, Any], output: Path) -> str:
     """merge.json for a person."""
-    if "classes" in record:
-        return merge_head.report(record, output)
-    same = f"{record['greedy_equal']} of {record['greedy_total']} greedy tokens equal"
+    total = record["greedy_total"]
+    same = f", {record['greedy_equal']} of {total} greedy tokens equal" if total else ""
     against = f"base in {record['quantize']} + adapter" if "quantize" in record else "base + adapter"
     lines = [
         (
@@ -593,7 +616,7 @@ def report(record: dict[str, Any], output: Path) -> str:
         ),
         (
             f"against {against}: KL {record['kl_mean']:.1e} nats a token, logits differ by at most"
-            f" {record['logit_max']:.1e} (mean {record['logit_mean']:.1e}), {same}"
+            f" {record['logit_max']:.1e} (mean {record['logit_mean']:.1e}){same}"
         ),
     ]
     if usual := record.get("unquantised_base"):
@@ -614,6 +637,7 @@ def report(record: dict[str, Any], output: Path) -> str:
             f"against what training recorded: {known['merged']:.1e} nats a token apart,"
             f" {known['allowed']:.1e} allowed; the adapter's effect is {known['effect']:.1e}"
         )
+    lines += merge_head.notes(record)
     lines += [f"NOTE        {note}" for note in record["removed"]]
     lines += [f"NOT PROVEN  {note}" for note in record["not_proven"]]
     return "\n".join([*lines, f"{shown(output)}/  with merge.json"])

@@ -168,7 +168,8 @@ def check(
             at = base_fit.own_name(name, base)
             tied = at is None  # a head that is tied no longer: trained, or what it was tied to
             if before is None:
-                before = base[at].tensor() if at else stored
+                # nothing, of the head of a classifier, which the base never had
+                before = base[at].tensor() if at else stored * (own not in changed.updates)
             if update := changed.updates.get(own):
                 computed += 1
                 apart[name] = _updated(stored, before, pairs, update)

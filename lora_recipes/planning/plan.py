@@ -202,7 +202,11 @@ def _classifier(
     """`model`, or of task: classify the classifier that is made of it, which is what trains."""
     rows, classify = plan.gate, resolved.recipe.classify
     if isinstance(rows, LabelGate) and classify:
-        return heads.of(model, rows.names, classify.pooling)
+        made = heads.of(model, rows.names, classify.pooling)
+        if heads.loaded_as(made.config) is None:
+            said = "transformers has no class for sequence classification of this family: the adapter is used"
+            plan.warnings.append(f"{said} by predict, and is not merged or served")
+        return made
     plan.warnings += twin.warnings(trained, resolved.base.config())
     return model
 

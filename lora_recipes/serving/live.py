@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_recipes.core import cli
+from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.provenance import Probe, Provenance, Question
 from lora_recipes.serving.endpoint import Endpoint
 
@@ -23,9 +24,9 @@ GENERAL = (
 # share of the adapter's own effect by which the server may depart from PEFT, beside twice what the base
 # departs by
 FAR = 0.1
-# largest difference of a probability of a classifier in float32; a base in 16 bits is off by more: see
-# docs/classify.md
-NEAR = 1e-3
+# and how many times what the merged model departs by as transformers computes it, in the same dtype
+MERGED = 3
+SMALLEST = 1e-30  # of a probability: float32 has 0 for less than 1e-45
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Proof:
     prompts? `by_default`: also for a request that sends no chat_template_kwargs? `runs_on`: tokens that end a
     reply in training, and no answer on this server. `question`: what PEFT's answer to it came to, and
     `ended`: did the server's answer to it end? `stop_text`: what ends a reply where that is no token.
-    `made_of`: which parts of a combination were not proven.
+    `made_of`: which parts of a combination were not proven. `merged`: of a merged model, what it departs from
+    PEFT by as transformers computes it. `share`: of a classifier, the largest difference of a probability.
     """
 
     name: str
@@ -55,11 +57,13 @@ class Proof:
     ended: bool = True
     stop_text: str | None = None
     made_of: str | None = None
+    merged: float = 0.0
+    share: float | None = None
 
     @property
     def limit(self) -> float:
         """The largest `apart` that is taken for the trained adapter."""
-        return FAR * (self.effect or 0.0) + 2 * (self.noise or 0.0)
+        return FAR * (self.effect or 0.0) + 2 * (self.noise or 0.0) + MERGED * self.merged
 
     @property
     def fault(self) -> str | None:
@@ -150,6 +154,7 @@ def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -
         effect=apart(trained, untrained),
         apart=apart(served, trained),
         noise=apart(alone, untrained),
+        merged=known.apart if base == name else 0.0,
         rendered=rendered,
         by_default=by_default,
         runs_on=tuple(
@@ -188,45 +193,26 @@ def apart(one: list[float], other: list[float]) -> float:
     return fmean(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-@dataclass(frozen=True)
-class ClassProof:
-    """A classifier on a server: the largest difference of a probability from PEFT's at the end of training,
-    over `texts` texts; `rendered`: does the server make the same tokens of them?
+def classified(endpoint: Endpoint, name: str, known: Provenance) -> Proof:
+    """Ask the server, which has a merged classifier alone, for the classes of the texts that training asked.
+    RecipeError where it asked none.
     """
-
-    name: str
-    apart: float
-    texts: int
-    rendered: bool
-
-    @property
-    def fault(self) -> str | None:
-        """Why it is not what was trained; None where it is."""
-        if not self.texts:
-            return "not proven: training recorded no text, as all were cut at train.max_length"
-        if not self.rendered:
-            return "the server makes other tokens of a text than training did: another tokenizer?"
-        if not self.apart <= NEAR:
-            return f"not what was trained: a probability is {self.apart:.2g} from PEFT's, {NEAR:g} is allowed"
-        return None
-
-    def __str__(self) -> str:
-        """For a person, one line."""
-        found = f"largest difference of a probability from PEFT's, {self.texts} texts: {self.apart:.1e}"
-        return f"{self.name}: {self.fault or 'live'}; {found}"
-
-
-def classified(endpoint: Endpoint, name: str, known: Provenance) -> ClassProof:
-    """Ask the server for the classes of the texts that training asked."""
-    apart, rendered = 0.0, True
-    for called in known.called:
-        rendered &= endpoint.tokens(name, called.text, {}) == called.input_ids
-        most = max(called.logits)
-        powers = [math.exp(x - most) for x in called.logits]
-        served = endpoint.shares(name, called.text)
-        wanted = [p / sum(powers) for p in powers]
-        apart = max(apart, *(abs(a - b) for a, b in zip(served, wanted, strict=True)))
-    return ClassProof(name, apart, len(known.called), rendered)
+    if not (asked := known.called):
+        found = "is not proven: training recorded no text, as all were cut at train.max_length"
+        raise RecipeError(Problem(name, found, "a larger train.max_length; the server cuts none"))
+    shares = [endpoint.shares(name, called.text) for called in asked]
+    served = [math.log(max(share, SMALLEST)) for each in shares for share in each]
+    trained, untrained = ([x for called in asked for x in getattr(called, of)] for of in ("adapter", "base"))
+    return Proof(
+        name,
+        moved=apart(served, untrained),
+        effect=apart(trained, untrained),
+        apart=apart(served, trained),
+        noise=0.0,
+        merged=known.apart,
+        rendered=all(endpoint.tokens(name, called.text, {}) == called.input_ids for called in asked),
+        share=max(abs(math.exp(a) - math.exp(b)) for a, b in zip(served, trained, strict=True)),
+    )
 
 
 def table(proofs: list[Proof]) -> str:
@@ -245,11 +231,13 @@ def table(proofs: list[Proof]) -> str:
             (p.effect, 9),
             (p.apart, 9),
             (p.limit if p.effect is not None else None, 8),
-            (p.noise, 7),
+            (p.merged or p.noise, 7),
         ]
         cells = "  ".join(f"{'-' if n is None else f'{n:.4f}':>{w}}" for n, w in numbers)
         good = "live" if p.effect is not None else "live; not compared with PEFT (no provenance.json)"
         good += "; ended its answer" if p.question and p.ended else ""
+        if p.share is not None:
+            good += f"; a probability differs by {p.share:.1e} at most"
         good = "; ".join([good, *p.notes])
         lines.append(f"{p.name:<{width}}  {cells}  {p.fault or good}")
     return "\n".join(lines)

@@ -34,6 +34,7 @@ from lora_recipes.core.record import Run
 from lora_recipes.core.release_folder import MANIFEST
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
+from lora_recipes.recipe.recipe import document
 from lora_recipes.serving import export
 
 CARD, RECIPE, WEIGHTS = "README.md", "recipe.yaml", "adapter_model.safetensors"
@@ -42,7 +43,9 @@ _TOKENIZER = (
     r"[^/]*\.(json|txt|model|jinja)"
 )
 # What is taken of a folder whose provenance.json does not list its files.
-ADAPTER = re.compile(rf"README\.md|adapter_config\.json|{re.escape(WEIGHTS)}|provenance\.json|{_TOKENIZER}")
+ADAPTER = re.compile(
+    rf"README\.md|adapter_config\.json|{re.escape(WEIGHTS)}|provenance\.json|labels\.json|{_TOKENIZER}"
+)
 # What may not stay in a repository beside another adapter: a loader would take it for part of that one.
 MODEL = re.compile(
     rf"{ADAPTER.pattern}|recipe\.yaml|manifest\.json|adapter_model\.bin|config\.json"
@@ -166,7 +169,8 @@ def pack(folder: Path, unproven: bool = False, public: bool = False) -> Package:
         notes.append(f"no {CARD}: the repository will have no model card")
     raise_if(_secrets(files))
     if known and public:
-        notes.append(f"{provenance.FILE} quotes {len(known.probes)} texts of the rows: they become public")
+        quoted = len(known.probes) + len(known.called)
+        notes.append(f"{provenance.FILE} quotes {quoted} texts of the rows: they become public")
     if places := _places(files, adapter.config.get("base_model_name_or_path")):
         notes.append(f"{places}: who loads it gives the base ({cli.command(BASE='folder')})")
     return Package(folder, files, [name for name in present if name not in files], notes)
@@ -181,7 +185,7 @@ def _recipe(folder: Path) -> Path | None:
     file = (run.path if record else folder) / RECIPE
     if not file.is_file():
         return None
-    if isinstance(record, Run) and yamlfile.load(file)[0] != record.plan.resolved:
+    if isinstance(record, Run) and yamlfile.load(file)[0] != document(record.plan.resolved):
         do = "put back what run.json says (plan.resolved), or move the file away: it is left out then"
         raise RecipeError(Problem(shown(file), "is not what the run was trained with", do))
     return file

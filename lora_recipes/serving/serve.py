@@ -44,14 +44,12 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
         first = Endpoint(options.url, timeout=process.START)
         known = server.served[0].provenance
         if known and head.read(server.served[0].folder):
-            proof = live.classified(first, server.base_name, known)
-            print(proof, flush=True)
-            proven = proof.fault is None
+            proofs = [live.classified(first, server.base_name, known)]
         else:
             asked = {s.name: s.provenance for s in server.served}
             proofs = live.prove(first, server.base_name, asked)
-            proven = not _report(proofs)
-            _record(proofs, {s.name: s.folder for s in server.served}, installed[1])
+        proven = not _report(proofs)
+        _record(proofs, {s.name: s.folder for s in server.served}, installed[1])
         if not proven:
             return NOT_LIVE
         print(f"\n{_ready(server, options)}\nCtrl-C ends it", flush=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lora_recipes.core.record import FinishedRun
+from lora_recipes.core.errors import listed
+from lora_recipes.core.record import FinishedRun, HeadFacts
 from lora_recipes.data.sources import ENDINGS
 from lora_recipes.model import scores
 from lora_recipes.recipe.recipe import Recipe
@@ -63,6 +64,11 @@ def metadata(recipe: Recipe, run: FinishedRun) -> ModelCardData:
     )
 
 
+def _head(head: HeadFacts) -> str:
+    names = listed([c.name for c in head.classes], 12)
+    return f"- classes, in the order of labels.json: {names}; pooling {head.pooling}: `lora-recipes predict`"
+
+
 def text(recipe: Recipe, run: FinishedRun) -> str:
     """What was trained, on what, with which figures and versions; and the recipe itself."""
     plan, metrics = run.plan, run.metrics
@@ -85,6 +91,7 @@ def text(recipe: Recipe, run: FinishedRun) -> str:
         f"- data: {', '.join(sources(recipe))} ({plan.data.train.rows:,} rows)",
         f"- {run.steps} steps, {', '.join(losses)}",
         *([f"- {line}" for line in scores.text(run.scores)[:1]] if run.scores else []),
+        *([_head(plan.head)] if plan.head else []),
         f"- versions: {', '.join(f'{k} {v}' for k, v in run.versions.items())}",
     ]
     if plan.adapter and plan.adapter.max_lora_rank:

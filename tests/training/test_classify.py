@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_recipes.__main__ import main
+from lora_recipes.core import adapter_folder, provenance, weights
 from lora_recipes.core import head as heads_file
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.record import FinishedRun
@@ -22,10 +23,12 @@ from lora_recipes.data import labels
 from lora_recipes.evaluation import classify
 from lora_recipes.memory import memory
 from lora_recipes.memory.storages import Storages
-from lora_recipes.model import attach, build, heads, merge_head
+from lora_recipes.model import attach, build, heads, stored
+from lora_recipes.model import merge as merging
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command, live
+from lora_recipes.serving.endpoint import Endpoint
 from lora_recipes.training.train import train
 
 SHORT = ["train.num_train_epochs=1", "train.eval_strategy=steps", "train.save_strategy=steps"]
@@ -154,7 +157,7 @@ def test_predict_and_the_merged_folder_say_what_the_adapter_says(outputs, tmp_pa
     with torch.no_grad():
         wanted = last(**batch).logits
         torch.testing.assert_close(theirs(**batch).logits, wanted)
-    assert "use the adapter" not in merge_head.report(json.loads((merged / "merge.json").read_text()), merged)
+    assert "pools the last token" in merging.report(json.loads((merged / "merge.json").read_text()), merged)
 
 
 def test_a_changed_head_is_not_merged(outputs, tmp_path):
@@ -166,26 +169,95 @@ def test_a_changed_head_is_not_merged(outputs, tmp_path):
     assert not (target / "merged").exists()
 
 
-def test_a_classifier_trained_in_nf4_merges_onto_the_dequantised_base(outputs, tmp_path):
-    """And not onto the untouched one: what is merged is held against the weights that were trained on."""
-    (tmp_path / "_bases").symlink_to(outputs / "_bases") if (outputs / "_bases").is_dir() else None
-    train(resolve(recipes.load("tiny_classify", [*SHORT, "model.quantize=nf4"]), tmp_path))
-    lines(["merge", "tiny_classify", "--outputs", str(tmp_path)])
-    run, words = tmp_path / "tiny_classify", ["--outputs", str(tmp_path)]
-    apart = json.loads((run / "merged" / "merge.json").read_text())["apart"]
-    assert set(apart) == {"adapter", "dequantised", "merged", "rounded", "read_back"}
-    assert apart["merged"] < 1e-5 and apart["adapter"] < 1e-3
-    file = run / "adapter" / "adapter_model.safetensors"
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "nf4"])
+def merged(request, outputs, tmp_path_factory) -> Path:
+    """A run, merged: in float32, in bfloat16, and trained in 4 bits."""
+    if request.param == "float32":
+        folder = outputs
+    else:
+        folder = tmp_path_factory.mktemp(request.param)
+        word = "model.quantize=nf4" if request.param == "nf4" else "model.dtype=bfloat16"
+        train(resolve(recipes.load("tiny_classify", [*SHORT, word]), folder))
+    lines(["merge", "tiny_classify", "--outputs", str(folder), "--force"])
+    return folder / "tiny_classify"
+
+
+def test_a_merged_classifier_is_base_and_adapter_tensor_by_tensor(merged):
+    said = json.loads((merged / "merged" / "merge.json").read_text())
+    assert (
+        said["tensors_computed"] == 5 and said["tensors_not_compared"] == []
+    )  # q, v of two layers, the head
+    assert said["architecture"] == "Qwen3ForSequenceClassification" and said["greedy_total"] == 0
+    assert said["recorded"]["merged"] <= said["recorded"]["allowed"] < said["recorded"]["effect"]
+    assert load_file(merged / "merged" / "model.safetensors")["score.weight"].dtype == getattr(
+        torch, said["dtype"]
+    )
+
+
+@pytest.mark.parametrize("wrong", ["a module unmerged", "another scaling", "classes in another order"])
+def test_a_stored_tensor_that_is_not_base_and_adapter_is_named(merged, wrong, tmp_path):
+    adapter, known = adapter_folder.read(merged / "adapter"), provenance.read(merged / "adapter")
+    assert known
+    job = merging.Job(adapter, known, Path(known.name_or_path), "", head=heads_file.needed(adapter.path))
+    packed = stored.dequantised(merging._trained(job)) if known.quantize else {}
+    attached = merging._attach(merging._load(job.source, "float32", job), job)
+    changes, names = stored.changes(attached, adapter), [f"{name}.weight" for name in adapter.modules]
+    base, tensors = weights.tensors(job.source), load_file(merged / "merged" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    was = packed.get(name.removesuffix(".weight"), base[name].tensor()).float()
+    changed = {
+        "a module unmerged": {name: was},
+        "another scaling": {name: was + 0.5 * (tensors[name].float() - was)},
+        "classes in another order": {"score.weight": tensors["score.weight"].roll(1, 0)},
+    }[wrong]
+    save_file(
+        tensors | {key: value.to(tensors[key].dtype) for key, value in changed.items()},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(RecipeError, match=f"is not base .* adapter: {next(iter(changed))} is off by"):
+        stored.check(adapter, job.source, tmp_path, changes, [*names, "score.weight"], packed)
+    good = stored.check(adapter, job.source, merged / "merged", changes, [*names, "score.weight"], packed)
+    assert good["tensors_computed"] == 5
+
+
+def test_an_adapter_whose_classes_changed_places_answers_otherwise(merged, tmp_path):
+    """Also where its hashes do not tell."""
+    target = tmp_path / "adapter"
+    shutil.copytree(merged / "adapter", target)
+    file, known = target / "adapter_model.safetensors", provenance.read(target)
+    assert known
+    replace(known, files={}).save(target)
     tensors = load_file(file)
-    tensors |= {name: -value for name, value in tensors.items() if "lora_B" in name}
-    save_file(tensors, file, {"format": "pt"})
-    assert main(["merge", "tiny_classify", "--force", "--unproven", *words]) == 2
+    name = "base_model.model.score.weight"
+    save_file(tensors | {name: tensors[name].roll(1, 0).contiguous()}, file, {"format": "pt"})
+    with pytest.raises(RecipeError, match="the saved adapter answers otherwise than training recorded"):
+        merging.merge(target, tmp_path / "merged", unproven=True)
+    assert not (tmp_path / "merged").exists()
 
 
-def test_a_proof_of_no_text_is_none():
-    assert str(live.ClassProof("x", 0.0, 0, True).fault).startswith("not proven")
-    assert live.ClassProof("x", 1e-6, 3, True).fault is None
-    assert "is 0.02 from PEFT's" in str(live.ClassProof("x", 0.02, 3, True).fault)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_rounding_of_16_bits_is_no_other_classifier(outputs, tmp_path, dtype):
+    said = merging.merge(outputs / "tiny_classify" / "adapter", tmp_path / "merged", dtype=dtype)
+    assert 0 < said["lost_in_rounding"] < 0.1 and said["noise"]["logit_max"] > 0
+    known = provenance.read(tmp_path / "merged")
+    assert known and known.apart > 0
+
+
+def test_a_server_is_held_against_what_it_computes_in(outputs):
+    """Twice what the merged model itself departs by in its dtype is no fault, nor is it one by which another
+    pooling, order or base would pass."""
+
+    def proof(apart: float, merged: float = 0.0) -> live.Proof:
+        return live.Proof("x", moved=0.5, effect=0.5, noise=0.0, share=0.01, apart=apart, merged=merged)
+
+    assert proof(0.06, 0.03).fault is None
+    assert "at most 0.0500 allowed" in str(proof(0.06).fault)
+    assert "not what was trained" in str(proof(0.5, 0.03).fault)
+    assert "so near the adapter's effect" in live.table([proof(0.4, 0.2)])
+    known = provenance.read(outputs / "tiny_classify" / "adapter")
+    assert known
+    with pytest.raises(RecipeError, match="not proven: training recorded no text"):
+        live.classified(Endpoint("http://127.0.0.1:1"), "x", replace(known, called=[]))
 
 
 def test_a_classifier_is_served_merged_with_its_own_pooling(outputs):
@@ -198,9 +270,37 @@ def test_a_classifier_is_served_merged_with_its_own_pooling(outputs):
     assert "--enable-lora" not in server.command
 
 
-def test_an_ablation_is_refused(outputs, capsys):
-    assert main(["ablate", "tiny_classify", "lora.r=2,4", "--dry-run", "--outputs", str(outputs)]) == 2
-    assert "task: classify has none there yet" in capsys.readouterr().err
+def test_an_ablation_compares_classifiers_by_their_scores(outputs, tmp_path, capsys):
+    (tmp_path / "_bases").symlink_to(outputs / "_bases") if (outputs / "_bases").is_dir() else None
+    few = ["max_steps=8", "eval_strategy=steps", "save_strategy=steps", "eval_steps=4", "save_steps=4"]
+    words = ["ablate", "tiny_classify", "lora.r=2,4", *(f"train.{each}" for each in few)]
+    assert main([*words, "--seeds", "1", "2", "--outputs", str(tmp_path)]) == 0
+    folder = tmp_path / "ablations" / "tiny_classify-r"
+    said = json.loads((folder / "report.json").read_text())
+    assert said["kind"] == "macro_f1" and set(said["arms"]) == {"r2", "r4"}
+
+    def scored(name: str, seed: int) -> float:
+        run = RunFolder(folder / name / f"s{seed}").run
+        assert run and run.scores
+        return run.scores.macro_f1
+
+    runs = {name: [scored(name, seed) for seed in (1, 2)] for name in said["arms"]}
+    for name, arm in said["arms"].items():
+        assert arm["scores"] == dict(zip("12", runs[name], strict=True))
+        assert arm["score"]["half"] > 0 and arm["accuracy"]["seeds"] == 2
+    apart = [b - a for a, b in zip(*runs.values(), strict=True)]
+    assert said["arms"]["r4"]["difference"]["mean"] == pytest.approx(sum(apart) / 2)
+    best = max(said["arms"], key=lambda name: said["arms"][name]["score"]["mean"])
+    assert f"Highest macro F1: {best}, " in capsys.readouterr().out
+    assert (folder / "curves.png").is_file()
+
+
+def test_a_classifier_is_published_with_its_labels(outputs, capsys):
+    assert main(["push", "tiny_classify", "--repo", "me/x", "--dry-run", "--outputs", str(outputs)]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("labels.json", "adapter_model.safetensors", "recipe.yaml"))
+    card = (outputs / "tiny_classify" / "adapter" / "README.md").read_text()
+    assert "text-classification" in card and "privilege; pooling mean" in card
 
 
 def test_trls_keys_are_refused_by_the_plan(tmp_path):
@@ -258,7 +358,6 @@ def test_the_shipped_recipes_reach_both_kinds_of_layer():
 @pytest.mark.vllm
 def test_vllms_probabilities_are_ours(outputs):
     from lora_recipes.serving import server as process
-    from lora_recipes.serving.endpoint import Endpoint
 
     lines(["merge", "tiny_classify", "--outputs", str(outputs), "--force"])
     with socket.socket() as free:
@@ -274,9 +373,14 @@ def test_vllms_probabilities_are_ours(outputs):
         for line in classify.predict(outputs / "tiny_classify" / "adapter", iter(TEXTS), False)
     ]
     with process.running(server, options, outputs / "vllm.log"):
-        served = [Endpoint(options.url, timeout=process.START).shares("tiny", text) for text in TEXTS]
+        endpoint, known = Endpoint(options.url, timeout=process.START), server.served[0].provenance
+        served = [endpoint.shares("tiny", text) for text in TEXTS]
+        assert known
+        proof = live.classified(endpoint, "tiny", known)
     for one, other in zip(ours, served, strict=True):
         assert list(one["probabilities"].values()) == pytest.approx(other, abs=1e-3)
+    assert proof.fault is None and proof.share is not None and proof.share < 1e-3
+    assert "live; a probability differs by" in live.table([proof])
 
 
 def test_the_recipe_is_kept_with_its_task(outputs):
