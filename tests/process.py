@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import socket
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from accelerate.state import AcceleratorState
 
@@ -78,6 +80,9 @@ def _main(words: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[
     AcceleratorState._reset_state(
         reset_partial_state=True
     )  # what a run before, in the process that was forked, found of itself
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid:  # it is no child of this process, which must not wait for its end
+        server.ensure_running = lambda: None
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)

@@ -21,6 +21,8 @@ from lora_recipes.core.yamlfile import shown
 
 Task = tuple[Run, dict[str, Any]]  # a run, and what train() is told with it
 SPAWN = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
+SERVER = multiprocessing.get_context("forkserver")  # without CUDA: the libraries are imported once for all
+SERVER.set_forkserver_preload(["lora_recipes.ablation.preload"])
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Worker:
     def __init__(self, kind: str, make: Callable[[], Any], outputs: Path, device: str | None):
         self.kind, self.outputs = kind, outputs
         self.run: Run | None = None
-        self.pipe, theirs = SPAWN.Pipe()
-        self.process: Any = SPAWN.Process(
-            target=_work, args=(theirs, outputs)
-        )  # no daemon: out of memory asks a process of its own
+        context: Any = SERVER if device is None else SPAWN
+        self.pipe, theirs = context.Pipe()
         with _visible(device):
+            # no daemon: out of memory asks a process of its own
+            self.process = context.Process(target=_work, args=(theirs, outputs, dict(os.environ)))
             self.process.start()
         theirs.close()
         with contextlib.suppress(OSError):  # it died meanwhile: `end` says so
@@ -134,10 +136,11 @@ def _visible(device: str | None) -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def _work(pipe: Connection, outputs: Path) -> None:
+def _work(pipe: Connection, outputs: Path, environment: dict[str, str]) -> None:
     """In the process: train what comes until nothing comes any more. What a run prints goes into the .log
-    beside its folder.
+    beside its folder. `environment`: of the command, which a server that was begun earlier may not have.
     """
+    os.environ.update(environment)
     cli.quiet()  # before `make` comes, whose module imports the libraries
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         train_one = pipe.recv()()

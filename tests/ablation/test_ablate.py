@@ -563,8 +563,8 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
         and time.monotonic() < until
     ):
         time.sleep(0.01)
-    # spawn starts a resource tracker too, which imports nothing
-    child = max(psutil.Process(launched.pid).children(), key=lambda one: one.memory_info().rss)
+    # the one that trains is the youngest, after its server and a resource tracker
+    child = max(psutil.Process(launched.pid).children(recursive=True), key=lambda one: one.create_time())
     os.kill(child.pid, signal.SIGKILL)
     first = launched.completed()
     assert first.returncode == 1, first.stderr

@@ -62,7 +62,9 @@ def free_port() -> int:
 
 
 # vLLM compiles some functions of its sampler at the first request, 11 s; the models it leaves as they are.
-UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}
+# Its worker is a process more, whose imports take 10 s, and its waiting half of the time for an answer.
+LEAN = {"TORCH_COMPILE_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+ONE_PROCESS = ("--", "--distributed-executor-backend", "uni")
 
 
 class Running:
@@ -297,7 +299,7 @@ def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it
     """To both vLLM says `Loaded new LoRA adapter` and answers 200."""
     train(resolve(recipes.load("tiny_qwen35_style", ["train.max_steps=20"]), tmp_path))
     with Running(
-        tmp_path, "--dynamic", "tiny_qwen35_style", "--", "--max-model-len", "512", **UNCOMPILED
+        tmp_path, "--dynamic", "tiny_qwen35_style", *ONE_PROCESS, "--max-model-len", "512", **LEAN
     ) as server:
         # of twenty steps: it answers as trained, and has not learned to stop, which is said
         assert re.search(r"tiny_qwen35_style +\d\.\d+ .* live; BUT .* did not end", server.said)
@@ -341,7 +343,7 @@ def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bas
     words += ["train.max_steps=2", "model.chat_template=own.jinja"]
     train(resolve(recipes.load(str(tmp_path / "other.yaml"), words), folder))
 
-    with Running(folder, "--dynamic", "eos_proof", **UNCOMPILED) as server:
+    with Running(folder, "--dynamic", "eos_proof", *ONE_PROCESS, **LEAN) as server:
         assert re.search(r"eos_proof +\d\.\d+ .* live; ended its answer\n", server.said)
         ends = [ended(server.url, "eos_proof"), ended(server.url, "base")]
         said = chat(server.url, "eos_proof", ["Where is the cat?"])
@@ -358,7 +360,7 @@ def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bas
     assert by_adapter == continuations(attached, tokenizer, "<|im_end|>")
 
     with (
-        Running(folder, str(merged), VLLM_API_KEY="secret", **UNCOMPILED) as server,
+        Running(folder, str(merged), *ONE_PROCESS, VLLM_API_KEY="secret", **LEAN) as server,
         pytest.MonkeyPatch.context() as own,
     ):
         assert re.search(r"eos_proof +\d\.\d+ .* live; ended its answer\n", server.said)
@@ -375,9 +377,8 @@ def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bas
 def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smollm2, tmp_path):
     runs = {"one": smollm2.run("float32"), "two": smollm2.run("narrow")}
     words = [f"{name}={run / 'adapter'}" for name, run in runs.items()]
-    with Running(
-        tmp_path, "--dynamic", "--base", str(smollm2.base("float32")), *words, **UNCOMPILED
-    ) as server:
+    base = str(smollm2.base("float32"))
+    with Running(tmp_path, "--dynamic", "--base", base, *words, *ONE_PROCESS, **LEAN) as server:
         endpoint = Endpoint(server.url)
         known = {name: there(provenance.read(run / "adapter")) for name, run in runs.items()}
         assert len(re.findall(r"(?:one|two) +\d\.\d+ .* live", server.said)) == 2
@@ -406,7 +407,7 @@ def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smo
 def test_an_adapter_of_a_real_bfloat16_model_is_live_and_merged_it_answers_the_same(smollm2, tmp_path):
     run = smollm2.run("bfloat16")
     words = ["--base", str(smollm2.base("bfloat16")), f"one={run / 'adapter'}"]
-    with Running(tmp_path, *words, **UNCOMPILED) as server:
+    with Running(tmp_path, *words, *ONE_PROCESS, **LEAN) as server:
         assert "--dtype bfloat16" in server.said
         endpoint, known = Endpoint(server.url), there(provenance.read(run / "adapter"))
         proof = live.prove(endpoint, "base", {"one": known})[0]

@@ -1,0 +1,7 @@
+"""What a server imports before it forks the processes that train: quietly, and once for all of them."""
+
+from lora_recipes.core import cli
+
+cli.quiet()
+
+from lora_recipes.training import train  # noqa: E402, F401
