@@ -59,13 +59,14 @@ PROCESSORS = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )  # vLLM wants them of two-part models
-GREEDY = 16  # tokens generated from each probe
+ASKED = 16  # tokens of each probe, which is said again to that length: one batch without padding
+GREEDY = 16  # tokens generated from each
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens [1, n] of a probe and of a greedy continuation of it, and a model's logits for them
-    (float32, [n, vocabulary]; of a classifier [1, classes], and nothing continues the probe).
+    """The tokens [p, n] of the probes, each with a greedy continuation, and a model's logits for them
+    (float32, [p, n, vocabulary]; of a classifier [p, classes], and nothing continues the probes).
     """
 
     ids: torch.Tensor
@@ -149,7 +150,7 @@ class Wanted:
     """
 
     attached: Any
-    asked: list[Answer]
+    asked: Answer
     record: Recorded | None = None
     notes: list[str] = field(default_factory=list)
     dequantised: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -343,14 +344,15 @@ def _wanted(job: Job, tokenizer: Any) -> Wanted:
     # A tokenizer may have tokens that the embedding has no row for.
     config = Folder(job.source).real_config().get_text_config()
     rows = min(len(tokenizer), config.vocab_size)
-    chance = torch.randint(0, rows, (1, 16), generator=torch.Generator().manual_seed(0))
-    probes = [chance, *(tokenizer(text, return_tensors="pt")["input_ids"] for text in PROBES)]
+    chance = torch.randint(0, rows, (1, ASKED), generator=torch.Generator().manual_seed(0))
+    texts = [tokenizer(text, return_tensors="pt")["input_ids"].repeat(1, ASKED) for text in PROBES]
+    probes = Answer(torch.cat([chance, *(ids[:, :ASKED] for ids in texts)]))
     ask = _again if job.head else _continued
     if job.known is None:
         attached = _attach(_load(job.source, job.arithmetic, job), job)
-        return Wanted(attached, [ask(attached, Answer(ids)) for ids in probes])
+        return Wanted(attached, ask(attached, probes))
     attached = _trained(job)
-    asked = [ask(attached, Answer(ids)) for ids in probes]
+    asked = ask(attached, probes)
     record = _against_record(attached, job)
     dequantised = stored.dequantised(attached) if job.known.quantize else {}
     # Are these answers already what the merged model must give, by the same device and arithmetic?
@@ -362,11 +364,11 @@ def _wanted(job: Job, tokenizer: Any) -> Wanted:
     del attached  # before the next model is loaded
     attached, facts = _attach(_load(job.source, job.arithmetic, job), job), {}
     if dequantised:
-        usual = _difference(asked, [_again(attached, answer) for answer in asked])
+        usual = _difference(asked, _again(attached, asked))
         facts = {"quantize": job.known.quantize, "unquantised_base": asdict(usual)}
         stored.put(dequantised, attached.get_base_model())
     if not same:
-        asked = [_again(attached, answer) for answer in asked]
+        asked = _again(attached, asked)
         if record and job.head:
             record = replace(record, noise=apart(_logprobs(attached, job), said))
             notes = _as_recorded(record, job)
@@ -380,11 +382,11 @@ def _judge(
     in the arithmetic of its own dtype. `merged` is of no further use then. RecipeError when it is another
     model.
     """
-    again, said = [_again(merged, answer) for answer in wanted.asked], _logprobs(merged, job)
+    again, said = _again(merged, wanted.asked), _logprobs(merged, job)
     _move(merged, job, changes)
-    moved, said_moved = [_again(merged, answer) for answer in again], _logprobs(merged, job)
+    moved, said_moved = _again(merged, again), _logprobs(merged, job)
     found, rounding = _difference(wanted.asked, again), _difference(again, moved)
-    _within(found, rounding, job, max(a.logits.abs().max().item() for a in again))
+    _within(found, rounding, job, again.logits.abs().max().item())
     facts, record = asdict(found) | {"rounding": asdict(rounding)}, wanted.record
     used = apart(said, job.recorded) if record else 0.0
     if record:
@@ -395,7 +397,7 @@ def _judge(
         if job.head:
             coarse.score.float()  # as it is used
         if kind == job.dtype:
-            facts["noise"] = asdict(_difference(moved, [_again(coarse, answer) for answer in moved]))
+            facts["noise"] = asdict(_difference(moved, _again(coarse, moved)))
             used += apart(_logprobs(coarse, job), said_moved) if record else 0.0
         if record and job.known and kind == job.known.dtype:
             record = replace(record, noise=record.noise + apart(_logprobs(coarse, job), said_moved))
@@ -554,10 +556,10 @@ def _move(model: PreTrainedModel, job: Job, changes: stored.Changes) -> None:
 
 
 @torch.no_grad()
-def _continued(model: PreTrainedModel | PeftModel, probe: Answer) -> Answer:
-    """`probe`, continued greedily by GREEDY tokens, past any end."""
+def _continued(model: PreTrainedModel | PeftModel, probes: Answer) -> Answer:
+    """`probes`, each continued greedily by GREEDY tokens, past any end."""
     config = GenerationConfig(do_sample=False, min_new_tokens=GREEDY, max_new_tokens=GREEDY, pad_token_id=0)
-    ids, asked = probe.ids.to(next(model.parameters()).device), cast(Any, model)  # its type knows no generate
+    ids, asked = probes.ids.to(next(model.parameters()).device), cast(Any, model)  # its type knows no generate
     ids = asked.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return _again(model, Answer(ids))
 
@@ -567,20 +569,19 @@ def _again(model: PreTrainedModel | PeftModel, answer: Answer) -> Answer:
     """`model` asked for the same tokens."""
     device = next(model.parameters()).device
     logits = model(input_ids=answer.ids.to(device), use_cache=False).logits.float().cpu()
-    return Answer(answer.ids.cpu(), logits.reshape(-1, logits.shape[-1]))
+    return Answer(answer.ids.cpu(), logits)
 
 
-def _difference(before: list[Answer], after: list[Answer]) -> Difference:
-    one, two = torch.cat([b.logits for b in before]), torch.cat([a.logits for a in after])
-    given, found = one.double().log_softmax(-1), two.double().log_softmax(-1)
-    kl = torch.nn.functional.kl_div(found, given, log_target=True, reduction="none").sum(-1).mean()
+def _difference(before: Answer, after: Answer) -> Difference:
+    one, two = before.logits, after.logits
+    given, answered = one.double().log_softmax(-1), two.double().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(answered, given, log_target=True, reduction="none").sum(-1).mean()
     off = (one - two).abs()
-    equal = sum(
-        int((b.logits[-GREEDY - 1 : -1].argmax(-1) == a.logits[-GREEDY - 1 : -1].argmax(-1)).sum())
-        for b, a in zip(before, after, strict=True)
-    )
-    greedy = sum(len(b.logits[-GREEDY - 1 : -1]) for b in before)
-    return Difference(max(kl.item(), 0.0), off.max().item(), off.mean().item(), equal, greedy)
+    found = Difference(max(kl.item(), 0.0), off.max().item(), off.mean().item(), 0, 0)
+    if one.dim() == 2:
+        return found
+    best, other = (logits[:, -GREEDY - 1 : -1].argmax(-1) for logits in (one, two))
+    return replace(found, greedy_equal=int((best == other).sum()), greedy_total=best.numel())
 
 
 def _within(found: Difference, rounding: Difference, job: Job, size: float) -> None:
