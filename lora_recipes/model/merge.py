@@ -559,7 +559,8 @@ def _move(model: PreTrainedModel, job: Job, changes: stored.Changes) -> None:
 def _continued(model: PreTrainedModel | PeftModel, probes: Answer) -> Answer:
     """`probes`, each continued greedily by GREEDY tokens, past any end."""
     config = GenerationConfig(do_sample=False, min_new_tokens=GREEDY, max_new_tokens=GREEDY, pad_token_id=0)
-    ids, asked = probes.ids.to(next(model.parameters()).device), cast(Any, model)  # its type knows no generate
+    ids = probes.ids.to(next(model.parameters()).device)
+    asked = cast(Any, model)  # its type knows no generate
     ids = asked.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return _again(model, Answer(ids))
 
