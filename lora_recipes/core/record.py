@@ -317,6 +317,19 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IdentifierAccuracy:
+    """Names in Python code that both models were to predict, every token of them the likeliest."""
+
+    rows: Annotated[int, "rows with such names"]
+    count: Annotated[int, "names"]
+    base: Annotated[float, "share that the base predicts, 0 to 1"]
+    trained: Annotated[float, "share that what training made of it predicts"]
+    half: Annotated[
+        float | None, "half of the 95 % interval of trained - base over the rows, as a share; None: one row"
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetLosses:
     """Both models on one set of rows."""
 
@@ -327,6 +340,10 @@ class SetLosses:
     trained: Annotated[Loss, "of what training made of it"]
     half: Annotated[
         float | None, "half of the 95 % interval of trained - base over the rows, nats a token; None: one row"
+    ] = None
+    identifiers: Annotated[
+        dict[str, IdentifierAccuracy] | None,
+        "of rows whose replies hold Python: all, new (nowhere before in the row), prompt (in the prompt)",
     ] = None
 
 

@@ -531,7 +531,7 @@ def _another(reply: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": word} | ({"tool_calls": calls} if calls else {})
 
 
-def _kept(example: Example, recipe: Recipe) -> range:
+def kept_range(example: Example, recipe: Recipe) -> range:
     """The positions that are left after truncation to train.max_length, as TRL truncates. Packing (but for
     bfd) splits instead.
     """
@@ -546,7 +546,7 @@ def _kept(example: Example, recipe: Recipe) -> range:
 
 def truncated(example: Example, recipe: Recipe) -> tuple[list[int], list[int]]:
     """`input_ids` and `labels` as they are after truncation."""
-    kept = _kept(example, recipe)
+    kept = kept_range(example, recipe)
     return example.input_ids[kept.start : kept.stop], example.labels[kept.start : kept.stop]
 
 
@@ -577,7 +577,7 @@ class Measured:
 def measured(example: Example, tokenizer: Any, recipe: Recipe, ends: Collection[int]) -> Measured:
     """`example` as trained. `ends`: the tokens that end a reply."""
     counted = not isinstance(tokenizer, Characters)  # characters are not truncated: max_length counts tokens
-    kept = _kept(example, recipe) if counted else range(len(example.input_ids))
+    kept = kept_range(example, recipe) if counted else range(len(example.input_ids))
     labels = example.labels
     supervised = len(kept) - labels[kept.start : kept.stop].count(IGNORED)
     turns = faithful = open_turns = 0

@@ -25,7 +25,8 @@ from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import new_tokens, read, render, stops
 from lora_recipes.data.render import IGNORED
-from lora_recipes.evaluation import classify
+from lora_recipes.evaluation import classify, identifiers
+from lora_recipes.evaluation.identifiers import Identifier
 from lora_recipes.model import answers, attach, embeddings, probes, scores
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import Resolved, resolve
@@ -111,7 +112,8 @@ def _evaluation(
         done = render.examples(split.rows, pair.tokenizer, asked)
         done = stops.closed(split.rows, done, stops.next_turn(pair.tokenizer, resolved))
         examples = [render.truncated(example, asked) for example in done]
-        losses[which] = _losses(pair, examples, split.sha256)
+        names = [identifiers.found(e, pair.tokenizer, render.kept_range(e, asked)) for e in done]
+        losses[which] = _losses(pair, examples, names, split.sha256)
     answered = {}
     for side in SIDES:
         model, context = pair.side(side)
@@ -220,39 +222,50 @@ def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
     return base
 
 
-def _losses(pair: Pair, examples: list[tuple[list[int], list[int]]], sha256: str) -> SetLosses:
-    """Mean loss (nats a trained token) and perplexity of both sides; one row at a time, so that no padding
-    has a say.
+def _losses(
+    pair: Pair, examples: list[tuple[list[int], list[int]]], names: list[list[Identifier]], sha256: str
+) -> SetLosses:
+    """Mean loss (nats a trained token) and perplexity of both sides, and which of the `names` in each row
+    they predict; one row at a time, so that no padding has a say.
     """
     counts = [sum(label != IGNORED for label in labels[1:]) for _, labels in examples]
     if not (tokens := sum(counts)):
         raise RecipeError(
             Problem("data", "no token of these rows is in the loss", "look at train.max_length and the rows")
         )
-    sums = {}
+    sums, hits = {}, {}
     for side in SIDES:
         model, context = pair.side(side)
         with context, torch.no_grad():
-            sums[side] = [_loss(model, *example) for example in examples]
+            asked = [_asked(model, *example, of) for example, of in zip(examples, names, strict=True)]
+        sums[side], hits[side] = [nats for nats, _ in asked], [predicted for _, predicted in asked]
     means = {side: math.fsum(rows) / tokens for side, rows in sums.items()}
     found = {side: Loss(loss=mean, perplexity=math.exp(min(mean, 700.0))) for side, mean in means.items()}
     changes = [after - before for before, after in zip(*(sums[side] for side in SIDES), strict=True)]
-    half = interval.per_unit(changes, counts).half
-    return SetLosses(rows=len(examples), sha256=sha256, tokens=tokens, **found, half=half)
+    return SetLosses(
+        rows=len(examples),
+        sha256=sha256,
+        tokens=tokens,
+        **found,
+        half=interval.per_unit(changes, counts).half,
+        identifiers=identifiers.accuracy(names, *(hits[side] for side in SIDES)),
+    )
 
 
-def _loss(model: Any, ids: list[int], labels: list[int]) -> float:
-    """The summed loss of one row, in nats. Each token is predicted from those before it; the first has
-    none.
+def _asked(
+    model: Any, ids: list[int], labels: list[int], names: list[Identifier]
+) -> tuple[float, list[bool]]:
+    """The summed loss of one row, in nats, and of each of `names` whether all its tokens are the likeliest.
+    Each token is predicted from those before it; the first has none.
     """
     device = model.device
     logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[
         0, -len(ids) : -1
     ]  # after virtual tokens
     wanted = torch.tensor(labels[1:], device=device)
-    return float(
-        torch.nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
-    )
+    nats = torch.nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
+    hit = (logits.argmax(-1) == wanted).tolist() if names else []
+    return float(nats), [all(hit[name.start - 1 : name.end - 1]) for name in names]
 
 
 def _generations(pair: Pair, asked: Recipe, split: read.Split | None) -> list[Generation]:
@@ -306,6 +319,8 @@ def report(found: Evaluation) -> str:
         lines.append(f"{SETS[which]:<10} {row.rows:>6,} {row.tokens:>8,}  {numbers}  {perplexities}{none}")
     if any(row.half is not None for row in found.sets.values()):
         lines.append("change with its 95 % interval over the rows, each asked of both")
+    if table := identifiers.table({which: row.identifiers for which, row in found.sets.items()}, SETS):
+        lines += ["", *table]
     if table := probes.table(found.probes.base, found.probes.trained):
         lines += ["", *table]
     for entry in found.generations:
