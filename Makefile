@@ -48,7 +48,7 @@ contract: $(READY)  ## a contract from MODEL's config.json (a folder or a hub id
 plan: $(READY)  ## what RECIPE would train: targets, parameters, data, steps, memory; no weights, no GPU (JSON=1, FIT=24 what fits 24 GB, COMPARE=1 full/LoRA/QLoRA, SAMPLE=n the first n rows alone; ACCELERATE=zero3 DEVICES=8 on several devices)
 	@$(PY) scripts/plan.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(call on,JSON),--json) $(if $(FIT),--fit $(FIT)) $(if $(call on,COMPARE),--compare) $(if $(SAMPLE),--sample $(call quoted,$(SAMPLE))) $(LAYOUT) $(if $(DEVICES),--devices $(DEVICES))
 
-cache: $(READY)  ## the checked rows that plans and runs have kept, and where (CLEAR=1 removes them)
+cache: $(READY)  ## the checked rows and rehearsed steps that plans and runs have kept, and where (CLEAR=1 removes them)
 	@$(PY) -m lora_recipes cache $(if $(call on,CLEAR),--clear)
 
 memory: $(READY)  ## Llama-2 in full, by LoRA and by QLoRA: predicted memory beside the figures of the documents

@@ -660,7 +660,7 @@ def _cache(parser: ArgumentParser) -> None:
 
 
 def cached(given: Namespace) -> None:
-    """List or remove the rows that are kept."""
+    """List or remove the rows and steps that are kept."""
     with cli.importing():
         from lora_recipes.data import cache
     print(cache.clear() if given.clear else "\n".join(cache.lines()))
@@ -677,7 +677,11 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         "Write a contract from a checkpoint's config.json, so that plans need neither hub nor weights.",
     ),
     "plan": (_plan, plan, "Show what a recipe would train, without weights or GPU."),
-    "cache": (_cache, cached, "List the checked rows that plans and runs have kept, or remove them."),
+    "cache": (
+        _cache,
+        cached,
+        "List the checked rows and rehearsed steps that plans and runs have kept, or remove them.",
+    ),
     "train": (_train, train, "Train a recipe into outputs/<name>/."),
     "ablate": (_ablate, ablate, "Train every arm of an ablation, and report."),
     "merge": (_merge, merge, "Merge an adapter into its base and verify the result."),

@@ -26,6 +26,12 @@ from lora_recipes.recipe.base import resolve
 CASES = Path(__file__).parent / "cases"
 
 
+@functools.cache
+def shipped(name: str) -> str:
+    """That recipe, as YAML."""
+    return recipes.load(name).to_yaml()
+
+
 @pytest.fixture
 def write_recipe(tmp_path):
     """Writes a recipe made of a shipped one with `section.key` changes; returns its path. A value of ...
@@ -33,7 +39,7 @@ def write_recipe(tmp_path):
     """
 
     def write(base: str, name: str | None = None, **changes) -> Path:
-        sections = yaml.safe_load(recipes.load(base).to_yaml())
+        sections = yaml.load(shipped(base), yaml.CSafeLoader)
         for key, value in changes.items():
             section, _, field = key.partition("__")
             if not field:
@@ -43,9 +49,8 @@ def write_recipe(tmp_path):
             else:
                 sections.setdefault(section, {})[field] = value
         path = tmp_path / f"{name or base}.yaml"
-        path.write_text(
-            yaml.safe_dump({k: v for k, v in sections.items() if v is not ...}, allow_unicode=True)
-        )
+        kept = {k: v for k, v in sections.items() if v is not ...}
+        path.write_text(yaml.dump(kept, Dumper=yaml.CSafeDumper, allow_unicode=True))
         return path
 
     return write
@@ -87,7 +92,7 @@ def case(tmp_path, bases):
     """
 
     def write(name: str, **changes) -> Path:
-        sections = yaml.safe_load((CASES / f"{name}.yaml").read_text())
+        sections = yaml.load((CASES / f"{name}.yaml").read_text(), yaml.CSafeLoader)
         for key in "name_or_path", "tokenizer":
             value = sections["model"].get(key)
             if value and value.startswith("bases/"):
@@ -101,7 +106,7 @@ def case(tmp_path, bases):
         for rows in CASES.glob("*.jsonl"):
             shutil.copy(rows, tmp_path)
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(sections, allow_unicode=True))
+        path.write_text(yaml.dump(sections, Dumper=yaml.CSafeDumper, allow_unicode=True))
         return path
 
     return write

@@ -2,7 +2,6 @@
 once.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,34 +11,11 @@ import torch
 from lora_recipes.ablation.reuse import Kept, group
 from lora_recipes.ablation.spec import Ablation, Run
 from lora_recipes.core.errors import Problem, RecipeError, listed, raise_if
-from lora_recipes.memory import memory
+from lora_recipes.memory import kept, memory
 from lora_recipes.memory.fits import GIB, RESERVED_WORST, Memory, gib
 from lora_recipes.planning import plan
 from lora_recipes.planning.plan import Plan
 from lora_recipes.recipe.base import Resolved, resolve
-from lora_recipes.recipe.recipe import Recipe
-
-# What changes the numbers in the tensors, not their shapes: arms that differ in nothing else share one
-# rehearsal.
-SHAPELESS = {
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "data_seed",
-    "learning_rate",
-    "lr_scheduler_kwargs",
-    "lr_scheduler_type",
-}
-SHAPELESS |= {
-    "max_steps",
-    "num_train_epochs",
-    "seed",
-    "warmup_steps",
-    "weight_decay",
-    "lora_alpha",
-    "use_rslora",
-    "logging_steps",
-}
 
 
 def resolved(runs: Sequence[Run], outputs: Path) -> dict[str, Resolved]:
@@ -54,32 +30,22 @@ def planned(arms: Mapping[str, Resolved], network: bool, cuda: bool) -> dict[str
     """
     plans: dict[str, Plan] = {}
     problems: list[Problem] = []
-    kept: dict[str, Kept] = {}
+    read: dict[str, Kept] = {}
     for arm, resolved in arms.items():
         try:
-            rows = kept.setdefault(group(resolved.recipe), Kept()).rows
+            rows = read.setdefault(group(resolved.recipe), Kept()).rows
             plans[arm] = plan.make(resolved, network=network, rows=rows)
         except RecipeError as error:
             problems += [Problem(f"arm {arm}: {p.where}", p.found, p.do) for p in error.problems]
     raise_if(problems)
-    shapes = {arm: _shape(resolved.recipe) for arm, resolved in arms.items()}
-    distinct = {shape: arm for arm, shape in shapes.items()}
-    setups = [memory.of_recipe(arms[arm], plans[arm].gate, cuda) for arm in distinct.values()]
-    with memory.Rehearsals(setups, memory.SECONDS) as rehearsals:
-        peaks = {shape: rehearsals[number] for number, shape in enumerate(distinct)}
+    setups = {arm: memory.of_recipe(arms[arm], made.gate, cuda) for arm, made in plans.items()}
+    keys = {arm: kept.key(setup) for arm, setup in setups.items()}
+    distinct = {key: setups[arm] for arm, key in keys.items()}  # arms of the same shapes share a rehearsal
+    with memory.Rehearsals(list(distinct.values()), memory.SECONDS) as rehearsals:
+        peaks = {key: rehearsals[number] for number, key in enumerate(distinct)}
     for arm, made in plans.items():
-        plan.add_memory(made, arms[arm], cuda, peaks[shapes[arm]])
-    return {arm: (made, peaks[shapes[arm]]) for arm, made in plans.items()}
-
-
-def _shape(recipe: Recipe) -> str:
-    """The same text where a step holds the same tensors."""
-    sections = {
-        name: {k: v for k, v in section.items() if k not in SHAPELESS}
-        for name, section in recipe.sections.items()
-        if name != "probes"
-    }
-    return json.dumps(sections, sort_keys=True)
+        plan.add_memory(made, arms[arm], cuda, peaks[keys[arm]])
+    return {arm: (made, peaks[keys[arm]]) for arm, made in plans.items()}
 
 
 def table(ablation: Ablation, plans: dict[str, tuple[Plan, Memory]], cuda: bool) -> Iterator[str]:

@@ -67,12 +67,13 @@ def _said(error: RecipeError) -> int:
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Around an import of torch, transformers and trl: no garbage is looked for among the half million
-    objects that they make and keep. That search takes a sixth of the import's time.
+    objects that they make and keep, now or later. That search takes a sixth of the import's time.
     """
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()
 
 

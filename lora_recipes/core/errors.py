@@ -3,6 +3,7 @@ name.
 """
 
 import difflib
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -74,7 +75,11 @@ def nearest(word: str, names: Iterable[str]) -> str:
     """The name most like `word`, case aside; where none is like it, one of about the same length. Empty if
     there are no names.
     """
-    names = sorted(set(names))
+    return _nearest(word, tuple(sorted(set(names))))
+
+
+@functools.lru_cache(maxsize=4096)  # 2 ms among the 170 keys of train:
+def _nearest(word: str, names: tuple[str, ...]) -> str:
     lowered = {n.lower(): n for n in names}
     close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
     return lowered[close[0]] if close else min(names, key=lambda n: (abs(len(n) - len(word)), n), default="")

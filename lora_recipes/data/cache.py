@@ -1,11 +1,14 @@
-"""Checked rows that are kept: a folder for each content, so that the same rows are not read twice. A changed
-row, tokenizer, template or setting, or another version of this code, is another content.
+"""What is kept between commands: a folder for each content, so that the same rows are not read twice, nor the
+same step rehearsed (memory/kept.py). Of rows: a changed row, tokenizer, template or setting, or another
+version of this code, is another content.
 """
 
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,11 @@ DECIDES = (
     "truncation_mode",
 )
 FACTS = "facts.json"  # written last: a folder without it is not whole
+STEP = "step-"  # how the names of folders begin that are not of rows: of rehearsed steps
 
 
 def place() -> Path:
-    """Where rows are kept: beside what `datasets` keeps (HF_DATASETS_CACHE, HF_HOME)."""
+    """Where all is kept: beside what `datasets` keeps (HF_DATASETS_CACHE, HF_HOME)."""
     return Path(config.HF_DATASETS_CACHE) / "lora_recipes"
 
 
@@ -74,15 +78,50 @@ def _tokenizer(tokenizer: Any) -> list[Any]:
 
 
 def whole(folder: Path) -> dict[str, Any] | None:
-    """What facts.json says of a kept folder; None where the folder is not there, or not as it was written."""
+    """What facts.json says of a kept folder; None where the folder is not there, or not as it was written:
+    each file has its size (`files`), and the SHA-256 that is told of it (`sha256`).
+    """
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         same = bool(facts["files"]) and all(
             (folder / name).stat().st_size == size for name, size in facts["files"].items()
         )
+        same = same and all(
+            files.sha256(folder / name) == told for name, told in facts.get("sha256", {}).items()
+        )
     except (OSError, ValueError, KeyError, AttributeError):
         return None
     return facts if same else None
+
+
+def taken(
+    final: Path, doing: str, build: Callable[[Path], dict[str, Any]]
+) -> tuple[dict[str, Any], bool] | None:
+    """The facts of the kept folder `final`, and were they there before: else `build` makes them, in a folder
+    that is moved into place. None where nothing can be written there.
+
+    One process at a time makes a folder (`doing` what, says its lock), the others wait and take what it made.
+    """
+    if facts := whole(final):
+        return facts, True
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(final.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        return None
+    with lock.held(final, doing, wait=True):
+        if facts := whole(final):  # another process made them meanwhile
+            return facts, True
+        temporary = unfinished(final)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        try:
+            facts = build(temporary)
+            files.replace_folder(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return facts, False
 
 
 def size(folder: Path) -> int:
@@ -91,22 +130,26 @@ def size(folder: Path) -> int:
 
 
 def unfinished(final: Path) -> Path:
-    """Where the rows of `final` are made: by one process at a time, which holds its lock."""
+    """Where what `final` will hold is made: by one process at a time, which holds its lock."""
     return final.with_name(f".{final.name}.tmp")
 
 
-def kept() -> list[Path]:
-    """The folders of kept rows, the one that was made last first."""
+def kept(steps: bool = False) -> list[Path]:
+    """The folders of kept rows, or of rehearsed steps, the one that was made last first."""
     found = [f for f in place().glob("[!.]*") if f.is_dir()] if place().is_dir() else []
-    return sorted(found, key=lambda f: f.stat().st_mtime, reverse=True)
+    chosen = [f for f in found if f.name.startswith(STEP) == steps]
+    return sorted(chosen, key=lambda f: f.stat().st_mtime, reverse=True)
 
 
 def lines() -> list[str]:
-    """The kept rows, in words."""
-    found = kept()
-    total = files.size(sum(map(size, found)))
-    said = [f"checked rows kept: {len(found)}, {total}, in {place()}"]
-    for folder in found:
+    """What is kept, in words: the rows one by one, the rehearsed steps by number."""
+    rows, steps = kept(), kept(steps=True)
+    said = [
+        f"{what} kept: {len(found)}, {files.size(sum(map(size, found)))}, in {place()}"
+        for what, found in (("rehearsed steps", steps), ("checked rows", rows))
+        if found or what == "checked rows"
+    ]
+    for folder in rows:
         facts = whole(folder) or {}
         names = ", ".join(
             str(e["path"]) for which in ("train", "eval") for e in facts.get(which, {}).get("entries", [])
@@ -116,11 +159,11 @@ def lines() -> list[str]:
 
 
 def clear() -> str:
-    """Remove all kept rows, and what killed processes left; what was freed, in words. What is being made
+    """Remove all that is kept, and what killed processes left; what was freed, in words. What is being made
     stays. Who reads rows now keeps reading: their files go when they are closed.
     """
     freed = 0
-    for folder in [*kept(), *place().glob(".*.tmp")]:
+    for folder in [*kept(), *kept(steps=True), *place().glob(".*.tmp")]:
         final = folder.with_name(folder.name.removeprefix(".").removesuffix(".tmp"))
         with contextlib.suppress(RecipeError), lock.held(final, "removes them"):
             freed += size(folder)

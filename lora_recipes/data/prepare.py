@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import tempfile
 import time
 import weakref
@@ -26,7 +25,7 @@ import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from lora_recipes.core import cli, files, lock
+from lora_recipes.core import cli, files
 from lora_recipes.core.errors import Problem, RecipeError, nearest, raise_if
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import cache, mix, new_tokens, overlap, read, render, stops
@@ -104,30 +103,20 @@ def prepared(
     if content is None:
         return _apart(resolved, tokenizer, known, sample, "a source cannot be named by its content")
     final = cache.place() / cache.key(content, resolved, tokenizer, sample)
-    if facts := cache.whole(final):
-        return _opened(final, facts, resolved, _again(facts))
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(final.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+
+    def anew(folder: Path) -> dict[str, Any]:
+        facts = build(resolved, tokenizer, folder, known, sample)
+        if cache.content(resolved) != content:
+            found, do = "a source changed while it was read", "begin again when it is written"
+            raise RecipeError(Problem(resolved.recipe.at("data"), found, do))
+        return facts
+
+    with files.writing(final.parent, "while rows were kept", _elsewhere):
+        taken = cache.taken(final, "prepares the rows", anew)
+    if taken is None:
         return _apart(resolved, tokenizer, known, sample, f"{shown(final.parent)} cannot be written to")
-    with lock.held(final, "prepares the rows", wait=True):
-        if facts := cache.whole(final):  # another process made them meanwhile
-            return _opened(final, facts, resolved, _again(facts))
-        temporary = cache.unfinished(final)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-        try:
-            with files.writing(final.parent, "while rows were kept", _elsewhere):
-                facts = build(resolved, tokenizer, temporary, known, sample)
-                if cache.content(resolved) != content:
-                    found, do = "a source changed while it was read", "begin again when it is written"
-                    raise RecipeError(Problem(resolved.recipe.at("data"), found, do))
-                files.replace_folder(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return _opened(final, facts, resolved, _took(facts))
+    facts, before = taken
+    return _opened(final, facts, resolved, _again(facts) if before else _took(facts))
 
 
 def _elsewhere() -> str:

@@ -46,7 +46,7 @@ class Memory:
 
     `at`: in which part of a step the peak is. `unknown`: why the peak is not known; `parts` are then the
     least that is held, and no card is said to hold it. `parameters`, `trainable`: of the model that was run.
-    `quantised`: what of a base in NF4 is packed, and what is not.
+    `quantised`: what of a base in NF4 is packed, and what is not. `rehearsed`: when that was, in words.
     """
 
     parts: dict[str, int]
@@ -56,7 +56,7 @@ class Memory:
     assumptions: tuple[str, ...] = ()
     unknown: str = ""
     quantised: str = ""
-    seconds: float = 0.0
+    rehearsed: str = field(default="", compare=False)
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -96,16 +96,17 @@ class Memory:
     def lines(self) -> list[tuple[str, str]]:
         """For people: (label, text) pairs."""
         parts = " + ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size)
-        assumed = ("assumed", "\n".join([*self.assumptions, *self.notes]))
+        assumed = [("assumed", "\n".join([*self.assumptions, *self.notes]))]
+        assumed += [("rehearsed", self.rehearsed)] if self.rehearsed else []
         quantised = [("quantised", self.quantised)] if self.quantised else []
         if self.unknown:
             least = f"\nat least {gib(self.peak_bytes)} GiB: {parts}" if parts else ""
             said = f"not known, and neither is what fits: {self.unknown}{least}"
-            return [*quantised, ("memory", said), assumed]
+            return [*quantised, ("memory", said), *assumed]
         return [
             *quantised,
             ("memory", f"peak {gib(self.peak_bytes)} GiB, at {self.at}\n{parts}"),
-            assumed,
+            *assumed,
             ("cards", verdicts(self)),
         ]
 

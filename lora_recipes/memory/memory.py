@@ -23,7 +23,7 @@ from lora_recipes.data.gate import Gate
 from lora_recipes.data.labels import LabelGate, Texts
 from lora_recipes.data.render import IGNORED
 from lora_recipes.data.rows import Rows
-from lora_recipes.memory import blocks, fake, fits, kernels, rehearsal
+from lora_recipes.memory import blocks, fake, fits, kept, kernels, rehearsal
 from lora_recipes.memory.fits import Memory
 from lora_recipes.memory.rehearsal import Batch, Setup
 from lora_recipes.memory.storages import Stretch
@@ -155,7 +155,7 @@ def _shapes(data: Any) -> tuple[Any, Any]:
 
 class Rehearsals:
     """A process of its own that rehearses setups one after another: what goes wrong there, or takes too long,
-    ends there.
+    ends there. What was rehearsed before is taken as it was found then.
     """
 
     def __init__(self, setups: Sequence[Setup], seconds: float):
@@ -175,6 +175,9 @@ class Rehearsals:
 
     def __getitem__(self, index: int) -> Memory:
         """The memory of the setup `index`; where it cannot be rehearsed the least that it needs."""
+        return kept.of(self.setups[index], lambda: self._rehearsed(index))
+
+    def _rehearsed(self, index: int) -> Memory:
         if self.process is None:
             self._start()
         began, found = time.monotonic(), f"no answer within {self.seconds:g} s"
@@ -187,7 +190,7 @@ class Rehearsals:
         except (EOFError, OSError):  # killed: at its limit, or by the system
             self.__exit__()
         memory = least(self.setups[index], found) if isinstance(found, str) else found
-        return replace(memory, seconds=time.monotonic() - began)
+        return replace(memory, rehearsed=f"in {time.monotonic() - began:.1f} s")
 
     def _start(self) -> None:
         # A forked process has all modules already, which takes seconds to import; with CUDA begun it could

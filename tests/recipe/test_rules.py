@@ -2,6 +2,7 @@
 it: the key that the message must name, with its line; and the remedy, which must help.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -336,9 +337,15 @@ CASES = [
 SET = re.compile(r"(-?)([\w.]+)(?:=(\{[^}]*\}|\[\[.*?\]\]|\[[^\]]*\]|\S+))?")
 
 
+@functools.cache
+def shipped(name):
+    """That recipe, as YAML."""
+    return recipes.load(name).to_yaml()
+
+
 def written(case, path, *changes):
     """The shipped recipe with `changes`, as a file of its own: loaded, and its text."""
-    sections = yaml.safe_load(recipes.load(case.name).to_yaml())
+    sections = yaml.load(shipped(case.name), yaml.CSafeLoader)
     for out, key, value in SET.findall(" ".join(changes)):
         section, _, name = key.partition(".")
         if not out:
@@ -349,7 +356,7 @@ def written(case, path, *changes):
             sections[section].pop(name, None)
         else:
             del sections[section]
-    path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.dump(sections, Dumper=yaml.CSafeDumper, sort_keys=False), encoding="utf-8")
     return recipes.load(str(path))
 
 
