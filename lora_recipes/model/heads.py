@@ -91,23 +91,25 @@ def of(base: PreTrainedModel, labels: list[str], pooling: str) -> PreTrainedMode
     """A classifier with the decoder of `base`, a causal language model, in the place of its own head one of
     `labels`: float32, at random as the family's weights begin. `base` is of no further use.
     """
-    decoder = parts.decoder(base)
+    decoder = _body(base)
     family = [k for k in type(decoder).__mro__ if issubclass(k, PreTrainedModel) and k is not PreTrainedModel]
     config = copy.deepcopy(decoder.config)
     name = family[-1].base_model_prefix or "model"
+    config._name_or_path = base.name_or_path  # PEFT names it as the base; a text part has none
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
-    own = {"__module__": __name__, "pooling": pooling, "decoder_name": name}
+    # transformers reads the file of a class for whether its experts and attention can be chosen
+    own = {"__module__": family[-1].__module__, "pooling": pooling, "decoder_name": name}
     kind: Any = type(published(base), (Pooled, family[-1]), own)
     device = next(decoder.parameters()).device
+    last: Any = base.get_output_embeddings() or base.score  # of a merged classifier
     with no_init_weights():
         made = kind(config)
         setattr(made, name, decoder)
-        made.score = nn.Linear(
-            config.hidden_size, len(labels), bias=False, dtype=torch.float32, device=device
-        )
+        size = last.weight.shape[-1]  # not always hidden_size: OPT-350m's is projected
+        made.score = nn.Linear(size, len(labels), bias=False, dtype=torch.float32, device=device)
         made.post_init()
     if device.type != "meta":
         nn.init.normal_(made.score.weight, std=getattr(config, "initializer_range", None) or 0.02)
@@ -115,6 +117,18 @@ def of(base: PreTrainedModel, labels: list[str], pooling: str) -> PreTrainedMode
         if getattr(base, key, None) is not None:
             setattr(made, key, getattr(base, key))
     return made.train(base.training)
+
+
+def _body(base: PreTrainedModel) -> Any:
+    """What a classifier of this family holds under its head: all of a language model but its own head, which
+    may stand around the decoder (OPT's); of several parts the text model alone.
+    """
+    if base.config.get_text_config() is not base.config:
+        return parts.decoder(base)
+    if base.base_model is not base:
+        return base.base_model
+    # Llama 4's text class has another prefix than the name under which its model stands
+    return next(child for child in base.children() if isinstance(child, PreTrainedModel))
 
 
 def loaded_as(config: PreTrainedConfig) -> str | None:
@@ -125,19 +139,20 @@ def loaded_as(config: PreTrainedConfig) -> str | None:
     return kind.__name__ if kind else None
 
 
-def lines(model: PreTrainedModel, facts: HeadFacts | None) -> list[tuple[str, str]]:
-    """The head of `model` in words, for a plan; nothing where it has none."""
+def lines(facts: HeadFacts | None) -> list[tuple[str, str]]:
+    """The head in words, for a plan; nothing where it has none."""
     if facts is None:
         return []
     what = "the mean of a text's tokens" if facts.pooling == "mean" else "a text's last token"
-    size = f"{model.config.hidden_size:,} x {len(facts.classes)} = {facts.parameters:,} parameters in float32"
+    count, numbers = len(facts.classes), facts.parameters
+    size = f"{numbers // count:,} x {count} = {numbers:,} parameters in float32"
     how = f"pooling {facts.pooling}: {what} in the last hidden states"
     return [("head", f"{how}; linear, {size}, trained and saved whole")]
 
 
 def published(base: PreTrainedModel) -> str:
     """The name that transformers and vLLM have for a classifier of this family."""
-    name = type(parts.decoder(base)).__name__
+    name = type(_body(base)).__name__
     return f"{name.removesuffix('Model')}ForSequenceClassification"
 
 

@@ -168,7 +168,7 @@ def make(
     )
     if different := rates.said(model, recipe, arguments.learning_rate):
         plan.say("rates", different)
-    for label, text in heads.lines(model, plan.facts.head):
+    for label, text in heads.lines(plan.facts.head):
         plan.say(label, text)
     for label, text in labels.lines(plan.gate, recipe):
         plan.say(label, text)
@@ -214,7 +214,7 @@ def _classifier(
 def _head(rows: Gate, recipe: Recipe, model: PreTrainedModel) -> HeadFacts | None:
     if not (isinstance(rows, LabelGate) and recipe.classify):
         return None
-    size = model.config.hidden_size * len(rows.names)
+    size = cast(Any, model).score.weight.numel()
     return HeadFacts(pooling=recipe.classify.pooling, parameters=size, classes=rows.classes)
 
 

@@ -7,8 +7,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lora_recipes.model import heads, scores
+from lora_recipes.model import checkpoint, heads, scores
 from lora_recipes.recipe import contract as contracts
+from lora_recipes.recipe.base import Folder
+from tests.cases import families
 
 NAMES = ["a", "b", "c"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 64}
@@ -57,6 +59,31 @@ def test_padding_on_either_side_does_not_change_the_logits(kind, pooling):
     assert torch.equal(left, right)
     torch.testing.assert_close(right, alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(input_ids=torch.cat([ids, padding], 1)).logits, alone, atol=1e-3)
+
+
+CLASSLESS = {"cohere2", "gemma4", "llama4", "mamba2", "qwen2_5_vl", "qwen3_5_moe"}  # none in transformers
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(CLASSLESS), "falcon", "gpt_oss", "gptj", "jamba", "llava", "opt", "stablelm"]
+)
+def test_a_family_keeps_the_names_that_its_own_class_has(name, tmp_path):
+    """OPT's decoder stands in a model of its own, Llama 4's text model under another name than its prefix;
+    that experts can be chosen, transformers reads in a file; a text part of several has no name.
+    """
+    made: Any = heads.of(checkpoint.load(Folder(families.make(name, tmp_path))), NAMES, "mean")
+    assert made.name_or_path == str(tmp_path / name)
+    made(input_ids=torch.tensor([[1, 2, 3]]))
+    if heads.loaded_as(made.config) is None:
+        assert name in CLASSLESS
+        return
+    made.save_pretrained(tmp_path / "saved")
+    theirs, report = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert type(theirs).__name__ == heads.loaded_as(made.config) == type(made).__name__
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(theirs.score.weight, made.score.weight)
 
 
 @torch.no_grad()

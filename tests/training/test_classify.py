@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -30,6 +31,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command, live
 from lora_recipes.serving.endpoint import Endpoint
 from lora_recipes.training.train import train
+from tests.process import run as run_verb
 
 SHORT = ["train.num_train_epochs=1", "train.eval_strategy=steps", "train.save_strategy=steps"]
 SHORT += ["train.eval_steps=20", "train.save_steps=20", "train.save_total_limit=4"]
@@ -301,6 +303,27 @@ def test_a_classifier_is_published_with_its_labels(outputs, capsys):
     assert all(name in said for name in ("labels.json", "adapter_model.safetensors", "recipe.yaml"))
     card = (outputs / "tiny_classify" / "adapter" / "README.md").read_text()
     assert "text-classification" in card and "privilege; pooling mean" in card
+
+
+@pytest.mark.slow
+def test_two_processes_train_bit_for_bit_what_one_trains_with_the_same_rows_a_step(outputs, tmp_path):
+    sections = yaml.safe_load(recipes.load("tiny_classify").to_yaml())
+    del sections["early_stopping"], sections["train"]["metric_for_best_model"]
+    sections["train"] |= {"per_device_train_batch_size": 8, "max_steps": 4}
+    sections["train"] |= {"eval_strategy": "no", "save_strategy": "no"}
+    path = tmp_path / "pair.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    done = run_verb(
+        "train", str(path), "--outputs", str(tmp_path / "two"), "--accelerate", "ddp", "--processes", "2"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["train.gradient_accumulation_steps=2"]
+    one = train(resolve(recipes.load(str(path), words), tmp_path / "one"))
+    two = RunFolder(tmp_path / "two" / "pair").run
+    file = Path("pair", "adapter", "adapter_model.safetensors")
+    mine, theirs = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert two and two.scores == one.scores and two.plan.layout.processes == 2
 
 
 def test_trls_keys_are_refused_by_the_plan(tmp_path):
