@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve data contract plan cache memory train ablate merge eval predict combine push release serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
+.PHONY: help setup setup-serve data contract plan cache memory train ablate merge eval predict combine push release retrain monitor serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -77,6 +77,12 @@ push: $(READY)  ## publish RECIPE's adapter on the Hugging Face Hub: REPO=owner/
 
 release: $(READY)  ## tie RECIPE's adapter to its rows, evaluation and commit: TAG=lora-v1.2.3, outputs/_releases/TAG (SOURCE=repository, DRY=1 only looks, UNPROVEN=1)
 	@$(PY) scripts/release.py $(RECIPE) $(call named,TAG SOURCE OUTPUTS) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,DRY),--dry-run)
+
+retrain: $(READY)  ## go on from RECIPE's deployed release with the rows that are new; promoted if better, exit codes for a scheduler (TAG=, SOURCE=, DRY=1, UNPROVEN=1)
+	@$(PY) scripts/retrain.py $(RECIPE) $(call named,TAG SOURCE OUTPUTS) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,DRY),--dry-run)
+
+monitor: $(READY)  ## keep the answers of URL=server in LOG=x.jsonl, with CONSENT=header or everyone (PORT=, HOST=); without URL= look at them: a page, and drift (SHARE=0.1, SEED=, MODEL=, FORCE=1)
+	@$(PY) scripts/monitor.py $(RECIPE) $(call named,LOG URL CONSENT HOST PORT SHARE SEED MODEL OUTPUTS) $(if $(call on,FORCE),--force)
 
 serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, UNPROVEN=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")
 	@$(PY) scripts/serve.py $(if $(CHECK)$(REMOVE),$(ADAPTERS),$(or $(ADAPTERS),$(RECIPE))) $(SERVE_OPTIONS) $(if $(VLLM),-- $(VLLM))

@@ -510,6 +510,82 @@ def release(given: Namespace) -> None:
     print(release(given.recipe, given.outputs, given.tag, given.source, given.unproven, given.dry_run))
 
 
+def _retrain(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        default=DEFAULT,
+        help=f"a recipe of which a release is deployed (default: {DEFAULT})",
+    )
+    parser.add_argument(
+        "--tag", help="of the release that it is promoted as (default: the last one's number and one more)"
+    )
+    _source(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what is new, and train nothing")
+    _outputs(parser)
+    _unproven(parser)
+    parser.epilog = "The exit code says what came of it: docs/release.md."
+
+
+def retrain(given: Namespace) -> int:
+    """Train what is new, compare, promote."""
+    from lora_recipes.core import git
+
+    git.repository(given.source)
+    with cli.importing():
+        from lora_recipes.release.retrain import retrain
+
+    return retrain(given.recipe, given.outputs, given.source, given.tag, given.unproven, given.dry_run)
+
+
+def _monitor(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        default=DEFAULT,
+        help=f"a recipe of which a release is deployed (default: {DEFAULT})",
+    )
+    parser.add_argument(
+        "--log", type=Path, required=True, metavar="FILE", help="the answers that are kept: x.jsonl"
+    )
+    parser.add_argument(
+        "--url", help="a server to pass requests on to, keeping its answers; else they are looked at"
+    )
+    parser.add_argument(
+        "--consent",
+        metavar="HOW",
+        help="header: keep the answers to requests that say X-Log-Consent: yes; everyone: all, as everyone"
+        " who asks has agreed. Without it nothing is kept",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="of the proxy (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8001, help="of the proxy (default: 8001)")
+    parser.add_argument(
+        "--share", type=float, default=0.1, help="of the answers to look at (default: 0.1; often 0.05 to 0.1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that sample (default: 0)")
+    parser.add_argument("--model", help="whose answers, where several answered")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the sample and the page of another look"
+    )
+    _outputs(parser)
+
+
+def monitor(given: Namespace) -> int:
+    """Keep answers, or look at those that were kept."""
+    if given.url:
+        from lora_recipes.release.answers import keep
+
+        return keep(given.url, given.host, given.port, given.log, given.consent)
+    if given.consent:
+        raise RecipeError(
+            Problem("--consent", "is of a proxy", f"name the server: {cli.command(URL='http://...')}")
+        )
+    with cli.importing():
+        from lora_recipes.release.monitor import monitor
+
+    return monitor(given.recipe, given.outputs, given.log, given.share, given.seed, given.model, given.force)
+
+
 def _serve(parser: ArgumentParser) -> None:
     parser.epilog = "What stands after -- goes to vLLM."
     parser.add_argument(
@@ -701,6 +777,16 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         _release,
         release,
         "Tie an adapter to its recipe, rows, evaluation and commit: a folder, a manifest, a tag.",
+    ),
+    "retrain": (
+        _retrain,
+        retrain,
+        "Go on from the deployed adapter with the rows that are new; deploy what is better by its interval.",
+    ),
+    "monitor": (
+        _monitor,
+        monitor,
+        "Keep what a server answers, with consent; sample it, and compare its loss with the release's.",
     ),
     "serve": (_serve, serve, "Check adapters, start vLLM, prove that they are live, stay up."),
     "chat": (_chat, chat, "Ask base and adapter on a running server side by side."),

@@ -90,6 +90,13 @@ class Repository:
         path = file.relative_to(self.root).as_posix()
         return path if ask(self.root, "cat-file", "-e", f"{self.commit}:{path}").done else None
 
+    def changed(self, since: str) -> set[str] | None:
+        """The files, by their paths from the root, that differ between the commit `since` and this one; None
+        where git does not know that commit (a shallow clone, a history that was written anew).
+        """
+        answer = ask(self.root, "diff", "--name-only", "--no-renames", "-z", since, self.commit)
+        return set(filter(None, answer.said.split("\0"))) if answer.done else None
+
     def tag(self, name: str, message: str) -> None:
         """An annotated tag on the commit."""
         made = ask(self.root, "tag", "-a", "-m", message, "--", name, self.commit)

@@ -97,6 +97,15 @@ def per_unit(amounts: Sequence[float], units: Sequence[int]) -> Mean:
     return Mean(ratio, half, len(units))
 
 
+def between(one: Mean, other: Mean) -> Mean:
+    """`one` - `other` where both are of units of their own: the halves add up as the sides of a right angle
+    do. Where one has no interval, the difference has none.
+    """
+    known = one.half is not None and other.half is not None
+    half = math.hypot(one.half or 0, other.half or 0) if known else None
+    return Mean(one.value - other.value, half, min(one.count, other.count))
+
+
 def mcnemar(better: int, worse: int) -> float:
     """Two-sided p of the exact test of McNemar: of the pairs that came out differently, `better` one way and
     `worse` the other, as a fair coin would give or further from the middle. 1 where none did.

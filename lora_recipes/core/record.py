@@ -314,6 +314,9 @@ class Loss:
 
     loss: Annotated[float, "mean, nats a token"]
     perplexity: Annotated[float, "exp(loss)"]
+    half: Annotated[
+        float | None, "half of the 95 % interval of loss over the rows; of several rows; older records: none"
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,6 +449,32 @@ class Released:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compared:
+    """This run's adapter beside the one that was deployed: `make retrain`."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    tag: Annotated[str, "the release that was deployed"]
+    adapter_sha256: Annotated[str, "hash of its adapter's weights"]
+    losses: Annotated[SetLosses, "on data.eval; base is the deployed adapter, trained this one"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitored:
+    """The deployed adapter on answers that were kept: `make monitor`."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    tag: Annotated[str, "the release that was deployed"]
+    answers_sha256: Annotated[str, "hash of the sample's file"]
+    rows: Annotated[int, "answers in the sample"]
+    loss: Annotated[float, "of the deployed adapter on them, nats a token"]
+    half: Annotated[float | None, "half of its 95 % interval over the rows; null: one row"]
+    held_out: Annotated[float, "loss on the release's held-out rows, nats a token"]
+    change: Annotated[float, "loss - held_out"]
+    change_half: Annotated[float | None, "half of its 95 % interval; null: one row"]
+    drift: Annotated[bool, "is the loss higher by that interval?"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Combined:
     """What a combination was made of, and what was measured: `make combine`."""
 
@@ -491,6 +520,8 @@ class Record:
     merged: Annotated[Merged | None, "the last merge, if one was made"] = None
     served: Annotated[Served | None, "the last proof on a server, if there was one"] = None
     released: Annotated[list[Released] | None, "its releases, if there are any"] = None
+    compared: Annotated[Compared | None, "with what was deployed; of a retrained run"] = None
+    monitored: Annotated[Monitored | None, "the last look at kept answers, if there was one"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

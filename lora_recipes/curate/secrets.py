@@ -34,7 +34,7 @@ def run(given: Namespace) -> str:
 
     def clean(item: Item) -> Outcome:
         found: list[str] = []
-        row = _cleaned(item.raw, shapes, found)
+        row = cleaned(item.raw, shapes, found)
         if found and given.drop:
             return Outcome(reason=f"holds: {found[0]}", example="", raw=row)
         return Outcome([row], notes=[f"replaced: {kind}" for kind in found], example="")
@@ -44,13 +44,13 @@ def run(given: Namespace) -> str:
         return job.finish()
 
 
-def _cleaned(value: Any, shapes: list[Shape], found: list[str]) -> Any:
+def cleaned(value: Any, shapes: list[Shape], found: list[str]) -> Any:
     """`value` with every text in it cleaned, names of fields too; the kinds are added to `found`."""
     if isinstance(value, str):
         return clean(value, shapes, found)
     if isinstance(value, dict):
-        return {clean(k, shapes, found): _cleaned(v, shapes, found) for k, v in value.items()}
-    return [_cleaned(v, shapes, found) for v in value] if isinstance(value, list) else value
+        return {clean(k, shapes, found): cleaned(v, shapes, found) for k, v in value.items()}
+    return [cleaned(v, shapes, found) for v in value] if isinstance(value, list) else value
 
 
 def clean(text: str, shapes: list[Shape], found: list[str]) -> str:

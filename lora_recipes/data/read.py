@@ -2,6 +2,7 @@
 torch.
 """
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
@@ -67,12 +68,17 @@ class Reader:
         """Sound rows, each with the number of its source."""
         try:
             for number, source in enumerate(self.sources):
-                for row in self._source(source):
+                for row, _ in self._source(source):
                     yield number, row
         except TooMany:
             pass
 
-    def _source(self, source: Source) -> Iterator[Row]:
+    def with_raw(self, number: int) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """The sound rows of one source, each with what stands there."""
+        with contextlib.suppress(TooMany):
+            yield from self._source(self.sources[number])
+
+    def _source(self, source: Source) -> Iterator[tuple[Row, dict[str, Any]]]:
         before, notes, form = len(self.faults), list[str](), source.form
         raws = sources.rows(source.entry, source.at, self.faults, notes, self.recipe)
         for where, raw in itertools.islice(raws, self.sample):
@@ -83,7 +89,7 @@ class Reader:
             if not found:
                 source.rows += 1
                 self.first = self.first or row
-                yield row
+                yield row, raw
         if form.seen and (missing := form.missing(source.at)):
             self.faults[before:] = missing  # each row says it too
         notes += form.notes()

@@ -8,7 +8,7 @@ into tokens and labels as for training.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,16 +48,30 @@ class Pair:
     stop_text: str | None = None  # the same, where that is no token
     untrained: Any = None  # the base, when it is a model of its own
     facts: dict[str, Any] = field(default_factory=dict)  # fields of Evaluation that say which two
+    against: str | None = (
+        None  # another adapter on the same base, by name, which is asked in place of the base
+    )
 
     def side(self, which: str) -> tuple[Any, AbstractContextManager[None]]:
         """The model to ask for `base` or `trained`, and the context to ask it in."""
         if which == "trained":
             return self.trained, contextlib.nullcontext()
+        if self.against:
+            return self.trained, self._other(self.against)
         return (
             (self.untrained, contextlib.nullcontext())
             if self.untrained is not None
             else (self.trained, self.trained.disable_adapter())
         )
+
+    @contextlib.contextmanager
+    def _other(self, name: str) -> Iterator[None]:
+        """The adapter `name` in place of the trained one."""
+        self.trained.set_adapter(name)
+        try:
+            yield
+        finally:
+            self.trained.set_adapter("default")
 
 
 SIDES = ("base", "trained")
@@ -109,11 +123,7 @@ def _evaluation(
     raise_if(probes.problems(pair.tokenizer, asked))
     losses = {}
     for which, split in sets.items():
-        done = render.examples(split.rows, pair.tokenizer, asked)
-        done = stops.closed(split.rows, done, stops.next_turn(pair.tokenizer, resolved))
-        examples = [render.truncated(example, asked) for example in done]
-        names = [identifiers.found(e, pair.tokenizer, render.kept_range(e, asked)) for e in done]
-        losses[which] = _losses(pair, examples, names, split.sha256)
+        losses[which] = _losses(pair, *_examples(split, pair, resolved), split.sha256)
     answered = {}
     for side in SIDES:
         model, context = pair.side(side)
@@ -134,6 +144,35 @@ def _evaluation(
         return dataclasses.replace(found, notes=[*found.notes, note])
     target.write_record(dataclasses.replace(record, evaluation=found))
     return found
+
+
+def against(name: str, outputs: Path, other: Path) -> SetLosses:
+    """The adapter of the run outputs/<name>/ and the one in the folder `other`, on the rows of data.eval:
+    each is asked of both, `base` is `other`. RecipeError when anything is missing.
+    """
+    run = RunFolder(outputs / name)
+    asked = _recipe(run, name, ())
+    resolved, split = resolve(asked, outputs), _rows(asked)["eval"]
+    pair = _pair(resolved, run.result(asked.method), None, other)
+    return _losses(pair, *_examples(split, pair, resolved), split.sha256)
+
+
+def loss_of(adapter: Path, rows: Path, name: str, outputs: Path) -> interval.Mean:
+    """The loss of the adapter in the folder `adapter` on the file `rows` of prompts and completions, nats a
+    token, as the run outputs/<name>/ trains and evaluates. RecipeError where it cannot be asked.
+    """
+    run = RunFolder(outputs.absolute() / name)
+    asked = _recipe(run, name, ())
+    own = {k: v for k, v in asked.sections["data"].items() if k not in ("format", "columns", "kept")}
+    data = own | {"eval": [{"path": str(rows), "format": "completion"}]}
+    asked = dataclasses.replace(asked, sections=asked.sections | {"data": data})
+    resolved, split = resolve(asked, outputs), _rows(asked)["eval"]
+    pair = _pair(resolved, adapter, None)
+    examples, _ = _examples(split, pair, resolved)
+    counts = _counts(examples)
+    model, context = pair.side("trained")
+    with context, torch.no_grad():
+        return interval.per_unit([_asked(model, *example, [])[0] for example in examples], counts)
 
 
 def _recipe(run: RunFolder, name: str, overrides: Sequence[str]) -> Recipe:
@@ -179,8 +218,10 @@ def _rows(asked: Recipe) -> dict[str, read.Split]:
     return sets
 
 
-def _pair(resolved: Resolved, result: Path, base: Path | None) -> Pair:
-    """Load both models; the adapter's tensors, base and weights are checked first."""
+def _pair(resolved: Resolved, result: Path, base: Path | None, other: Path | None = None) -> Pair:
+    """Load both models; the adapter's tensors, base and weights are checked first. `other`: the folder of an
+    adapter that is asked in place of the base.
+    """
     asked, weights = resolved.recipe, resolved.base.weights
     if not result.is_dir():
         raise RecipeError(
@@ -210,8 +251,12 @@ def _pair(resolved: Resolved, result: Path, base: Path | None) -> Pair:
     }
     tokenizer = attach.tokenizer(result, source)
     untrained = _grown(attach.base(source, known), tokenizer, asked)
-    text = known.stop_text if known else None
-    return Pair(tokenizer, attach.attach(untrained, {"default": adapter}), result, text, facts=facts)
+    text, beside = known.stop_text if known else None, {}
+    if other:
+        beside = {"other": adapters.read(other, anything=True)}
+        raise_if(base_fit.fit(beside["other"], source, provenance.read(other)))
+    attached = attach.attach(untrained, {"default": adapter, **beside})
+    return Pair(tokenizer, attached, result, text, against=next(iter(beside), None), facts=facts)
 
 
 def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
@@ -222,30 +267,49 @@ def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
     return base
 
 
-def _losses(
-    pair: Pair, examples: list[tuple[list[int], list[int]]], names: list[list[Identifier]], sha256: str
-) -> SetLosses:
-    """Mean loss (nats a trained token) and perplexity of both sides, and which of the `names` in each row
-    they predict; one row at a time, so that no padding has a say.
-    """
+Examples = list[tuple[list[int], list[int]]]  # tokens and labels of each row
+
+
+def _examples(split: read.Split, pair: Pair, resolved: Resolved) -> tuple[Examples, list[list[Identifier]]]:
+    """The rows as training would make them, and the identifiers in each."""
+    asked = resolved.recipe
+    done = render.examples(split.rows, pair.tokenizer, asked)
+    done = stops.closed(split.rows, done, stops.next_turn(pair.tokenizer, resolved))
+    names = [identifiers.found(e, pair.tokenizer, render.kept_range(e, asked)) for e in done]
+    return [render.truncated(example, asked) for example in done], names
+
+
+def _counts(examples: Examples) -> list[int]:
+    """Tokens of each row that are in the loss. RecipeError where none is."""
     counts = [sum(label != IGNORED for label in labels[1:]) for _, labels in examples]
-    if not (tokens := sum(counts)):
+    if not sum(counts):
         raise RecipeError(
             Problem("data", "no token of these rows is in the loss", "look at train.max_length and the rows")
         )
+    return counts
+
+
+def _losses(pair: Pair, examples: Examples, names: list[list[Identifier]], sha256: str) -> SetLosses:
+    """Mean loss (nats a trained token) and perplexity of both sides, and which of the `names` in each row
+    they predict; one row at a time, so that no padding has a say.
+    """
+    counts = _counts(examples)
     sums, hits = {}, {}
     for side in SIDES:
         model, context = pair.side(side)
         with context, torch.no_grad():
             asked = [_asked(model, *example, of) for example, of in zip(examples, names, strict=True)]
         sums[side], hits[side] = [nats for nats, _ in asked], [predicted for _, predicted in asked]
-    means = {side: math.fsum(rows) / tokens for side, rows in sums.items()}
-    found = {side: Loss(loss=mean, perplexity=math.exp(min(mean, 700.0))) for side, mean in means.items()}
+    means = {side: interval.per_unit(rows, counts) for side, rows in sums.items()}
+    found = {
+        side: Loss(loss=mean.value, perplexity=math.exp(min(mean.value, 700.0)), half=mean.half)
+        for side, mean in means.items()
+    }
     changes = [after - before for before, after in zip(*(sums[side] for side in SIDES), strict=True)]
     return SetLosses(
         rows=len(examples),
         sha256=sha256,
-        tokens=tokens,
+        tokens=sum(counts),
         **found,
         half=interval.per_unit(changes, counts).half,
         identifiers=identifiers.accuracy(names, *(hits[side] for side in SIDES)),

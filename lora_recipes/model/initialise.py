@@ -1,5 +1,6 @@
 """How A and B begin where PEFT's constructor alone is not enough: from data (EVA, CorDA), from the base
-(PiSSA, OLoRA), from what NF4 rounded away (LoftQ), or from the SVD of a full update (`warm_start:`).
+(PiSSA, OLoRA), from what NF4 rounded away (LoftQ), from the SVD of a full update, or from an adapter that was
+trained before (`warm_start:`).
 
 PiSSA, OLoRA and CorDA take their part out of the base: W = W' + s B0 A0. The adapter is saved as what was
 learned, s (B A - B0 A0), of twice the rank, which is right on the untouched base (PEFT's
@@ -14,16 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, initialize_lora_eva_weights
+from peft import (
+    PeftModel,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from lora_recipes.core import adapter_folder as adapters
 from lora_recipes.core import base_fit, weights
-from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.locate import local
 from lora_recipes.core.record import WarmStart
+from lora_recipes.core.yamlfile import shown
 from lora_recipes.data.render import Example
 from lora_recipes.recipe.base import Resolved
 from lora_recipes.recipe.recipe import MUTATE, Recipe, initialisation
@@ -139,7 +148,40 @@ def begin(model: Any, resolved: Resolved, rows: Sequence[Example]) -> dict[str, 
         warm(model, folder)
     elif resolved.warm:
         return warm(model, resolved.warm.result)
+    elif recipe.warm_start and recipe.warm_start.from_adapter:
+        go_on(model, recipe)
     return None
+
+
+def go_on(model: Any, recipe: Recipe) -> None:
+    """Set every tensor of the adapter of `model` to those of warm_start.from_adapter. RecipeError where that
+    is of another shape or scaling.
+    """
+    assert recipe.warm_start and recipe.warm_start.from_adapter
+    at, adapter = recipe.at("warm_start", "from_adapter"), adapters.read(given_adapter(recipe), anything=True)
+    saved = load_file(adapter.file)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    differ = [n for n in {**own, **saved} if n not in own or n not in saved or own[n].shape != saved[n].shape]
+    scales = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and any(
+            abs(scale - adapters.scaling(adapter.config, name.removeprefix("base_model.model."))) > 1e-6
+            for scale in module.scaling.values()
+        )
+    ]
+    if differ or scales:
+        what = f"has other tensors: {listed(differ, 3)}" if differ else f"has another scaling: {scales[0]}"
+        do = "the lora: section must be the one that it was trained with"
+        raise RecipeError(Problem(at, f"{shown(adapter.path)} {what}", do))
+    set_peft_model_state_dict(model, saved)
+
+
+def given_adapter(recipe: Recipe) -> Path:
+    """The folder of warm_start.from_adapter."""
+    assert recipe.warm_start and recipe.warm_start.from_adapter
+    return recipe.file(recipe.warm_start.from_adapter)
 
 
 def copies(recipe: Recipe) -> int:

@@ -224,7 +224,7 @@ def _resolve(recipe: Recipe, outputs: Path, chain: list[str]) -> Resolved:
     elif model.tokenizer in contracts.names():
         tokenizer = contracts.load(model.tokenizer)
     warm = None
-    if recipe.warm_start:
+    if recipe.warm_start and recipe.warm_start.from_recipe:
         warm = _resolve(
             recipes.load(recipe.warm_start.from_recipe, beside=recipe.path.parent), outputs, chain
         )

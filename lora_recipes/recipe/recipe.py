@@ -37,6 +37,7 @@ PATHS: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "chat_template"): (".jinja", ".j2"),  # other words are names of TRL's own
     ("model", "from_recipe"): (".yaml", ".yml"),  # of shipped recipes
     ("warm_start", "from_recipe"): (".yaml", ".yml"),
+    ("warm_start", "from_adapter"): (),
 }
 
 

@@ -926,6 +926,11 @@ def _warm(broken: Broken) -> Broken:
     return found
 
 
+def _full_update(recipe: Recipe) -> bool:
+    """Do A and B begin from one? An adapter is taken as it is."""
+    return recipe.warm_start is not None and recipe.warm_start.from_recipe is not None
+
+
 _WARM = [
     Rule(
         "warm_start",
@@ -933,6 +938,16 @@ _WARM = [
         "{method}: has no A and B to begin with",
         "write lora:, or remove it",
         lambda r, f: r.warm_start is not None and r.lora is None,
+    ),
+    Rule(
+        "warm_start",
+        "none or both of its keys",
+        "A and B begin from one thing",
+        "give from_recipe: or from_adapter:",
+        lambda r, f: (
+            r.warm_start is not None
+            and (r.warm_start.from_recipe is None) == (r.warm_start.from_adapter is None)
+        ),
     ),
     *(
         Rule(
@@ -943,9 +958,9 @@ _WARM = [
             _warm(own),
         )
         for name, own in (
-            ("use_dora", _given("use_dora")),
+            ("use_dora", lambda r, f: _full_update(r) and _given("use_dora")(r, f)),
             ("init_lora_weights", lambda r, f: r.lora is not None and r.lora.init_lora_weights is not True),
-            ("target_parameters", _given("target_parameters")),
+            ("target_parameters", lambda r, f: _full_update(r) and _given("target_parameters")(r, f)),
         )
     ),
     Rule(
@@ -953,7 +968,7 @@ _WARM = [
         "model.quantize",
         "the update of a 4-bit base is not defined here",
         "remove model.quantize",
-        _warm(lambda r, f: r.model.quantize is not None),
+        _warm(lambda r, f: _full_update(r) and r.model.quantize is not None),
     ),
     Rule(
         "warm_start.from_recipe",

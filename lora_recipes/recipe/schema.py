@@ -307,11 +307,26 @@ OURS: dict[str, dict[str, Any]] = {
     "warm_start": _object(
         {
             "from_recipe": (
-                _TEXT | {"description": "a full: or freeze: recipe on the same base, trained already"}
-            )
+                _TEXT
+                | {
+                    "description": (
+                        "a full: or freeze: recipe on the same base, trained already: A and B begin as the"
+                        " best rank-r part of its update of the base (by SVD)"
+                    )
+                }
+            ),
+            "from_adapter": (
+                _TEXT
+                | {
+                    "description": (
+                        "folder of a trained adapter of this shape on the same base: training goes on from"
+                        " its A and B, with a new optimizer"
+                    )
+                }
+            ),
         },
-        ["from_recipe"],
-        "lora: A and B begin as the best rank-r part of that recipe's update of the base (by SVD)",
+        [],
+        "lora: A and B begin from what was trained before",
     ),
     "classify": _object(
         {

@@ -298,7 +298,8 @@ class Train(Section):
 class WarmStart(Section):
     """The `warm_start:` section."""
 
-    from_recipe: str
+    from_recipe: str | None = None
+    from_adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,11 @@ Refusal = tuple[Exit, list[Problem]]
 
 @dataclass(frozen=True)
 class Checked:
-    """What may be released: the `run` of `recipe`, of the commit of `source`; `notes`: what is not proven of
-    it.
+    """What may be released as `name`: the `run` of `recipe`, of the commit of `source`; `notes`: what is not
+    proven of it.
     """
 
+    name: str
     folder: RunFolder
     run: FinishedRun
     recipe: Recipe
@@ -82,16 +83,26 @@ def check(folder: RunFolder, outputs: Path, tag: str, source: Path, unproven: bo
     recipe = dataclasses.replace(recipes.load(str(folder.path / "recipe.yaml")), name=folder.path.name)
     run = folder.run
     assert isinstance(run, FinishedRun), "locate.run_folder asks for it"
-    refused: list[Refusal] = [
-        *_tag(repository, outputs, tag),
-        (Exit.DIRTY, _dirty(repository, outputs)),
-        *_adapter(folder, run, unproven),
-    ]
+    _raise_if([*_place(repository, outputs, tag), *_adapter(folder, run, unproven)])
+    push.pack(folder.result("lora"), unproven=True)  # its tensors, its recipe, and no secret in a file
+    return Checked(folder.path.name, folder, run, recipe, repository, _notes(folder, run, unproven))
+
+
+def free(repository: git.Repository, outputs: Path, tag: str) -> None:
+    """RecipeError where a release could not be made as `tag` at the commit of `repository`."""
+    _raise_if(_place(repository, outputs, tag))
+
+
+def _raise_if(refused: list[Refusal]) -> None:
+    """All that was found in one error, with the code of the first."""
     refused = [(code, problems) for code, problems in refused if problems]
     if refused:
         raise RecipeError([p for _, problems in refused for p in problems], refused[0][0])
-    push.pack(folder.result("lora"), unproven=True)  # its tensors, its recipe, and no secret in a file
-    return Checked(folder, run, recipe, repository, _notes(folder, run, unproven))
+
+
+def _place(repository: git.Repository, outputs: Path, tag: str) -> list[Refusal]:
+    """What of the tag, and of the commit, stands in the way."""
+    return [*_tag(repository, outputs, tag), (Exit.DIRTY, _dirty(repository, outputs))]
 
 
 def _tag(repository: git.Repository, outputs: Path, tag: str) -> list[Refusal]:
@@ -231,7 +242,7 @@ def manifest(
     return Manifest(
         tag=tag,
         at=now(),
-        recipe=run.recipe,
+        recipe=checked.name,
         commit=checked.source.commit,
         run_git=run.git,
         run_ended=run.ended,

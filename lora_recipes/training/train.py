@@ -14,7 +14,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedModel, ProgressCallback
 from trl import SFTConfig
 
-from lora_recipes.core import checkpoints, cli, environment, files, lock, weights
+from lora_recipes.core import adapter_folder as adapters
+from lora_recipes.core import base_fit, checkpoints, cli, environment, files, lock, provenance, weights
 from lora_recipes.core.checkpoints import newest_whole
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
@@ -25,7 +26,7 @@ from lora_recipes.data import labels, read
 from lora_recipes.data.gate import Gate
 from lora_recipes.data.labels import LabelGate
 from lora_recipes.memory.fits import Memory
-from lora_recipes.model import answers, build, heads, package, probes
+from lora_recipes.model import answers, build, heads, initialise, package, probes
 from lora_recipes.model.checkpoint import contract_differences
 from lora_recipes.model.initialise import Start
 from lora_recipes.planning import plan as plans
@@ -221,7 +222,12 @@ def prepare_base(resolved: Resolved, oversized: bool = False) -> None:
 
 
 def warm_ready(resolved: Resolved) -> list[Problem]:
-    """Was the full update of a warm start trained, and on the weights that the base has now?"""
+    """Was what a warm start begins from trained, and on the weights that the base has now?"""
+    recipe = resolved.recipe
+    if recipe.warm_start and recipe.warm_start.from_adapter:
+        given, base = initialise.given_adapter(recipe), resolved.base.folder
+        adapter = adapters.read(given, anything=True)
+        return base_fit.fit(adapter, base, provenance.read(given)) if base else []
     if resolved.warm is None:
         return []
     name, folder = resolved.warm.recipe.name, resolved.warm.folder

@@ -254,6 +254,9 @@ CASES = [
     ),
     # warm_start:
     Case("warm_start", "tiny_full", "warm_start.from_recipe=tiny_base", "-warm_start", said="remove"),
+    Case(
+        "warm_start", "tiny_warm_start", "warm_start.from_adapter=x", "-warm_start.from_adapter", said="give"
+    ),
     *without("lora.use_dora lora.target_parameters", "tiny_warm_start"),
     Case(
         "lora.init_lora_weights",

@@ -8,10 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -28,6 +31,7 @@ from lora_recipes.model import answers
 from lora_recipes.model.merge import merge
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
+from lora_recipes.release.answers import Log, Server
 from lora_recipes.serving import command as vllm_command
 from lora_recipes.serving import live, serve
 from lora_recipes.serving.chat import chat
@@ -192,6 +196,28 @@ def test_the_proof_is_tight_in_float32(dense, work):
     proof = live.prove(Endpoint(dense.url), "base", {"tiny_facts": known})[0]
     assert proof.fault is None and there(proof.apart) < 1e-3 < 0.1 < there(proof.moved)
     assert abs(there(proof.moved) - there(proof.effect)) < 1e-3 and there(proof.noise) < 1e-3
+
+
+def test_what_passes_a_proxy_is_kept_as_it_was_answered_streamed_or_not(dense, tmp_path):
+    log = Log(tmp_path / "answers.jsonl")
+    proxy = Server(("127.0.0.1", 0), urlsplit(dense.url), log, True)
+    thread = threading.Thread(target=proxy.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{proxy.server_port}"
+        said = Endpoint(url).write("tiny_facts", QUESTIONS[0], {}, 8).text
+        asked = {"model": "tiny_facts", "prompt": QUESTIONS[0], "max_tokens": 8, "temperature": 0}
+        body = json.dumps(asked | {"stream": True}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=900) as answer:
+            assert answer.read().rstrip().endswith(b"data: [DONE]")
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        thread.join()
+    kept = [json.loads(line) for line in log.file.read_text().splitlines()]
+    assert [row["completion"] for row in kept] == [said, said]
+    assert all(row["prompt"] == QUESTIONS[0] and row["finish_reason"] == "stop" for row in kept)
 
 
 def test_the_server_writes_what_peft_writes_for_base_and_adapter(dense, work):
