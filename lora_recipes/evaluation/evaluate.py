@@ -48,9 +48,7 @@ class Pair:
     stop_text: str | None = None  # the same, where that is no token
     untrained: Any = None  # the base, when it is a model of its own
     facts: dict[str, Any] = field(default_factory=dict)  # fields of Evaluation that say which two
-    against: str | None = (
-        None  # another adapter on the same base, by name, which is asked in place of the base
-    )
+    against: str | None = None  # another adapter on that base, which is asked in place of it: its name
 
     def side(self, which: str) -> tuple[Any, AbstractContextManager[None]]:
         """The model to ask for `base` or `trained`, and the context to ask it in."""
