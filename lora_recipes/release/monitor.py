@@ -24,7 +24,7 @@ ENDED = ("stop", "tool_calls")  # the answer ended by itself; others were cut
 
 def monitor(
     word: str, outputs: Path, log: Path, share: float, seed: int, model: str | None, force: bool = False
-) -> Exit:
+) -> int:
     """Sample `share` of the answers in `log` (of `model`, where several answered), write the sample and its
     page beside it (`force` replaces them), and say whether the loss has risen.
 
@@ -51,7 +51,7 @@ def monitor(
     chosen = sorted(random.Random(seed).sample(range(len(rows)), max(1, round(share * len(rows)))))
     files.write(sample, "".join(rows[i] for i in chosen))
     if code := curate.main(["review", str(sample), str(page), "--share", "1", "--overwrite"]):
-        return Exit(code)
+        return code
     loss = evaluate.loss_of(place, sample, folder.path.name, outputs)
     before = Mean(held.trained.loss, held.trained.half, held.rows)
     change = interval.between(loss, before)

@@ -210,7 +210,8 @@ def _written(job: Job) -> Recipe:
             entries.append({"path": str(file), **kept})
     assert job.recipe.lora
     sections = job.recipe.anywhere()
-    sections["data"] = {k: v for k, v in sections["data"].items() if k != "mix"} | {"train": entries}
+    sections["data"].pop("mix", None)
+    sections["data"]["train"] = entries
     sections["lora"] = as_saved(job.recipe.lora)
     sections["warm_start"] = {"from_adapter": str(job.place)}
     file = folder / f"{job.candidate.path.name}.yaml"
