@@ -200,14 +200,14 @@ def _written(job: Job) -> Recipe:
     """The recipe of the candidate, written with its rows: the new rows alone, from the deployed A and B."""
     folder = job.candidate.path / "new"
     shutil.rmtree(folder, ignore_errors=True)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for number, source in enumerate(job.found):
         if source.new:
             file = folder / f"{number}.jsonl"
             text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in source.new)
             files.write(file, text)
             kept = {k: source.entry[k] for k in ("format", "columns", "weight") if k in source.entry}
-            entries.append({"path": str(file), **kept})
+            entries.append(kept | {"path": str(file)})
     assert job.recipe.lora
     sections = job.recipe.anywhere()
     sections["data"].pop("mix", None)
