@@ -225,6 +225,7 @@ def box(room: str, x: int, y: int) -> list[str]:
 
 
 SECTIONS = ("model", "data", "classify", "freeze", "warm_start", "learning_rates", "early_stopping", "probes")
+SECTIONS += ("evaluate",)
 
 
 def rules() -> str:

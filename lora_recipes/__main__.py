@@ -338,6 +338,52 @@ def evaluate(given: Namespace) -> None:
     print(evaluate.answered(given.recipe, given.outputs, given.overrides, given.adapter, given.base))
 
 
+def _passk(parser: ArgumentParser) -> None:
+    _recipe(parser)
+    _url(parser)
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a model of the server, may be given more than once; the first is the reference (default: the"
+        " base and the recipe's adapter)",
+    )
+    parser.add_argument(
+        "--canonical", action="store_true", help="judge the tasks' own solutions; no server is asked"
+    )
+    parser.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="run generated code also where no sandbox holds: it can do all that you can",
+    )
+
+
+def _url(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)"
+    )
+
+
+def passk(given: Namespace) -> int:
+    """Ask, judge, print."""
+    from lora_recipes.recipe import load
+
+    recipe = load.load(given.recipe, given.overrides)
+    if other := [key for key in recipe.overrides if not key.startswith("evaluate.")]:
+        do = "passk takes evaluate.; what was trained stays as it is"
+        raise RecipeError(Problem(f"override of {other[0]}", "would change nothing", do))
+    from lora_recipes.evaluation import pass_at_k
+
+    if given.canonical:
+        said, passed = pass_at_k.canonical(recipe, given.confirm_run_unsafe_code)
+        print(said)
+        return int(not passed)
+    unsafe = given.confirm_run_unsafe_code
+    print(pass_at_k.passk(recipe, given.outputs, given.url, given.model, unsafe))
+    return 0
+
+
 def _predict(parser: ArgumentParser) -> None:
     parser.add_argument(
         "classifier",
@@ -661,9 +707,7 @@ def _chat(parser: ArgumentParser) -> None:
         metavar="QUESTION",
         help="may be given more than once (default: its probes)",
     )
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)"
-    )
+    _url(parser)
 
 
 def chat(given: Namespace) -> None:
@@ -765,6 +809,11 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         _evaluate,
         evaluate,
         "Ask base and trained model the same: held-out loss, probes, what was forgotten, generations.",
+    ),
+    "passk": (
+        _passk,
+        passk,
+        "Ask base and adapter on a running server for code, and judge it by tests in a sandbox: pass@k.",
     ),
     "predict": (_predict, predict, "Label texts with a classifier: a class and probabilities for each."),
     "combine": (

