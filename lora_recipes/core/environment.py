@@ -1,5 +1,6 @@
 """Versions, commit and machine, as a run records them."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -27,6 +28,11 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that are installed."""
+    return dict(_versions())
+
+
+@functools.cache  # each is read from a file
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

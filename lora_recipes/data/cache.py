@@ -4,6 +4,7 @@ version of this code, is another content.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -54,13 +55,19 @@ def content(resolved: Resolved) -> list[list[str | None]] | None:
 
 def key(content: list[list[str | None]], resolved: Resolved, tokenizer: Any, sample: int | None) -> str:
     """What decides the rows, as one hash."""
-    recipe, here = resolved.recipe, Path(__file__).parent
-    code = [files.sha256(file) for file in sorted(here.glob("*.py"))]
+    recipe = resolved.recipe
     train = {name: getattr(recipe.train, name) for name in DECIDES}
     data = {k: v for k, v in recipe.sections["data"].items() if k not in ("limits", "kept")}
-    what: list[Any] = [content, code, {name: version(name) for name in LIBRARIES}, train, data, sample]
+    what: list[Any] = [content, *_code(), train, data, sample]
     what += [recipe.model.new_tokens, _tokenizer(tokenizer), stops.of_base(resolved)]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code() -> tuple[list[str], dict[str, str]]:
+    """Hashes of this room's files, and the versions of the libraries behind it: once a process."""
+    hashes = [files.sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashes, {name: version(name) for name in LIBRARIES}
 
 
 def _sources(given: Any, resolved: Resolved) -> list[str | None]:

@@ -118,13 +118,9 @@ def experts(model: PreTrainedModel) -> dict[str, int]:
     """The parameters that hold all routed experts of a layer in one, and how many: lora.target_parameters
     reaches them, no name of a module does.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        names[id(parameter)]: parameter.shape[0]
-        for layer in routed(model)
-        for parameter in layer.parameters
-        if parameter.dim() == 3
-    }
+    held = [parameter for layer in routed(model) for parameter in layer.parameters if parameter.dim() == 3]
+    names = {id(parameter): name for name, parameter in model.named_parameters()} if held else {}
+    return {names[id(parameter)]: parameter.shape[0] for parameter in held}
 
 
 def routers(model: PreTrainedModel) -> set[str]:
@@ -133,7 +129,7 @@ def routers(model: PreTrainedModel) -> set[str]:
     blocks = {n.partition(".experts.")[0] if _routed(n) else n.rsplit(".", 2)[0] for n in experts(model)}
     return {
         name
-        for name, module in modules(model).items()
+        for name, module in (modules(model).items() if blocks else ())
         if {"gate", "router"} & set(name.split("."))
         and next(module.parameters(recurse=False), None) is not None
         and any(name.startswith(f"{block}.") for block in blocks)
@@ -179,7 +175,7 @@ def by_weight(model: PreTrainedModel, config: Any) -> list[str]:
     if config.peft_type != "LORA":
         return []
     wanted, of, choosing = matched(model, config), modules(model), routers(model)
-    taken = {leaf for leaf in map(_leaf, wanted) if _taken(model, config, {leaf})}
+    taken = {leaf for leaf in set(map(_leaf, wanted)) if _taken(model, config, {leaf})}
     return [n for n in wanted if _leaf(n) in taken or (n in choosing and not _plain(of[n]))]
 
 
