@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve data contract plan cache memory train ablate merge eval passk predict combine push release retrain monitor serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
+.PHONY: help setup setup-serve data contract plan cache memory train ablate merge eval passk style tasks predict combine push release retrain monitor serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -68,6 +68,12 @@ eval: $(READY)  ## base against adapter of RECIPE: held-out loss, probes, what w
 
 passk: $(READY)  ## pass@k of base and RECIPE's adapter on the server that make serve started: code, judged in a sandbox (SET="evaluate.n=10 evaluate.k=[1,10]", URL=, MODEL="name name", CANONICAL=1 the tasks' own solutions, CONFIRM_RUN_UNSAFE_CODE=1)
 	@$(PY) scripts/passk.py $(RECIPE) $(SET) $(call named,OUTPUTS URL) $(addprefix --model ,$(MODEL)) $(if $(call on,CANONICAL),--canonical) $(if $(call given,CONFIRM_RUN_UNSAFE_CODE),--confirm-run-unsafe-code)
+
+style: $(READY)  ## does code of base and RECIPE's adapter, on the server that make serve started, keep the style of data.train? (PROMPTS=50, MAX_TOKENS=512, URL=)
+	@$(PY) scripts/style.py $(RECIPE) $(call named,OUTPUTS URL PROMPTS MAX_TOKENS)
+
+tasks: $(READY)  ## a repository's own tasks for pass@k, of docstrings with examples: IN="folder" OUT=tasks.jsonl (without IN Python's library; LONGEST=4000)
+	@$(PY) scripts/tasks.py $(IN) $(call quoted,$(OUT)) $(call named,LONGEST) $(if $(call given,CONFIRM_RUN_UNSAFE_CODE),--confirm-run-unsafe-code)
 
 predict: $(READY)  ## label the lines of standard input, or of IN=file (.jsonl: objects with a text), with RECIPE's classifier (LABELS=file, BASE=)
 	@$(PY) scripts/predict.py $(if $(call given,RECIPE),$(RECIPE)) $(if $(IN),--file $(call quoted,$(IN))) $(call named,LABELS OUTPUTS BASE)

@@ -352,6 +352,61 @@ def _passk(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--canonical", action="store_true", help="judge the tasks' own solutions; no server is asked"
     )
+    _unsafe(parser)
+
+
+def _style(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", default=DEFAULT, help=f"a recipe (name or file), trained (default: {DEFAULT})"
+    )
+    _outputs(parser)
+    _url(parser)
+    parser.add_argument(
+        "--prompts", type=int, default=50, metavar="N", help="held-out functions to ask for (default: 50)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="most tokens of an answer (default: 512)"
+    )
+
+
+def style(given: Namespace) -> None:
+    """Ask, judge, print."""
+    for name in ("prompts", "max_tokens"):
+        if (count := getattr(given, name)) < 1:
+            raise RecipeError(Problem(cli.option(name, str(count)), "asks for nothing", "1 or more"))
+    from lora_recipes.evaluation import style
+
+    print(style.style(given.recipe, given.outputs, given.url, given.prompts, given.max_tokens))
+
+
+def _tasks(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        metavar="IN",
+        help="a repository's folder, a .py file, or the name of an installed package (default: stdlib)",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="x.jsonl, x.jsonl.gz or x.parquet")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--longest",
+        type=int,
+        default=4000,
+        metavar="N",
+        help="leave out functions that need more characters of their module (default: 4000)",
+    )
+    _unsafe(parser)
+
+
+def tasks(given: Namespace) -> None:
+    """Find, judge, write."""
+    from lora_recipes.evaluation import doctests
+
+    unsafe = given.confirm_run_unsafe_code
+    print(doctests.write(given.sources, given.out, given.longest, unsafe, given.overwrite))
+
+
+def _unsafe(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--confirm-run-unsafe-code",
         action="store_true",
@@ -814,6 +869,17 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         _passk,
         passk,
         "Ask base and adapter on a running server for code, and judge it by tests in a sandbox: pass@k.",
+    ),
+    "style": (
+        _style,
+        style,
+        "Ask base and adapter on a running server for held-out functions, and hold them against the style of"
+        " the repository.",
+    ),
+    "tasks": (
+        _tasks,
+        tasks,
+        "Write a repository's own tasks for pass@k: functions whose docstrings have examples.",
     ),
     "predict": (_predict, predict, "Label texts with a classifier: a class and probabilities for each."),
     "combine": (

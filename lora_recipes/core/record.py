@@ -425,6 +425,40 @@ class PassAtK:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Followed:
+    """How often a rule of style is followed, by the code of one model."""
+
+    applies: Annotated[int, "answers that the rule applies to"]
+    share: Annotated[Share | None, "of them, those that follow it; null where there are none"]
+    both: Annotated[int | None, "prompts to whose answers, its own and the base's, it applies"] = None
+    better: Annotated[int | None, "of them, those whose answer follows it and the base's does not"] = None
+    worse: Annotated[int | None, "the other way round"] = None
+    p: Annotated[float | None, "of those two numbers, by the exact test of McNemar"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleRule:
+    """One rule of style."""
+
+    models: Annotated[
+        dict[str, Followed], "repository (the held-out code itself), base, and the others on the server"
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """Code that served models wrote for held-out functions, held against the repository: `make style`."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    prompts: Annotated[int, "held-out functions asked for"]
+    train_sha256: Annotated[str, "hash of the rows that the profile was counted from"]
+    max_new_tokens: Annotated[int, "most tokens of an answer"]
+    profile: Annotated[dict[str, Any], "what the repository's own code does"]
+    cut: Annotated[dict[str, int], "model -> answers that were not at their end at max_new_tokens"]
+    rules: Annotated[dict[str, StyleRule], "rule -> who follows it"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassScores:
     """One class on the held-out rows, by scikit-learn's precision_recall_fscore_support."""
 
@@ -562,6 +596,7 @@ class Record:
     compared: Annotated[Compared | None, "with what was deployed; of a retrained run"] = None
     monitored: Annotated[Monitored | None, "the last look at kept answers, if there was one"] = None
     pass_at_k: Annotated[PassAtK | None, "the last pass@k, if it was asked"] = None
+    style: Annotated[Style | None, "the last style adherence, if it was asked"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

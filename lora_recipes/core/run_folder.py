@@ -32,6 +32,7 @@ FILES = (
     "serving",
     "merged",
     "pass_at_k",
+    "style",
 )
 
 

@@ -1,15 +1,18 @@
 """Functions and classes with docstrings -> rows of an instruction and the code that answers it."""
 
 import ast
+import json
 import re
 import textwrap
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.yamlfile import shown
 from lora_recipes.curate import python_files, work
 from lora_recipes.curate.inputs import Item
 from lora_recipes.curate.python_files import STDLIB, PythonFile, Walk
@@ -47,6 +50,12 @@ def options(parser: ArgumentParser) -> None:
         metavar="SHARE",
         help="put whole modules with this share of the rows into x.held_out.jsonl, e.g. 0.1",
     )
+    parser.add_argument(
+        "--tasks",
+        type=Path,
+        metavar="FILE",
+        help="of them first those that the tasks of this file are of (lora-recipes tasks)",
+    )
 
 
 def run(given: Namespace) -> str:
@@ -55,8 +64,10 @@ def run(given: Namespace) -> str:
         raise RecipeError(Problem("--held-out", f"{given.held_out:g} is no share", "0 to below 1, e.g. 0.1"))
     walk = Walk([python_files.source(word) for word in given.sources or [STDLIB]], given.tests)
     hashes, asked = walk.sha256(), (given.min_lines, given.max_lines)
-    held = _held_out(walk, asked, given.held_out) if given.held_out else set()
+    first = _of_tasks(given.tasks) if given.tasks else set()
+    held = _held_out(walk, asked, given.held_out, first) if given.held_out or first else set()
     settings = {k: getattr(given, k) for k in ("sources", "tests", "min_lines", "max_lines", "held_out")}
+    settings["of_tasks"] = sorted("/".join(file) for file in first)
     parts = ("", HELD_OUT) if held else ("",)
 
     def write(item: Item) -> Outcome:
@@ -72,18 +83,30 @@ def run(given: Namespace) -> str:
         return job.finish(modules_held_out=sorted("/".join(one) for one in held))
 
 
-def _held_out(walk: Walk, asked: tuple[int, int], share: float) -> set[tuple[str, str]]:
-    """Files (source, path) that together have `share` of the rows, or a little more: a file is taken or left
-    whole, in an order that only its path decides.
+def _of_tasks(file: Path) -> set[tuple[str, str]]:
+    """The files (source, path) that tasks for pass@k are of."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return {(row["source"], row["path"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        do = "a .jsonl that lora-recipes tasks wrote"
+        raise RecipeError(Problem(f"--tasks {shown(file)}", f"names no files ({error})", do)) from None
+
+
+def _held_out(
+    walk: Walk, asked: tuple[int, int], share: float, first: set[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Files (source, path) that together have `share` of the rows, or a little more: those in `first`, then
+    others in an order that only the path decides. A file is taken or left whole.
     """
     rows = Counter((i.raw["source"], i.raw["path"]) for i in _items(walk, *asked) if "reason" not in i.raw)
     if len(rows) < 2:
         found = f"{len(rows)} module{'s' * (len(rows) != 1)} with rows"
         raise RecipeError(Problem("--held-out", found, "a module is held out whole: leave the option out"))
-    ranked = sorted(rows, key=lambda file: sha256("/".join(file).encode()).digest())
+    ranked = sorted(rows, key=lambda f: (f not in first, sha256("/".join(f).encode()).digest()))
     held, count = set[tuple[str, str]](), 0
     for file in ranked[:-1]:
-        if count >= share * rows.total():
+        if count >= share * rows.total() and file not in first:
             break
         held.add(file)
         count += rows[file]

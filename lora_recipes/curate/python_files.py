@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import tokenize
 import tomllib
 import warnings
@@ -51,6 +52,9 @@ LICENCES = {
 }
 SPDX = re.compile(r"SPDX-License-Identifier:\s*([^\s#*]+(?: (?:OR|AND|WITH) [^\s#*]+)*)")
 UNKNOWN = "unknown"
+# ```python ... ``` or ``` ... ```, and one that a cut row does not close.
+FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
+LANGUAGES = ("python", "py", "python3")
 
 
 @dataclass(frozen=True)
@@ -330,6 +334,27 @@ def parsed(text: str) -> tuple[ast.Module | None, str]:
         return None, f"line {error.lineno}: {error.msg}"
     except (ValueError, RecursionError, MemoryError) as error:
         return None, str(error) or "nested too deep"
+
+
+def in_text(text: str) -> Iterator[tuple[int, str]]:
+    """The Python code in a reply, each stretch with the character where it begins: what stands in fences;
+    without any the whole reply, where it is code.
+    """
+    fences = list(FENCE.finditer(text))
+    for fence in fences:
+        language, inside = fence[1].lower(), fence[2]
+        if language in LANGUAGES or (not language and _is_code(inside)):
+            yield fence.start(2), inside
+    if not fences and _is_code(text):
+        yield 0, text
+
+
+def _is_code(text: str) -> bool:
+    """Does it parse, further left where it is the body of something, into more than values? `Yes` and
+    `"a", 1` may be words as well.
+    """
+    tree, _ = parsed(textwrap.dedent(text))
+    return tree is not None and any(not isinstance(node, ast.Expr) for node in tree.body)
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:

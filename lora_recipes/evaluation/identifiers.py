@@ -2,11 +2,9 @@
 token of it the likeliest, given all that stands before (teacher forcing).
 """
 
-import ast
 import bisect
 import re
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +15,6 @@ from lora_recipes.core.record import IdentifierAccuracy
 from lora_recipes.curate import python_files, tokens
 from lora_recipes.data.render import IGNORED, Example
 
-# ```python ... ``` or ``` ... ```, and one that a cut row does not close.
-FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
-PYTHON = ("python", "py", "python3")
 WORD = re.compile(r"\w+")
 PARTS = {"all": "all", "new": "new in the row", "prompt": "in the prompt"}  # -> how it is called
 
@@ -33,27 +28,6 @@ class Identifier:
     start: int
     end: int
     part: str
-
-
-def code(text: str) -> Iterator[tuple[int, str]]:
-    """The Python code in a reply, each stretch with the character where it begins: what stands in fences;
-    without any the whole reply, where it is code.
-    """
-    fences = list(FENCE.finditer(text))
-    for fence in fences:
-        language, inside = fence[1].lower(), fence[2]
-        if language in PYTHON or (not language and _is_code(inside)):
-            yield fence.start(2), inside
-    if not fences and _is_code(text):
-        yield 0, text
-
-
-def _is_code(text: str) -> bool:
-    """Does it parse, further left where it is the body of something, into more than values? `Yes` and
-    `"a", 1` may be words as well.
-    """
-    tree, _ = python_files.parsed(textwrap.dedent(text))
-    return tree is not None and any(not isinstance(node, ast.Expr) for node in tree.body)
 
 
 def found(example: Example, tokenizer: Any, kept: range) -> list[Identifier]:
@@ -71,7 +45,7 @@ def found(example: Example, tokenizer: Any, kept: range) -> list[Identifier]:
         starts, ends = [a for a, _ in places], [b for _, b in places]
         before = _text(ids[kept.start : begin], backend, special)[0]
         asked, said, last = set(WORD.findall(before)), set[str](), 0
-        for at, block in code(text):
+        for at, block in python_files.in_text(text):
             for name, offset in tokens.identifiers(block):
                 said.update(WORD.findall(text[last : at + offset]))
                 last = at + offset

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_recipes.core import interval
+from lora_recipes.curate import python_files
 from lora_recipes.data.render import IGNORED, Example, Turn
 from lora_recipes.evaluation import identifiers
 from lora_recipes.evaluation.evaluate import evaluation, report
@@ -108,7 +109,7 @@ def test_what_was_cut_away_or_is_not_trained_is_not_asked_and_gives_no_name_away
     ],
 )
 def test_code_is_what_stands_in_fences_or_what_parses(said, blocks):
-    found = list(identifiers.code(said))
+    found = list(python_files.in_text(said))
     assert [block for _, block in found] == blocks
     assert all(said[at:].startswith(block) for at, block in found)
 
