@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_recipes.core import cli, files, git, interval, lock, release_folder, yamlfile
 from lora_recipes.core.errors import Exit, Problem, RecipeError
-from lora_recipes.core.record import Compared, Manifest
+from lora_recipes.core.record import Compared, Manifest, SetLosses
 from lora_recipes.core.run_folder import RunFolder
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.data import read, sources
@@ -170,18 +170,17 @@ def _told(job: Job) -> list[str]:
 
 
 def _retrain(job: Job, outputs: Path, unproven: bool) -> Exit:
-    recipe = _written(job)
-    train(resolve(recipe, outputs), force=True)
-    evaluate.evaluation(recipe.name, outputs)
-    losses = evaluate.against(recipe.name, outputs, job.place)
+    recipe, same = _written(job)
+    losses = _before(job, recipe) if same else None
+    if losses:
+        print("the very same was trained before, and is not trained again", flush=True)
+    else:
+        train(resolve(recipe, outputs), force=True)
+        evaluate.evaluation(recipe.name, outputs)
+        losses = evaluate.against(recipe.name, outputs, job.place)
+        _record(job, losses)
     change = interval.Mean(losses.trained.loss - losses.base.loss, losses.half, losses.rows)
     better = change.shown and change.value < 0
-    found = Compared(
-        at=files.now(), tag=job.manifest.tag, adapter_sha256=job.manifest.adapter_sha256, losses=losses
-    )
-    record = job.candidate.record
-    assert record, "it was trained"
-    job.candidate.write_record(dataclasses.replace(record, compared=found))
     print(
         f"\nheld out    {losses.trained.loss:.4f}, {job.manifest.tag} {losses.base.loss:.4f}: change"
         f" {change.signed(unit='row')} nats a token ({losses.rows:,} rows, each asked of both)",
@@ -196,9 +195,35 @@ def _retrain(job: Job, outputs: Path, unproven: bool) -> Exit:
     return Exit.DONE
 
 
-def _written(job: Job) -> Recipe:
-    """The recipe of the candidate, written with its rows: the new rows alone, from the deployed A and B."""
+def _before(job: Job, recipe: Recipe) -> SetLosses | None:
+    """The losses of the candidate that is there, where it was compared with what is deployed now, on the
+    rows that are held out now.
+    """
+    known = job.candidate.run
+    if known is None or known.compared is None or known.status != "finished":
+        return None
+    split = read.read(recipe, "eval")
+    split = read.by_assistant_turn(split) if recipe.data.rows == "assistant_turn" else split
+    found = known.compared
+    same = found.adapter_sha256 == job.manifest.adapter_sha256 and found.losses.sha256 == split.sha256
+    return found.losses if same else None
+
+
+def _record(job: Job, losses: SetLosses) -> None:
+    """What came of the comparison, in run.json of the candidate."""
+    known = job.candidate.record
+    assert known, "it was trained"
+    at, of = files.now(), job.manifest
+    found = Compared(at=at, tag=of.tag, adapter_sha256=of.adapter_sha256, losses=losses)
+    job.candidate.write_record(dataclasses.replace(known, compared=found))
+
+
+def _written(job: Job) -> tuple[Recipe, bool]:
+    """The recipe of the candidate, written with its rows: the new rows alone, from the deployed A and B. And
+    whether the same stood there before.
+    """
     folder = job.candidate.path / "new"
+    before = {file.name: file.read_bytes() for file in folder.glob("*") if file.is_file()}
     shutil.rmtree(folder, ignore_errors=True)
     entries: list[dict[str, Any]] = []
     for number, source in enumerate(job.found):
@@ -216,7 +241,7 @@ def _written(job: Job) -> Recipe:
     sections["warm_start"] = {"from_adapter": str(job.place)}
     file = folder / f"{job.candidate.path.name}.yaml"
     files.write(file, yamlfile.dump(document(sections)))
-    return recipes.load(str(file))
+    return recipes.load(str(file)), before == {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
 def _prove(job: Job, unproven: bool) -> None:

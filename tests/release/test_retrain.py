@@ -71,12 +71,20 @@ def test_nothing_new_is_said_with_a_code_of_its_own(released, capsys):
     assert not (released.outputs / "own.retrain").exists()
 
 
-def test_what_is_not_better_stays_out_and_may_be_tried_again(released, capsys):
+def test_what_is_not_better_stays_out_and_is_not_trained_twice(released, capsys):
     add(released, ['{"text": "The old sun bakes no bread."}\n'])
-    for _ in range(2):
+    for again in (False, True):  # a scheduler does not train the same every night
         assert retrain(released) == Exit.NOT_BETTER
-        assert "not better by its interval: lora-v1 stays" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "not better by its interval: lora-v1 stays" in said
+        assert ("the very same was trained before" in said) is again
+        assert ("training into" in said) is not again
     assert deployed(released) == "lora-v1" and released.tags() == ["lora-v1"]
+    held = released.source / "eval.jsonl"
+    held.write_text("".join(held.read_text().splitlines(keepends=True)[:3]))
+    released.commit()
+    assert retrain(released) == Exit.NOT_BETTER, "on other rows it is asked anew"
+    assert "training into" in capsys.readouterr().out
 
 
 def test_what_breaks_on_the_way_has_a_code_and_leaves_what_is_deployed(released, capsys):
