@@ -30,7 +30,8 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
     installed = command.vllm()
     if not installed and not dry_run:
         raise RecipeError(Problem(shown(command.ENVIRONMENT), "vLLM is not installed", _setup()))
-    server = command.prepare(locate.named(words, outputs), base, options, installed or ("vllm", rules.VLLM))
+    chosen = locate.named(words, outputs)
+    server = command.prepare(chosen, base, options, installed or ("vllm", rules.VLLM))
     notes = server.notes if installed else [*server.notes, f"vLLM is not installed here: {_setup()}"]
     print("\n".join([*(f"note        {note}" for note in notes), f"command     {server}"]), flush=True)
     if dry_run or not installed:
@@ -49,7 +50,7 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
             asked = {s.name: s.provenance for s in server.served}
             proofs = live.prove(first, server.base_name, asked)
         proven = not _report(proofs)
-        _record(proofs, {s.name: s.folder for s in server.served}, installed[1])
+        _record(proofs, chosen, installed[1])  # of a classifier its adapter, which is served merged
         if not proven:
             return NOT_LIVE
         print(f"\n{_ready(server, options)}\nCtrl-C ends it", flush=True)
