@@ -216,7 +216,7 @@ def hashes(recipe: Recipe, repository: git.Repository) -> dict[str, str]:
     """Each file of data.train, data.eval and data.kept -> its SHA-256: by its path in the commit, or by its
     name alone where the commit does not hold it; a data set on the hub by its id.
     """
-    found = {}
+    found: dict[str, str] = {}
     for which in ("train", "eval", "kept"):
         given = getattr(recipe.data, which) or []
         for entry in [given] if isinstance(given, str) else given:
@@ -224,7 +224,11 @@ def hashes(recipe: Recipe, repository: git.Repository) -> dict[str, str]:
             path = recipe.file(source["path"])
             members = sources.named(path)
             for file in members:
-                found[repository.holds(file) or f"not in the commit: {file.name}"] = sha256(file)
+                hashed = sha256(file)
+                name = repository.holds(file) or f"not in the commit: {file.name}"
+                if found.get(name, hashed) != hashed:  # of two folders
+                    name += f" ({hashed[:12]})"
+                found[name] = hashed
             if not members:
                 found[str(source["path"])] = sources.content(source, recipe) or "not known"
     return found

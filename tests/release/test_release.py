@@ -14,6 +14,9 @@ from lora_recipes.__main__ import main
 from lora_recipes.core import record, release_folder
 from lora_recipes.core.errors import Exit
 from lora_recipes.core.files import sha256
+from lora_recipes.core.git import repository
+from lora_recipes.recipe import load as recipes
+from lora_recipes.release.release import hashes
 from tests.release.conftest import git
 from tests.serving import hub as stand_in
 
@@ -177,3 +180,20 @@ def test_a_manifest_that_was_edited_is_named_by_key(project):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": 7}))
     with pytest.raises(ValueError, match=r"manifest.json: commit: is 7, must be text"):
         release_folder.read(file.parent)
+
+
+def test_rows_that_the_commit_does_not_hold_are_named_as_such_each_with_its_hash(project):
+    """Two files of one name, in folders that git does not look at."""
+    wanted = {}
+    for name in "ab":
+        (project.source / name).mkdir()
+        file = project.source / name / "rows.jsonl"
+        file.write_text(f'{{"text": "The old sun bakes {name}."}}\n')
+        wanted[name] = sha256(file)
+    (project.source / ".git" / "info" / "exclude").write_text("rows.jsonl\n")
+    recipe = recipes.load(
+        str(project.source / "own.yaml"), ["data.train=[{path: a/rows.jsonl}, {path: b/rows.jsonl}]"]
+    )
+    found = hashes(recipe, repository(project.source))
+    assert found["not in the commit: rows.jsonl"] == wanted["a"] and wanted["b"] in found.values()
+    assert found["eval.jsonl"] == sha256(project.source / "eval.jsonl") and len(found) == 3
