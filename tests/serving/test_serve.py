@@ -303,6 +303,19 @@ def test_base_and_adapter_answer_side_by_side(dense):
         chat(dense.url, "nobody", [])
 
 
+def test_the_code_that_passk_judges_is_what_the_server_writes(dense, work, tmp_path):
+    rows = [{"task_id": q, "prompt": q, "entry_point": "f", "test": "assert f() == 1"} for q in QUESTIONS]
+    (file := tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["passk", "tiny_facts", f"evaluate.tasks={file}", "evaluate.max_new_tokens=3"]
+    assert main([*words, "--url", dense.url, "--outputs", str(work)]) == 0
+    found = json.loads((work / "tiny_facts" / "pass_at_k" / "report.json").read_text())
+    for sample in found["samples"]:
+        prompt = sample["task_id"]
+        wrote = Endpoint(dense.url).write(sample["model"], prompt, {}, 3).text
+        assert sample["code"] == prompt + wrote and sample["verdict"] == "not_loaded"
+    assert len({sample["code"] for sample in found["samples"]}) > len(QUESTIONS), "base and adapter differ"
+
+
 def test_a_taken_port_is_said_at_once(dense, work):
     done = script("--port", str(dense.port), "--outputs", str(work), timeout=600)
     assert done.returncode == 2 and "cannot be listened on" in done.stderr and "Traceback" not in done.stderr
