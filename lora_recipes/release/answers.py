@@ -163,9 +163,7 @@ def keep(url: str, host: str, port: int, file: Path, consent: str | None) -> int
         raise RecipeError(Problem(cli.option("CONSENT", ""), found, do))
     if file.suffix != ".jsonl":
         raise RecipeError(Problem(shown(file), "is no name for a log of rows", "x.jsonl"))
-    base = urlsplit(url.rstrip("/").removesuffix("/v1"))
-    if base.scheme not in ("http", "https") or not base.hostname:
-        raise RecipeError(Problem(url, "is no address of a server", "http://127.0.0.1:8000"))
+    base = _address(url)
     file.parent.mkdir(parents=True, exist_ok=True)
     log = Log(file)
     try:
@@ -186,6 +184,18 @@ def keep(url: str, host: str, port: int, file: Path, consent: str | None) -> int
         server.server_close()
     print(f"answers     {log}", flush=True)
     return 0
+
+
+def _address(url: str) -> SplitResult:
+    """The server's. RecipeError where it is none."""
+    try:
+        base = urlsplit(url.rstrip("/").removesuffix("/v1"))
+        sound = base.scheme in ("http", "https") and bool(base.hostname) and base.port != 0
+    except ValueError:  # a port that is no number
+        sound = False
+    if not sound:
+        raise RecipeError(Problem(url, "is no address of a server", "http://127.0.0.1:8000"))
+    return base
 
 
 def _interrupt(*_: object) -> None:
@@ -224,7 +234,7 @@ class Proxy(BaseHTTPRequestHandler):
         try:
             way.request(self.command, self.server.base.path + self.path, asked or None, headers)
             answer = way.getresponse()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # a path that HTTP has not
             self._gone(error)
             return
         try:

@@ -118,6 +118,12 @@ def test_no_proxy_starts_without_a_word_about_consent(tmp_path, capsys, consent)
     assert "CONSENT" in (said := capsys.readouterr().err) and "X-Log-Consent: yes" in said
 
 
+@pytest.mark.parametrize("url", ["localhost:8000", "http://x:abc", "http://", "ftp://x", "http://[x"])
+def test_what_is_no_address_of_a_server(tmp_path, capsys, url):
+    words = ["monitor", "own", "--log", str(tmp_path / "a.jsonl"), "--url", url, "--consent", "header"]
+    assert main(words) == 2 and "is no address of a server" in capsys.readouterr().err
+
+
 def answer(text, model="own", end="stop"):
     prompt, _, last = text.strip().rpartition(" ")
     return json.dumps(
