@@ -19,7 +19,7 @@ DOCS   := $(VENV)/.docs
 STRICT := --strict --cache-dir .mypy_cache/strict --implicit-reexport --follow-imports=silent lora_recipes/core lora_recipes/recipe lora_recipes/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve data contract plan cache memory train ablate merge eval passk style tasks predict combine push release retrain monitor serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
+.PHONY: help setup setup-serve data contract plan cache memory train ablate merge export ab eval passk style tasks predict combine push release retrain monitor serve chat bench-serve compare test test-fast test-lowest coverage lint schema vllm-table docs clean
 
 help:  ## this list
 	@echo "make TARGET [RECIPE=name] [SET='section.key=value ...']   recipes: $(notdir $(basename $(wildcard configs/recipes/*.yaml)))"
@@ -63,6 +63,9 @@ ablate: $(READY)  ## train every arm of ABLATION (or RECIPE with OVER="lora.r=2,
 merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1, UNPROVEN=1 without provenance.json)
 	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force) $(if $(call on,UNPROVEN),--unproven)
 
+export: $(READY) $(SERVE)  ## RECIPE's merged model in fewer bits, FORMAT=w8a8 or w4a16: outputs/RECIPE/exports/FORMAT, loaded by vLLM, its loss measured (SET=data.eval=FILE, FORCE=1)
+	@$(PY) scripts/export.py $(RECIPE) $(SET) $(call named,FORMAT OUTPUTS) $(if $(call on,FORCE),--force)
+
 eval: $(READY)  ## base against adapter of RECIPE: held-out loss, probes, what was forgotten (SET=data.kept=FILE, ADAPTER=folder, BASE=)
 	@$(PY) scripts/evaluate.py $(RECIPE) $(SET) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(ADAPTER),--adapter $(call quoted,$(ADAPTER))) $(if $(BASE),--base $(call quoted,$(BASE)))
 
@@ -74,6 +77,9 @@ style: $(READY)  ## does code of base and RECIPE's adapter, on the server that m
 
 tasks: $(READY)  ## a repository's own tasks for pass@k, of docstrings with examples: IN="folder" OUT=tasks.jsonl (without IN Python's library; LONGEST=4000)
 	@$(PY) scripts/tasks.py $(IN) $(call quoted,$(OUT)) $(call named,LONGEST) $(if $(call given,CONFIRM_RUN_UNSAFE_CODE),--confirm-run-unsafe-code)
+
+ab: $(READY)  ## base against RECIPE's adapter (or MODELS="a b") on the server at URL, blind: a page to judge (MARKS=file takes it back), RULE=name, or JUDGE=url (SET=data.eval=FILE, SEED=, JUDGE_MODEL=, JUDGE_KEY=, MAX_TOKENS=, FORCE=1)
+	@$(PY) scripts/ab.py $(RECIPE) $(SET) $(if $(MODELS),--models $(MODELS)) $(call named,URL RULE JUDGE JUDGE_MODEL JUDGE_KEY MARKS SEED MAX_TOKENS OUTPUTS) $(if $(call on,FORCE),--force)
 
 predict: $(READY)  ## label the lines of standard input, or of IN=file (.jsonl: objects with a text), with RECIPE's classifier (LABELS=file, BASE=)
 	@$(PY) scripts/predict.py $(if $(call given,RECIPE),$(RECIPE)) $(if $(IN),--file $(call quoted,$(IN))) $(call named,LABELS OUTPUTS BASE)

@@ -319,6 +319,22 @@ def merge(given: Namespace) -> None:
     print(merge.report(record, output))
 
 
+def _export(parser: ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--format", required=True, metavar="NAME", help="w8a8 or w4a16")
+    parser.add_argument("--force", action="store_true", help="replace an export that is already there")
+
+
+def export(given: Namespace) -> int:
+    """Write, load, measure, print."""
+    with cli.importing():
+        from lora_recipes.evaluation import export
+
+    found, said = export.export(given.recipe, given.outputs, given.format, given.overrides, given.force)
+    print(said)
+    return export.NOT_LOADED if found.not_loaded else 0
+
+
 def _evaluate(parser: ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument(
@@ -437,6 +453,47 @@ def passk(given: Namespace) -> int:
     unsafe = given.confirm_run_unsafe_code
     print(pass_at_k.passk(recipe, given.outputs, given.url, given.model, unsafe))
     return 0
+
+
+def _ab(parser: ArgumentParser) -> None:
+    _recipe(parser)
+    _url(parser)
+    parser.add_argument(
+        "--models",
+        nargs=2,
+        metavar=("A", "B"),
+        help="their names on the server (default: base and the recipe's)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of left and right, and of requests (default: 0)")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument(
+        "--rule",
+        metavar="NAME[=VALUE]",
+        help="the better answer is the one for which it holds; an unknown one lists all",
+    )
+    who.add_argument("--judge", metavar="URL", help="an endpoint judges, in both orders")
+    who.add_argument("--marks", type=Path, metavar="FILE", help="what a person marked on the page")
+    parser.add_argument(
+        "--judge-model", metavar="NAME", help="(default: the one that the judge's server has)"
+    )
+    parser.add_argument("--judge-key", metavar="VARIABLE", help="the environment variable with its API key")
+    parser.add_argument("--force", action="store_true", help="replace a page with other answers")
+
+
+def ab(given: Namespace) -> None:
+    """Ask, have judged, print."""
+    from lora_recipes.recipe import load
+
+    name = load.run_of(given.recipe, given.outputs)
+    with cli.importing():
+        from lora_recipes.evaluation import ab
+
+    fields = ("url", "max_tokens", "seed", "rule", "judge", "judge_model", "judge_key", "marks", "force")
+    asked = ab.Asked(given.models or (), **{field: getattr(given, field) for field in fields})
+    print(ab.compare(name, given.outputs, given.overrides, asked))
 
 
 def _predict(parser: ArgumentParser) -> None:
@@ -860,6 +917,11 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
     "train": (_train, train, "Train a recipe into outputs/<name>/."),
     "ablate": (_ablate, ablate, "Train every arm of an ablation, and report."),
     "merge": (_merge, merge, "Merge an adapter into its base and verify the result."),
+    "export": (
+        _export,
+        export,
+        "Write a run's merged model in fewer bits, load it in vLLM, and measure what it lost.",
+    ),
     "eval": (
         _evaluate,
         evaluate,
@@ -881,6 +943,7 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         tasks,
         "Write a repository's own tasks for pass@k: functions whose docstrings have examples.",
     ),
+    "ab": (_ab, ab, "Compare two models on a server, blind: by a page, a rule, or an endpoint that judges."),
     "predict": (_predict, predict, "Label texts with a classifier: a class and probabilities for each."),
     "combine": (
         _combine,

@@ -22,7 +22,6 @@ from lora_recipes.core.files import now
 from lora_recipes.core.yamlfile import shown
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a network's file system, say
-RESULTS = ("adapter", "model", "merged")  # what a server may read of a run
 _open: set[int] = set()  # file descriptors that this process holds
 
 
@@ -62,7 +61,7 @@ def unserved(folder: Path) -> None:
     (vllm/lora/worker_manager.py, add_adapter).
     """
     folder = folder.resolve()
-    within = [folder.with_name(f".{folder.name}.{result}.served.lock") for result in RESULTS]
+    within = folder.parent.glob(f".{folder.name}.*.served.lock")
     for path in filter(Path.is_file, [_served(folder), *within]):
         with _taken(path, folder, "replaces it", fcntl.LOCK_EX | fcntl.LOCK_NB):
             pass

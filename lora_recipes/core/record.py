@@ -512,6 +512,65 @@ class Served:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Two models on a server, asked the same held-out prompts: `make ab`. Its counts are of pairs."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    models: Annotated[list[str], "A and B, by their names on the server"]
+    judge: Annotated[str, "who judged: a rule, a person, or a model at an endpoint"]
+    sha256: Annotated[str, "hash of the rows"]
+    prompts: Annotated[int, "of them, those that were asked"]
+    a: Annotated[int, "A was better"]
+    b: Annotated[int, "B was better"]
+    ties: Annotated[int, "neither was; equal answers among them"]
+    equal: Annotated[int, "equal answers"]
+    not_judged: Annotated[int, "not answered by both, or without a verdict"]
+    disagreed: Annotated[
+        int | None, "ties because a judge said otherwise in the other order; of an endpoint"
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """What the merged model lost in fewer bits: held-out rows, asked of the server that loaded the export,
+    and of the merged model in float32.
+    """
+
+    server: Annotated[str, "what loaded it, its version and the dtype it computes in"]
+    rows: Annotated[int, "rows asked"]
+    sha256: Annotated[str, "hash of the rows"]
+    tokens: Annotated[int, "tokens in the loss"]
+    merged: Annotated[Loss, "of the merged model"]
+    exported: Annotated[Loss, "of the export"]
+    half: Annotated[
+        float | None,
+        "half of the 95 % interval of exported - merged over the rows, nats a token; None: one row",
+    ] = None
+    predicted: Annotated[int, "tokens that were predicted, in the loss or not"]
+    kl: Annotated[
+        float,
+        "KL of the export's next tokens from the merged model's, mean, nats a token; over the export's 20"
+        " likeliest and all others as one: no more than the whole",
+    ]
+    same: Annotated[float, "share of predictions whose likeliest token is the same"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """The merged model in fewer bits: `make export`."""
+
+    at: Annotated[str, "when, UTC, ISO 8601"]
+    source: Annotated[str, "folder of the whole model"]
+    by: Annotated[str, "the library that wrote it, and its version"]
+    layers: Annotated[int, "linear layers that were quantised"]
+    group_size: Annotated[int | None, "numbers of a row that share a scale; null: the whole row"]
+    bytes: Annotated[int, "size of its weights"]
+    merged_bytes: Annotated[int, "size of the weights of the whole model"]
+    not_loaded: Annotated[str | None, "why no server here could load it: nothing of it is verified"] = None
+    lost: Annotated[Lost | None, "what it lost; where it was loaded"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Released:
     """A release of this run: `make release`."""
 
@@ -592,6 +651,8 @@ class Record:
     scores: Annotated[Scores | None, "of task: classify, on the held-out rows"] = None
     merged: Annotated[Merged | None, "the last merge, if one was made"] = None
     served: Annotated[Served | None, "the last proof on a server, if there was one"] = None
+    judged: Annotated[Judged | None, "the last A against B, if there was one"] = None
+    exports: Annotated[dict[str, Exported] | None, "its exports by format, if there are any"] = None
     released: Annotated[list[Released] | None, "its releases, if there are any"] = None
     compared: Annotated[Compared | None, "with what was deployed; of a retrained run"] = None
     monitored: Annotated[Monitored | None, "the last look at kept answers, if there was one"] = None

@@ -17,6 +17,7 @@ from lora_recipes.core.record import Record, Run
 from lora_recipes.core.yamlfile import shown
 
 PLAN = "plan.txt"  # the whole plan, as it was before the first step
+EXPORTS = "exports"  # the merged model in fewer bits, a folder for each format
 # All that a run writes into its folder. Anything else there is somebody's own, and stays.
 FILES = (
     "recipe.yaml",
@@ -33,6 +34,8 @@ FILES = (
     "merged",
     "pass_at_k",
     "style",
+    "ab",
+    EXPORTS,
 )
 
 

@@ -20,6 +20,7 @@ PLACES = {
     "evol_deepen": ("instruction",),
     "evol_combine": ("instruction", "other"),
     "evol_domain": ("instruction", "domain"),
+    "judge": ("question", "first", "second"),  # of evaluation/ab.py
 }
 _PLACE = re.compile(r"\{(\w+)\}")
 

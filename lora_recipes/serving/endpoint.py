@@ -64,6 +64,19 @@ class Endpoint:
         entries = self._ask("/v1/completions", asked)["choices"][0]["prompt_logprobs"]
         return [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
 
+    def likeliest(self, model: str, ids: list[int], count: int) -> list[dict[int, float]]:
+        """For each token of `ids` but the first: the log-probabilities (nats) that `model` gives the `count`
+        likeliest tokens there, and that token. vLLM says at most 20 unless told otherwise.
+
+        By the route that makes no text of them: the other ends vLLM 0.32 where a likely token has none, as
+        of the rows of an embedding that the tokenizer does not use (tokenizers/detokenizer_utils.py). A
+        server has it with --enable-scale-out.
+        """
+        how = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": count, "detokenize": False}
+        asked = {"model": model, "token_ids": ids, "sampling_params": how}
+        entries = self._ask("/inference/v1/generate", asked)["prompt_logprobs"]
+        return [{int(token): said["logprob"] for token, said in entry.items()} for entry in entries[1:]]
+
     def tokens(self, model: str, prompt: str | list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         """The tokens that the server makes of a text, or of messages by its chat template."""
         asked = (

