@@ -39,8 +39,8 @@ JUDGE_TOKENS = 512  # of a judge's answer
 
 @dataclass(frozen=True)
 class Asked:
-    """What to compare, and how. `models`: A and B, by default base and adapter. Of `rule`, `judge` (an endpoint) and `marks` (a file of
-    the page) at most one is given; without any, the page is made.
+    """What to compare, and how. `models`: A and B, by default base and adapter. Of `rule`, `judge` (an
+    endpoint) and `marks` (a file of the page) at most one is given; without any, the page is made.
     """
 
     models: Sequence[str] = ()
@@ -223,7 +223,8 @@ def compare(name: str, outputs: Path, overrides: list[str], asked: Asked) -> str
 
 def _counted(made: Judged, verdicts: list[Verdict], **more: Any) -> Judged:
     counts = {"a": verdicts.count(-1), "b": verdicts.count(1), "ties": verdicts.count(0)}
-    return replace(made, **counts, **more, not_judged=made.not_judged + verdicts.count(None))
+    more |= counts | {"not_judged": made.not_judged + verdicts.count(None)}
+    return replace(made, **more)
 
 
 def _recorded(run: RunFolder, made: Judged) -> str:
@@ -339,7 +340,8 @@ def _page(pairs: list[Pair], folder: Path, made: Judged, asked: Asked, name: str
     files.write(out, text)
     again = cli.command("ab", RECIPE=name, MARKS=f"{name}.ab.marks.json")
     return (
-        f"wrote       {shown(out)}: {len(rows):,} pairs, left and right at random; {made.equal:,} are equal: ties\n"
+        f"wrote       {shown(out)}: {len(rows):,} pairs, left and right at random; {made.equal:,} are equal:"
+        f" ties\n"
         f"then        open it in a browser, S saves the marks; {again}"
     )
 

@@ -3,12 +3,13 @@
 Run as a file, by the Python of the serving environment, whose compressed-tensors is the one that vLLM reads
 with; it imports nothing of this package. Standard input: JSON of `source` and `target` (folders), `kind` (a
 class of transformers), `scheme` (a preset of compressed-tensors), `group_size` (numbers that share a scale;
-null: the scheme's own) and `ignore` (linear layers that stay as they are). Weights without a scale get 16
-bits.
+null: the scheme's own) and `ignore` (linear layers that stay as they are). Rounded in float32, for in 16 bits
+a quotient is itself off by half a step; scales, and what has none, are stored in 16.
 """
 
 import json
 import sys
+from typing import Any
 
 import torch
 import transformers
@@ -25,26 +26,29 @@ def main(source: str, target: str, kind: str, scheme: str, group_size: int | Non
     """Write the model in `source` to `target`, quantised by `scheme`."""
     config = transformers.AutoConfig.from_pretrained(source)
     half = torch.float16 if config.get_text_config().dtype == torch.float16 else torch.bfloat16
-    model = getattr(transformers, kind).from_pretrained(source, dtype=half)
+    model = getattr(transformers, kind).from_pretrained(source, dtype=torch.float32)
     wanted = preset_name_to_scheme(scheme, ["Linear"])
     wanted.weights.group_size = group_size or wanted.weights.group_size
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": wanted}, ignore=ignore))
     for module in model.modules():
         if is_module_quantized(module):
-            scale(module)
+            scale(module, half)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
+    model.to(half)
     model.save_pretrained(target)
     compressor.update_config(target)
 
 
 @torch.no_grad()
-def scale(module: torch.nn.Module) -> None:
-    """Set the scales [rows, groups] of a linear layer: the largest number of each group is the last step."""
+def scale(module: Any, stored: torch.dtype) -> None:
+    """Set the scales [rows, groups] of a linear layer, as they will be `stored`: the largest number of each
+    group is the last step.
+    """
     args = module.quantization_scheme.weights
     groups = module.weight.float().unflatten(1, (-1, args.group_size or module.weight.shape[1]))
     scales, zeros = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    module.weight_scale.copy_(scales)
+    module.weight_scale.copy_(scales.to(stored))
     if hasattr(module, "weight_zero_point"):
         module.weight_zero_point.copy_(zeros)
 

@@ -145,7 +145,7 @@ def room(source: Path, size: float, doing: str) -> None:
 
 def write(wanted: Job, chosen: Layers, target: Path) -> None:
     """Write the folder that vLLM loads: quantised weights, and all else as the merged model has it."""
-    room(wanted.source, 4, "quantising it")  # 16 bits, and at most as much again for what is being written
+    room(wanted.source, 5, "quantising it")  # float32, and what is being written
     asked: dict[str, Any] = {"source": str(wanted.source), "target": str(target), "kind": chosen.kind}
     asked |= {"scheme": wanted.format.scheme, "group_size": chosen.group_size, "ignore": chosen.ignore}
     done = subprocess.run(
