@@ -744,6 +744,33 @@ def monitor(given: Namespace) -> int:
     return monitor(given.recipe, given.outputs, given.log, given.share, given.seed, given.model, given.force)
 
 
+def _repo_model(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        nargs="?",
+        default="stdlib",
+        help="a repository's folder, or an installed package (default: stdlib, Python's own library)",
+    )
+    parser.add_argument(
+        "--recipe", default="smollm2_repo", help="what is trained, name or file (default: smollm2_repo)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=240, metavar="N", help="rows to train on, at most (default: 240)"
+    )
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="do this stage and all after it anew")
+    parser.add_argument("--only", metavar="STAGE", help="do this stage alone, anew")
+    parser.add_argument("--tag", metavar="TAG", help="release it under this tag, at the end")
+    _outputs(parser)
+
+
+def repo_model(given: Namespace) -> int:
+    """Do its stages, each a verb."""
+    from lora_recipes.release.repo_model import repo_model
+
+    asked = (given.source, given.recipe, given.outputs, given.rows, given.first, given.only, given.tag)
+    return repo_model(main, *asked)
+
+
 def _serve(parser: ArgumentParser) -> None:
     parser.epilog = "What stands after -- goes to vLLM."
     parser.add_argument(
@@ -965,6 +992,11 @@ VERBS: dict[str, tuple[Callable[[ArgumentParser], None], Action, str]] = {
         _monitor,
         monitor,
         "Keep what a server answers, with consent; sample it, and compare its loss with the release's.",
+    ),
+    "repo-model": (
+        _repo_model,
+        repo_model,
+        "Make the code model of one repository: from its source to a release, stage by stage.",
     ),
     "serve": (_serve, serve, "Check adapters, start vLLM, prove that they are live, stay up."),
     "chat": (_chat, chat, "Ask base and adapter on a running server side by side."),

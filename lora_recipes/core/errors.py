@@ -40,6 +40,10 @@ class Exit(IntEnum):
     DRIFT = 30, "monitor: the loss on the answers is higher by its interval"
     TOO_FEW = 31, "monitor: one answer shows nothing"
     NO_ENDPOINT = 40, "passk: the server does not answer, or stopped in the middle; what it answered is kept"
+    NO_SOURCE = 50, "repo-model: SOURCE is no folder, .py file or installed package"
+    NO_PYTHON = 51, "repo-model: there is no Python in SOURCE"
+    NO_DOCSTRINGS = 52, "repo-model: nothing in SOURCE has a docstring to ask by"
+    ONE_MODULE = 53, "repo-model: all of it is in one module: nothing can be held out"
     INTERRUPTED = 130, "Ctrl-C"
 
 

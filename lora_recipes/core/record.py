@@ -656,7 +656,7 @@ class Record:
     released: Annotated[list[Released] | None, "its releases, if there are any"] = None
     compared: Annotated[Compared | None, "with what was deployed; of a retrained run"] = None
     monitored: Annotated[Monitored | None, "the last look at kept answers, if there was one"] = None
-    pass_at_k: Annotated[PassAtK | None, "the last pass@k, if it was asked"] = None
+    pass_at_k: Annotated[dict[str, PassAtK] | None, "tasks -> the last pass@k on them, if asked"] = None
     style: Annotated[Style | None, "the last style adherence, if it was asked"] = None
 
 

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.core.errors import Problem, RecipeError
+from lora_recipes.core.errors import Exit, Problem, RecipeError
 from lora_recipes.core.yamlfile import shown
 from lora_recipes.curate import python_files, work
 from lora_recipes.curate.inputs import Item
@@ -25,6 +25,7 @@ is from: path, lines, commit or version, licence. Every definition and file that
 the reason."""
 WORDS = 3  # of a docstring that asks for something: "Close it." does not say what
 HELD_OUT = "held_out"
+FORMS = ("messages", "prompt")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -42,6 +43,12 @@ def options(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-lines", type=int, default=200, metavar="N", help="drop what has more of them (default: 200)"
+    )
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        default=FORMS[0],
+        help="messages, or prompt and completion (messages too): the answer alone is trained then",
     )
     parser.add_argument(
         "--held-out",
@@ -66,7 +73,9 @@ def run(given: Namespace) -> str:
     hashes, asked = walk.sha256(), (given.min_lines, given.max_lines)
     first = _of_tasks(given.tasks) if given.tasks else set()
     held = _held_out(walk, asked, given.held_out, first) if given.held_out or first else set()
-    settings = {k: getattr(given, k) for k in ("sources", "tests", "min_lines", "max_lines", "held_out")}
+    settings = {
+        k: getattr(given, k) for k in ("sources", "tests", "min_lines", "max_lines", "held_out", "form")
+    }
     settings["of_tasks"] = sorted("/".join(file) for file in first)
     parts = ("", HELD_OUT) if held else ("",)
 
@@ -76,7 +85,8 @@ def run(given: Namespace) -> str:
             return Outcome(reason=found["reason"], example=found["found"], raw=found["of"])
         to = HELD_OUT if (found["source"], found["path"]) in held else ""
         notes = [f"rows of the licence {found['licence']}"]
-        return Outcome([found], notes=notes, example=found["name"], to=to)
+        row = found if given.form == "messages" else _parted(found)
+        return Outcome([row], notes=notes, example=found["name"], to=to)
 
     with Work("extract", given.out, settings, hashes, parts, overwrite=given.overwrite) as job:
         job.run(_items(walk, *asked), write)
@@ -100,9 +110,13 @@ def _held_out(
     others in an order that only the path decides. A file is taken or left whole.
     """
     rows = Counter((i.raw["source"], i.raw["path"]) for i in _items(walk, *asked) if "reason" not in i.raw)
+    if not rows:
+        found = f"no definition has a docstring and {asked[0]} lines of code"
+        said = ", ".join(source.name for source in walk.sources)
+        raise RecipeError(Problem(said, found, "rows are asked for by docstrings"), Exit.NO_DOCSTRINGS)
     if len(rows) < 2:
-        found = f"{len(rows)} module{'s' * (len(rows) != 1)} with rows"
-        raise RecipeError(Problem("--held-out", found, "a module is held out whole: leave the option out"))
+        do = "a module is held out whole: more modules, or leave the option out"
+        raise RecipeError(Problem("--held-out", "1 module with rows", do), Exit.ONE_MODULE)
     ranked = sorted(rows, key=lambda f: (f not in first, sha256("/".join(f).encode()).digest()))
     held, count = set[tuple[str, str]](), 0
     for file in ranked[:-1]:
@@ -192,6 +206,12 @@ def _row(
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": code}]
     about = {"name": name, "kind": kind, "module": file.module, "lines": list(lines)}
     return {"messages": messages} | about | file.provenance
+
+
+def _parted(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of messages as prompt and completion."""
+    *asked, answer = row["messages"]
+    return {"prompt": asked, "completion": [answer]} | {k: v for k, v in row.items() if k != "messages"}
 
 
 def _signature(node: Definition) -> str:

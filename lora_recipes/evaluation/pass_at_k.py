@@ -27,7 +27,7 @@ from lora_recipes.evaluation.tasks import Task, Tasks
 from lora_recipes.recipe.recipe import Recipe
 
 CHAT = "Complete this Python code. Answer with all of it in one block of code.\n\n```python\n{prompt}\n```"
-FOLDER, REPORT = "pass_at_k", "report.json"
+FOLDER, REPORT = "pass_at_k", "report.json"  # each of its tasks: human-eval.report.json
 VERDICTS = ("passed", "failed", "error", "not_loaded", "ended", "time", "memory", "no_answer")
 MANY = 10  # tasks that a note names
 
@@ -91,13 +91,13 @@ def passk(recipe: Recipe, outputs: Path, url: str, names: Sequence[str], unsafe:
             models=_figures(samples, {m.name: m.root for m in models}, asked.n, asked.k),
         )
         notes = _notes(samples)
-        report = run.path / FOLDER / REPORT
+        report = run.path / FOLDER / f"{Path(read.source).stem}.{REPORT}"
         said = record.plain(found) | {"samples": [asdict(s) for each in samples.values() for s in each]}
         files.write(report, json.dumps(said, indent=1) + "\n")
         if (known := run.record) is None:
             notes.append(f"{shown(run.path)} has no run.json: the figures stand in the report alone")
         else:
-            run.write_record(replace(known, pass_at_k=found))
+            run.write_record(replace(known, pass_at_k=(known.pass_at_k or {}) | {found.tasks: found}))
     return text(found, read, box, [*notes, f"every sample with its verdict: {shown(report)}"])
 
 

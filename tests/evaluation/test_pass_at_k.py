@@ -130,7 +130,7 @@ def passk(tmp_path, trained, capsys):
 
         @property
         def report(self):
-            return json.loads((self.outputs / "tiny_facts/pass_at_k/report.json").read_text())
+            return json.loads((self.outputs / "tiny_facts/pass_at_k/tasks.report.json").read_text())
 
     return Run()
 
@@ -166,7 +166,7 @@ def test_base_and_adapter_are_asked_the_same_judged_and_recorded(passk, trained)
     assert "7 tasks better, 0 worse, p 0.016" in passk.said and "no difference" not in passk.said
     known = RunFolder(trained / "tiny_facts").record
     assert isinstance(known, Run)
-    found = there(known.pass_at_k)
+    found = there(known.pass_at_k)[str(passk.file)]
     assert found.sandbox in sandbox.LEVELS and found.task_ids == [f"t{i}" for i in range(7)]
     assert found.models["tiny_facts"].pass_at_k["1"].value == 1 and found.models["base"].better is None
     assert passk.report["models"]["base"]["verdicts"] == {"failed": 7}
