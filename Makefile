@@ -99,7 +99,7 @@ retrain: $(READY)  ## go on from RECIPE's deployed release with the rows that ar
 monitor: $(READY)  ## keep the answers of URL=server in LOG=x.jsonl, with CONSENT=header or everyone (PORT=, HOST=); without URL= look at them: a page, and drift (SHARE=0.1, SEED=, MODEL=, FORCE=1)
 	@$(PY) scripts/monitor.py $(RECIPE) $(call named,LOG URL CONSENT HOST PORT SHARE SEED MODEL OUTPUTS) $(if $(call on,FORCE),--force)
 
-repo-model: $(READY) $(SERVE)  ## the code model of one repository, from its source to a release: SOURCE=folder or package, stdlib without (RECIPE=smollm2_repo, ROWS=240, FROM=stage, ONLY=stage, TAG=)
+repo-model: $(READY) $(SERVE)  ## the code model of one repository, from its source to a release: SOURCE=folder or package, stdlib without (RECIPE=smollm2_repo, ROWS=160, FROM=stage, ONLY=stage, TAG=)
 	@$(PY) -m lora_recipes repo-model $(if $(call given,SOURCE),$(call quoted,$(SOURCE))) $(if $(call given,RECIPE),--recipe $(RECIPE)) $(call named,OUTPUTS ROWS FROM ONLY TAG)
 
 serve: $(READY)  ## serve RECIPE's adapter in vLLM, proven live (ADAPTERS="name=folder ...", PORT=, HOST=, DYNAMIC=1, DRY=1, UNPROVEN=1, CHECK=url, ADD=url, REMOVE=url, VLLM="options")

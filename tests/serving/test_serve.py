@@ -308,7 +308,7 @@ def test_the_code_that_passk_judges_is_what_the_server_writes(dense, work, tmp_p
     (file := tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["passk", "tiny_facts", f"evaluate.tasks={file}", "evaluate.max_new_tokens=3"]
     assert main([*words, "--url", dense.url, "--outputs", str(work)]) == 0
-    found = json.loads((work / "tiny_facts" / "pass_at_k" / "report.json").read_text())
+    found = json.loads((work / "tiny_facts" / "pass_at_k" / "tasks.report.json").read_text())
     for sample in found["samples"]:
         prompt = sample["task_id"]
         wrote = Endpoint(dense.url).write(sample["model"], prompt, {}, 3).text
