@@ -100,7 +100,7 @@ def quiet() -> None:
 
 # Variables of the Makefile that are plain words after `lora-recipes VERB`; the others are options, two of
 # another name.
-_WORDS = ("RECIPE", "ABLATION", "ADAPTERS", "MODEL", "OVER", "SET")
+_WORDS = ("RECIPE", "ABLATION", "ADAPTERS", "MODEL", "OVER", "SET", "VERB")
 _OPTIONS = {"DRY": "--dry-run", "Q": "--ask"}
 
 

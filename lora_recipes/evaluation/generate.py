@@ -47,7 +47,7 @@ def served(url: str, names: Sequence[str], recipe: str) -> list[Served]:
         raise RecipeError(error.problems, Exit.NO_ENDPOINT) from None
     wanted = list(dict.fromkeys(names or [next(iter(models)), recipe]))
     if missing := [name for name in wanted if name not in models]:
-        do = f"{cli.command('serve', RECIPE=recipe)}, or name some of those: --model NAME, MODEL='NAME NAME'"
+        do = f"{cli.command('serve', RECIPE=recipe)}, or name some of those"
         raise RecipeError(Problem(url, f"serves no {listed(missing)}, but {listed(models)}", do))
     return [Served(name, models[name]) for name in wanted]
 

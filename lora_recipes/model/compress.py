@@ -24,9 +24,10 @@ from compressed_tensors.quantization.utils import calculate_qparams, is_module_q
 
 def main(source: str, target: str, kind: str, scheme: str, group_size: int | None, ignore: list[str]) -> None:
     """Write the model in `source` to `target`, quantised by `scheme`."""
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     half = torch.float16 if config.get_text_config().dtype == torch.float16 else torch.bfloat16
-    model = getattr(transformers, kind).from_pretrained(source, dtype=torch.float32)
+    own = getattr(transformers, kind)
+    model = own.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     wanted = preset_name_to_scheme(scheme, ["Linear"])
     wanted.weights.group_size = group_size or wanted.weights.group_size
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": wanted}, ignore=ignore))

@@ -30,7 +30,7 @@ def seal(target: Path, head: Head, tokenizer: Any) -> str:
     """Name the class in the config of the merged model in `target`, and write labels.json beside it; the name
     of that class.
     """
-    name = heads.loaded_as(AutoConfig.from_pretrained(target))
+    name = heads.loaded_as(AutoConfig.from_pretrained(target, trust_remote_code=False))
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     assert name, "fits() was asked first"
     config |= {"architectures": [name], "pad_token_id": padded(tokenizer).pad_token_id}
