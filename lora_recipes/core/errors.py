@@ -39,7 +39,7 @@ class Exit(IntEnum):
     FAILED = 22, "retrain: something broke on the way; what is deployed stays"
     DRIFT = 30, "monitor: the loss on the answers is higher by its interval"
     TOO_FEW = 31, "monitor: one answer shows nothing"
-    NO_ENDPOINT = 40, "passk: the server does not answer, or stopped in the middle; what it answered is kept"
+    NO_ENDPOINT = 40, "passk, style, ab: no server answers, or it stopped in the middle; its answers are kept"
     NO_SOURCE = 50, "repo-model: SOURCE is no folder, .py file or installed package"
     NO_PYTHON = 51, "repo-model: there is no Python in SOURCE"
     NO_DOCSTRINGS = 52, "repo-model: nothing in SOURCE has a docstring to ask by"
