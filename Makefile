@@ -109,7 +109,22 @@ chat: $(READY)  ## ask base and MODEL on a running server side by side (Q="a que
 	@$(PY) scripts/chat.py $(or $(MODEL),$(RECIPE)) $(if $(URL),--url $(URL)) $(if $(Q),--ask $(call quoted,$(Q)))
 
 bench-serve: $(READY) $(SERVE)  ## base, merged, one adapter, four adapters on vLLM: throughput and latency into benchmarks/results/
-	@$(PY) benchmarks/serve.py
+	@$(PY) -m benchmarks.serve
+
+.PHONY: bench bench-peers bench-gpu
+bench: $(READY)  ## time and memory of a training beside a TRL script by hand, a bare loop and other trainers: benchmarks/results/train.md (MODEL="dense hybrid smollm2" ROWS="short mixed long" COUNT= ROUNDS= THREADS= ONLY="words"; SCALING=1 against rows, length, rank, adapters, arms)
+	@$(PY) -m benchmarks.$(if $(call on,SCALING),scaling,train) $(call named,MODEL ROWS COUNT BATCH ROUNDS THREADS ONLY OUTPUTS RESULTS)
+
+PEERS := $(patsubst benchmarks/peers/%.txt,.venv-peers/%/.asked,$(wildcard benchmarks/peers/*.txt))
+.venv-peers/%/.asked: benchmarks/peers/%.txt
+	@$(PYTHON) -m venv .venv-peers/$*
+	@.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< >.venv-peers/$*/install.log 2>&1 || echo "$* cannot be installed here: $$(tail -n 1 .venv-peers/$*/install.log)"
+	@touch $@
+
+bench-peers: $(PEERS)  ## the environments of the other trainers that make bench then measures too, in .venv-peers (GBs; a CPU torch where pip's is one)
+
+bench-gpu: $(READY)  ## Qwen3.5-4B with random weights on this GPU, in ten minutes: LoRA, NF4, packed, kernels, batch and length, beside a TRL script (DRY=1 tiny, on any machine)
+	@$(PY) -m benchmarks.gpu $(if $(call on,DRY),--dry-run) $(call named,LIMIT OUTPUTS RESULTS)
 
 compare: $(READY)  ## full, frozen or LoRA? on the tiny base, 5 seeds: docs/compare.md and .png, in minutes
 	@$(PY) benchmarks/compare.py
@@ -155,5 +170,5 @@ docs: $(DOCS)  ## the docs as a site in site/: tables and picture made anew from
 	@$(PY) docs/make.py
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean
 
-clean:  ## remove .venv, .venv-serve, .venv-lowest, site/ and caches; outputs/ stays
-	rm -rf $(VENV) .venv-serve .venv-lowest site .pytest_cache .ruff_cache .mypy_cache *.egg-info
+clean:  ## remove .venv, .venv-serve, .venv-lowest, .venv-peers, site/ and caches; outputs/ stays
+	rm -rf $(VENV) .venv-serve .venv-lowest .venv-peers site .pytest_cache .ruff_cache .mypy_cache *.egg-info

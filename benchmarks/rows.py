@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ TRL = 100_000  # rows that TRL is asked to prepare at most
 OVERRIDES = ["data.eval=null", "train.eval_strategy='no'", "data.kept=null", "data.limits={near_in_eval: 1}"]
 
 
-def chats(count: int) -> Iterator[str]:
-    """Lines of JSONL: conversations of one to three turns, no two the same."""
+def chats(count: int, turns: Sequence[int] = (1, 2, 3)) -> Iterator[str]:
+    """Lines of JSONL: conversations of as many turns as one of `turns`, no two the same."""
     rng, rows = random.Random(1), (ROOT / "data/companion/train.jsonl").read_text().splitlines()
     pairs = [(row["prompt"][-1]["content"], row["completion"][0]["content"]) for row in map(json.loads, rows)]
     for number in range(count):
         messages = []
-        for turn, (asked, said) in enumerate(rng.choices(pairs, k=rng.randint(1, 3))):
+        for turn, (asked, said) in enumerate(rng.choices(pairs, k=rng.choice(turns))):
             messages.append({"role": "user", "content": f"{asked} ({number}.{turn})"})
             messages.append({"role": "assistant", "content": said})
         yield json.dumps({"messages": messages}) + "\n"

@@ -1,12 +1,11 @@
-"""Merged or dynamic? The same requests to base, merged model and adapters on vLLM's CPU build: `python
-benchmarks/serve.py`.
+"""Merged or dynamic? The same requests to base, merged model and adapters on vLLM's CPU build: `python -m
+benchmarks.serve`.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import machine
 from lora_recipes.core import cli, files
 from lora_recipes.core.errors import Problem, RecipeError, raise_if
 from lora_recipes.core.files import now, write
@@ -344,13 +344,8 @@ def bench(given: argparse.Namespace) -> None:
     logs = (given.outputs or files.ROOT / "outputs").absolute() / "_serve"
     with tempfile.TemporaryDirectory() as temporary:
         versions, runs = measured(given, build, (given.outputs or Path(temporary)).absolute(), logs)
-    models = [
-        row.partition(":")[2].strip()
-        for row in Path("/proc/cpuinfo").read_text().splitlines()
-        if row.startswith("model name")
-    ]
     result: dict[str, Any] = {
-        "device": {"cpu": (models or [platform.machine()])[0], "cores": os.cpu_count()},
+        "device": {"cpu": machine.processor(), "cores": os.cpu_count()},
         "versions": versions,
     }
     result |= {"command": _command(given), "date": now()}
