@@ -38,6 +38,7 @@ def measured(words: list[str], folder: Path, name: str, threads: int, trains: bo
         "HF_DATASETS_CACHE": str(folder / f"{name}_cache"),  # of its own: nobody finds another's rows
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
+        "PATH": f"{Path(words[0]).parent}:{os.environ['PATH']}",  # an environment's own launchers
         "PYTHONPATH": str(ROOT / "benchmarks/clock"),
         "TOKENIZERS_PARALLELISM": "false",
     }
