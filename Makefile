@@ -60,8 +60,8 @@ train: $(READY)  ## train RECIPE into outputs/RECIPE/ (RESUME=1 continues, FORCE
 ablate: $(READY)  ## train every arm of ABLATION (or RECIPE with OVER="lora.r=2,4,8" SEEDS="1 2 3") and report (JOBS=2, ONLY="arm arm/s1", DRY=1, REPORT=1, FORCE=1, ON=slurm or skypilot writes files for a cluster)
 	@$(if $(ABLATION),$(if $(OVER),$(error ABLATION= has its own values: OVER= goes with RECIPE=)))$(if $(call given,RECIPE),$(if $(OVER),,$(error RECIPE= goes with OVER="lora.r=2,4,8"; an ablation names its own)))$(PY) scripts/ablate.py $(if $(OVER),$(RECIPE) $(OVER),$(or $(ABLATION),tiny_rank)) $(ABLATE_OPTIONS)
 
-merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1, UNPROVEN=1 without provenance.json)
-	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force) $(if $(call on,UNPROVEN),--unproven)
+merge: $(READY)  ## merge RECIPE's adapter into its base: outputs/RECIPE/merged, verified (DTYPE=, BASE=, FORCE=1, UNASKED=1 never loads the model: shard by shard, its tensors verified, UNPROVEN=1 without provenance.json)
+	@$(PY) scripts/merge.py $(RECIPE) $(if $(OUTPUTS),--outputs $(call quoted,$(OUTPUTS))) $(if $(BASE),--base $(call quoted,$(BASE))) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(call on,FORCE),--force) $(if $(call on,UNPROVEN),--unproven) $(if $(call on,UNASKED),--unasked)
 
 export: $(READY) $(SERVE)  ## RECIPE's merged model in fewer bits, FORMAT=w8a8 or w4a16: outputs/RECIPE/exports/FORMAT, loaded by vLLM, its loss measured (SET=data.eval=FILE, FORCE=1)
 	@$(PY) scripts/export.py $(RECIPE) $(SET) $(call named,FORMAT OUTPUTS) $(if $(call on,FORCE),--force)

@@ -301,6 +301,11 @@ def _merge(parser: ArgumentParser) -> None:
         help="folder of the merged model (default: merged/ beside adapter/, else NAME.merged)",
     )
     parser.add_argument("--force", action="store_true", help="replace a merged model that is already there")
+    parser.add_argument(
+        "--unasked",
+        action="store_true",
+        help="never load the model: shard by shard, its tensors verified, its answers not",
+    )
     _unproven(parser)
 
 
@@ -315,7 +320,7 @@ def merge(given: Namespace) -> None:
 
     beside = folder.with_name("merged" if folder.name == "adapter" else f"{folder.name}.merged")
     output = given.output or beside
-    record = merge.merge(folder, output, given.base, given.dtype, given.force, given.unproven)
+    record = merge.merge(folder, output, given.base, given.dtype, given.force, given.unproven, given.unasked)
     print(merge.report(record, output))
 
 

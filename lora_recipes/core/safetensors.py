@@ -1,10 +1,12 @@
-"""Safetensors files without torch: names, shapes and values; and a copy under other names. Format:
-huggingface/safetensors, README.
+"""Safetensors files without torch: names, shapes and values; a copy under other names; and one written tensor
+by tensor. Format: huggingface/safetensors, README.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,3 +76,25 @@ def copy_renamed(source: Path, target: Path, names: dict[str, str]) -> None:
     ).encode()
     new += b" " * (-len(new) % 8)
     target.write_bytes(len(new).to_bytes(8, "little") + new + data)
+
+
+def write(
+    target: Path,
+    tensors: dict[str, tuple[str, tuple[int, ...], int]],
+    content: Callable[[str], Iterable[Any]],
+) -> None:
+    """Write `tensors` (dtype, shape, bytes of each) as one file, one after the other: `content` yields the
+    bytes of the named one in buffers, and no more than one buffer is held.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (_, _, size) in tensors.items():
+            wrote = sum(file.write(part) for part in content(name))
+            assert wrote == size, f"{name}: {wrote} bytes, {size} were said"

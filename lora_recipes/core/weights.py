@@ -3,6 +3,8 @@ PyTorch's own (`pytorch_model.bin`); one file, or several with an index. Imports
 the latter.
 """
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -138,11 +140,12 @@ def read(path: Path) -> dict[str, Stored]:
         raise ValueError(f"holds a {type(held).__name__}, no tensors by name")
     if other := [str(name) for name, value in held.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"holds what is no tensor: {listed(other, 3)}")
-    return {name: Stored(path, name, _word(t), tuple(t.shape), t.nbytes, held=t) for name, t in held.items()}
+    return {n: Stored(path, n, word(t.dtype), tuple(t.shape), t.nbytes, held=t) for n, t in held.items()}
 
 
-def _word(tensor: Any) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
+def word(dtype: Any) -> str:
+    """A dtype of torch in the words of safetensors."""
+    name = str(dtype).removeprefix("torch.")
     return _WORDS.get(name, name.upper())
 
 
@@ -210,3 +213,11 @@ def _digests(path: Path, size: int, changed: int, inode: int, ends: bool) -> lis
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         hashes = pool.map(digest, tensors.values())
         return [(n, t.dtype, t.shape, h) for (n, t), h in zip(tensors.items(), hashes, strict=True)]
+
+
+def trim() -> None:
+    """Give freed memory back to the system, between one tensor and the next. glibc keeps what small objects
+    stand between: a merge of 200 MB so grew by 330 MB (measured). Another libc does as it does.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,6 +2,7 @@
 behind.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,7 @@ def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
 
     PEFT only warns about tensors without a place, and leaves modules without a tensor at their random start.
     """
-    (first, adapter), *others = adapters.items()
-    try:
-        attached = PeftModel.from_pretrained(model, adapter.path, adapter_name=first)
-        for name, adapter in others:
-            attached.load_adapter(adapter.path, adapter_name=name)
-    except (KeyError, ValueError, RuntimeError) as error:
-        kind, said = type(error).__name__, str(error).splitlines()[0][:200]
-        found = f"does not go on its base whole: PEFT cannot put it on {type(model).__name__}: {kind}: {said}"
-        do = "give the adapter as training saved it, and the class that it was trained on"
-        raise RecipeError(Problem(shown(adapter.path), found, do)) from error
+    attached = _put(model, adapters)
     for name, adapter in adapters.items():
         got = get_peft_model_state_dict(attached, adapter_name=name, save_embedding_layers=False)
         wanted = {
@@ -77,16 +69,49 @@ def attach(model: PreTrainedModel, adapters: dict[str, Adapter]) -> PeftModel:
             for n in {**got, **wanted}
             if n not in got or n not in wanted or not torch.equal(got[n].cpu().float(), wanted[n].float())
         ]
-        if lost:
-            do = (
-                "give the adapter as training saved it, not the copy for serving"
-                if set(lost) - set(got)
-                else "another version of PEFT?"
-            )
-            raise RecipeError(
-                Problem(shown(adapter.path), f"does not go on its base whole: {listed(lost, 3)}", do)
-            )
+        raise_if(_lost(adapter, lost, got))
     return attached.eval()
+
+
+def on_shapes(model: PreTrainedModel, adapter: Adapter) -> tuple[PeftModel, dict[str, str]]:
+    """`model`, on the meta device, with the layers of `adapter`, which are there too; and which tensor of its
+    file each of their parameters is. RecipeError when it does not go on it whole.
+    """
+    attached = _put(model, {"default": adapter}, low_cpu_mem_usage=True)
+    places = {n: _saved(n, adapter) for n, _ in attached.named_parameters() if ".default" in n}
+    wanted = [n for n in adapter.tensors if ".base_layer." not in n or ".lora_" in n]
+    raise_if(_lost(adapter, sorted({*places.values()} ^ {*wanted}), places.values()))
+    return attached, places
+
+
+def _saved(parameter: str, adapter: Adapter) -> str:
+    """What PEFT calls `parameter` of a layer in its file."""
+    name = parameter.replace(".modules_to_save.default.", ".").replace(".default", "", 1)
+    short = name.removesuffix(".weight")  # a magnitude of DoRA
+    return short if short in adapter.tensors else name
+
+
+def _put(model: PreTrainedModel, adapters: dict[str, Adapter], **options: Any) -> PeftModel:
+    (first, adapter), *others = adapters.items()
+    try:
+        attached = PeftModel.from_pretrained(model, adapter.path, adapter_name=first, **options)
+        for name, adapter in others:
+            attached.load_adapter(adapter.path, adapter_name=name, **options)
+    except (KeyError, ValueError, RuntimeError) as error:
+        kind, said = type(error).__name__, str(error).splitlines()[0][:200]
+        found = f"does not go on its base whole: PEFT cannot put it on {type(model).__name__}: {kind}: {said}"
+        do = "give the adapter as training saved it, and the class that it was trained on"
+        raise RecipeError(Problem(shown(adapter.path), found, do)) from error
+    return attached
+
+
+def _lost(adapter: Adapter, lost: list[str], placed: Collection[str]) -> list[Problem]:
+    """Tensors of `adapter` or of its layers that have no counterpart, those with a place aside."""
+    copied = set(lost) - set(placed)
+    do = "give the adapter as training saved it, not the copy for serving"
+    do = do if copied else "another version of PEFT?"
+    found = f"does not go on its base whole: {listed(lost, 3)}"
+    return [Problem(shown(adapter.path), found, do)] if lost else []
 
 
 def classifier(folder: Path, base: Path | None = None) -> tuple[Any, PreTrainedTokenizerBase, Head]:

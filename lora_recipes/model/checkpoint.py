@@ -110,6 +110,22 @@ def load(source: Base | Folder, kind: Any = None, attn_at: str = "", **options: 
     return parts.frozen(model)
 
 
+def on_shapes(source: Folder, kind: Any = None, **options: Any) -> PreTrainedModel:
+    """The model of `source` on the meta device, whole: as `load` loads it, but for the bytes. RecipeError as
+    there.
+    """
+    raise_if(unfit(source, config := source.real_config()))
+    tensors = _tensors(source) or {}
+    raise_if(_codes(source, tensors))
+    found = parts.Trained(kind, config) if kind else trained(source, config, tensors)
+    try:
+        model, report = _on_meta(found, tensors, **options)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(Problem(source.at, *unread(error, source.name, _ANEW))) from None
+    raise_if(faults(source, config, model, report) + _untied(source, model, tensors))
+    return model
+
+
 def trained(
     source: Base | Folder, config: PreTrainedConfig, stored: dict[str, Stored] | list[str] | None
 ) -> parts.Trained:
@@ -351,7 +367,9 @@ def _without_bytes(
         raise RecipeError(Problem(base.at, *unread(error, base.name, _ANEW))) from None
 
 
-def _on_meta(found: parts.Trained, tensors: dict[str, Stored]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _on_meta(
+    found: parts.Trained, tensors: dict[str, Stored], **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     text_class: Any = found.kind
     state = {
         name: torch.empty(stored.shape, dtype=DTYPES.get(stored.dtype, torch.int64), device="meta")
@@ -366,6 +384,7 @@ def _on_meta(found: parts.Trained, tensors: dict[str, Stored]) -> tuple[PreTrain
             device_map={"": "meta"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **options,
         )
     return model, report
 
@@ -383,7 +402,7 @@ def _other_model(base: Base, model: PreTrainedModel, planned: PreTrainedModel) -
     return [Problem(base.at, found, do)]
 
 
-def _untied(base: Base, model: PreTrainedModel, tensors: dict[str, Stored]) -> list[Problem]:
+def _untied(base: Base | Folder, model: PreTrainedModel, tensors: dict[str, Stored]) -> list[Problem]:
     for name, source in model.all_tied_weights_keys.items():
         head, embedding = (_stored(model, key, tensors) for key in (name, source))
         if head and embedding and not weights.alike(head, embedding):

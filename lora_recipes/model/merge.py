@@ -10,6 +10,7 @@ the *dequantised* weights, never into the 4-bit ones, and not into those that we
 figures: docs/serving.md).
 """
 
+import functools
 import json
 import os
 import resource
@@ -40,7 +41,8 @@ from lora_recipes.core.provenance import Called, Probe, Provenance
 from lora_recipes.core.record import Merged
 from lora_recipes.core.run_folder import foreign, merged_files, noted
 from lora_recipes.core.yamlfile import shown
-from lora_recipes.model import answers, attach, checkpoint, embeddings, heads, merge_head, stored
+from lora_recipes.model import answers, attach, checkpoint, embeddings, heads, merge_head, shards, stored
+from lora_recipes.model.shards import Shards
 from lora_recipes.recipe.base import Folder
 from lora_recipes.recipe.rules import PROMPTS
 from lora_recipes.serving import export
@@ -119,6 +121,9 @@ class Job:
     dtype: str
     arithmetic: str = "float32"
     head: Head | None = None
+    shards: Shards | None = None
+    whole: str = ""
+    unasked: str = ""
 
     @property
     def architecture(self) -> str:
@@ -149,8 +154,8 @@ class Wanted:
     the record does not prove.
     """
 
-    attached: Any
-    asked: Answer
+    attached: Any = None
+    asked: Answer = field(default_factory=lambda: Answer(torch.empty(0)))
     record: Recorded | None = None
     notes: list[str] = field(default_factory=list)
     dequantised: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -164,11 +169,13 @@ def merge(
     dtype: str | None = None,
     force: bool = False,
     unproven: bool = False,
+    unasked: bool = False,
 ) -> dict[str, Any]:
     """Merge the adapter in `folder` into its base and write a whole model to `output`; returns what
     merge.json says.
 
-    `base` replaces the one that adapter_config.json names; `unproven` takes an adapter without provenance.
+    `base` replaces the one that adapter_config.json names; `unproven` takes an adapter without provenance;
+    `unasked` leaves out the model's answers, so that it is never loaded.
     RecipeError when the adapter does not fit or was changed since training, memory does not suffice, or the
     merged model is not base + adapter, or answers otherwise than training recorded; then nothing is left.
     """
@@ -177,7 +184,7 @@ def merge(
         files.writing(output.parent, "while merging", lambda: kept),
         lock.runs([folder], "merges", lock.place(output)),
     ):
-        merged = _whole(folder, output, base, dtype, force, unproven)
+        merged = _whole(folder, output, base, dtype, force, unproven, unasked)
         sha256, known = files.sha256(adapters.read(folder, anything=True).file), merged.get("recorded") or {}
         proof = Merged(
             at=merged["at"],
@@ -192,7 +199,13 @@ def merge(
 
 
 def _whole(
-    folder: Path, output: Path, base: Path | None, dtype: str | None, force: bool, unproven: bool
+    folder: Path,
+    output: Path,
+    base: Path | None,
+    dtype: str | None,
+    force: bool,
+    unproven: bool,
+    unasked: bool,
 ) -> dict[str, Any]:
     began = time.monotonic()
     said = _place(output, force)
@@ -214,7 +227,8 @@ def _whole(
     if kind == "LORA" and adapter.config.get("task_type") == "SEQ_CLS":
         job = replace(job, head=core_head.needed(folder))
         merge_head.fits(folder, source)
-    job = replace(job, arithmetic=_arithmetic(source, job.dtype, known.quantize if known else None))
+    found, why = shards.of(adapter, source, job.dtype, getattr(transformers, job.architecture), known)
+    job = _in_memory(replace(job, shards=found, whole=why), unasked)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -258,25 +272,41 @@ def _dtype(source: Path) -> str:
     return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
-def _arithmetic(source: Path, dtype: str, quantize: str | None = None) -> str:
-    """float32 where memory suffices for it, else `dtype`. RecipeError when it suffices for neither.
-
-    Needed: the text model once and a quarter more for the adapter and the answers; what is being written, in
-    `dtype`; and for an adapter that was trained in 4 bits the dequantised weights.
+def _in_memory(job: Job, unasked: bool) -> Job:
+    """`job` with the arithmetic in which the model is asked, or why it is not. RecipeError where it has to be
+    loaded, and memory does not suffice.
     """
-    numbers = sum(_count(shape) for shape in weights.shapes(source).values())
-    free, size = psutil.virtual_memory().available, getattr(torch, dtype).itemsize
-    for kind in ("float32", dtype):
-        needed = int(numbers * (1.25 * getattr(torch, kind).itemsize + size + (4 if quantize else 0)))
+    if unasked and job.shards:
+        return replace(job, unasked="by your choice")
+    if unasked:
+        do = "leave out --unasked (UNASKED=1): the model is loaded, and asked"
+        raise RecipeError(Problem(shown(job.adapter.path), f"does not merge shard by shard: {job.whole}", do))
+    kind, found = _arithmetic(job)
+    if kind:
+        return replace(job, arithmetic=kind)
+    if job.shards:
+        return replace(job, unasked=found)
+    do = f"{cli.command(DTYPE='bfloat16')} needs half, or use a larger machine"
+    do = do if job.dtype == "float32" else "merge on a larger machine"
+    found = f"{found}, and it does not merge shard by shard: {job.whole}"
+    raise RecipeError(Problem(shown(job.source), found, do))
+
+
+def _arithmetic(job: Job) -> tuple[str, str]:
+    """float32 where memory suffices for it, else the dtype that is stored; empty where it suffices for
+    neither, and what is needed.
+
+    That is the text model once and a quarter more for the adapter and the answers; what is being written, if
+    that is not done shard by shard; and for an adapter that was trained in 4 bits the dequantised weights.
+    """
+    numbers = sum(_count(shape) for shape in weights.shapes(job.source).values())
+    free, size = psutil.virtual_memory().available, getattr(torch, job.dtype).itemsize
+    more = (0 if job.shards else size) + (4 if job.known and job.known.quantize else 0)
+    for kind in ("float32", job.dtype):
+        needed = int(numbers * (1.25 * getattr(torch, kind).itemsize + more))
         if needed <= free:
-            return kind
-    found = f"merging in {dtype} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-    do = (
-        "merge on a larger machine"
-        if dtype != "float32"
-        else f"{cli.command(DTYPE='bfloat16')} needs half, or use a larger machine"
-    )
-    raise RecipeError(Problem(shown(source), found, do))
+            return kind, ""
+    return "", f"{job.dtype} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -294,29 +324,36 @@ def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(
         job.adapter.path if has_own else job.source, trust_remote_code=False
     )
-    wanted = _wanted(job, tokenizer)
+    wanted = Wanted(notes=_unasked(job)) if job.unasked else _wanted(job, tokenizer)
     facts: dict[str, Any] = {
         "adapter": shown(job.adapter.path),
         "base": str(job.source),
         "architecture": job.architecture,
         "dtype": job.dtype,
-        "arithmetic": job.arithmetic,
+        "arithmetic": None if job.unasked else job.arithmetic,
+        "shards": len(weights.files(job.source)) if job.shards else None,
+        "not_by_shards": job.whole or None,
         **wanted.facts,
     }
-    changes = stored.changes(wanted.attached, job.adapter)
-    facts["modules"] = _layers(wanted.attached, job.adapter)
-    _write(wanted.attached, job, target, wanted.dequantised)
-    tokenizer.save_pretrained(target)
+    attached = job.shards.attached if job.shards else wanted.attached
+    changes = stored.changes(attached, job.adapter)
+    facts["modules"] = _layers(attached, job.adapter)
     wanted = replace(wanted, attached=None)
-    if job.head:
-        facts |= {"architecture": merge_head.seal(target, job.head, tokenizer), **asdict(job.head)}
-        merged = attach.merged(target, job.head, dtype=getattr(torch, job.arithmetic))
+    check = functools.partial(stored.check, job.adapter, job.source, target, changes)
+    if job.shards:
+        dequantised = job.shards.rounded if job.unasked else wanted.dequantised
+        job.shards.write(target, dequantised)
+        facts |= check(job.shards.names, dequantised, cast(Any, attached.get_base_model()))
     else:
-        merged = _load(target, job.arithmetic, job)
-        stops.save(target, stops.settings(target), attach.stops(job.adapter.path, tokenizer, merged))
-    names = list(merged.state_dict())
-    facts |= stored.check(job.adapter, job.source, target, changes, names, wanted.dequantised, merged)
-    judged, apart = _judge(merged, wanted, changes, job)
+        _write(attached, job, target, wanted.dequantised)
+    del attached  # before the next model is loaded
+    tokenizer.save_pretrained(target)
+    merged = _read_back(job, target, tokenizer)
+    if job.head:
+        facts |= {"architecture": replace(job, source=target).architecture, **asdict(job.head)}
+    if not job.shards:
+        facts |= check(list(merged.state_dict()), wanted.dequantised, merged)
+    judged, apart = ({}, 0.0) if job.unasked else _judge(merged, wanted, changes, job)
     facts |= judged
     for name in PROCESSORS:
         if (job.source / name).is_file():
@@ -326,6 +363,28 @@ def _merge(job: Job, target: Path, notes: list[str]) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     notes = [*notes, *wanted.notes, *_not_compared(facts["tensors_not_compared"], job)]
     return facts | {"not_proven": notes, "max_rss_bytes": peak}
+
+
+def _read_back(job: Job, target: Path, tokenizer: Any) -> PreTrainedModel:
+    """The merged model in `target`, which gets the last of its settings; without weights where it is not
+    asked.
+    """
+    if job.head:
+        merge_head.seal(target, job.head, tokenizer)
+        return attach.merged(target, job.head, dtype=getattr(torch, job.arithmetic))
+    unasked = job.shards.whole if job.shards and job.unasked else None
+    merged: PreTrainedModel = unasked if unasked is not None else _load(target, job.arithmetic, job)
+    stops.save(target, stops.settings(target), attach.stops(job.adapter.path, tokenizer, merged))
+    return merged
+
+
+def _unasked(job: Job) -> list[str]:
+    """What is not shown where the model is not asked, for a person."""
+    return [
+        f"the merged model was not asked ({job.unasked}): each of its tensors was held against the files of"
+        " base and adapter; its answers were held against nothing, neither base + adapter by PEFT nor what"
+        " training recorded"
+    ]
 
 
 def _not_compared(names: list[str], job: Job) -> list[str]:
@@ -608,19 +667,25 @@ def _told(found: Difference) -> str:
 
 def report(record: dict[str, Any], output: Path) -> str:
     """merge.json for a person."""
-    total = record["greedy_total"]
-    same = f", {record['greedy_equal']} of {total} greedy tokens equal" if total else ""
-    against = f"base in {record['quantize']} + adapter" if "quantize" in record else "base + adapter"
     lines = [
         (
             f"{record['modules']} modules merged into {record['architecture']} in {record['dtype']},"
             f" {record['seconds']:.1f} s, peak memory {record['max_rss_bytes'] / 2**30:.2f} GiB"
         ),
         (
-            f"against {against}: KL {record['kl_mean']:.1e} nats a token, logits differ by at most"
-            f" {record['logit_max']:.1e} (mean {record['logit_mean']:.1e}){same}"
+            f"written shard by shard (files: {record['shards']})"
+            if record["shards"]
+            else f"merged in the whole model: {record['not_by_shards']}"
         ),
     ]
+    if record["arithmetic"]:
+        total = record["greedy_total"]
+        same = f", {record['greedy_equal']} of {total} greedy tokens equal" if total else ""
+        against = f"base in {record['quantize']} + adapter" if "quantize" in record else "base + adapter"
+        lines.append(
+            f"against {against}: KL {record['kl_mean']:.1e} nats a token, logits differ by at most"
+            f" {record['logit_max']:.1e} (mean {record['logit_mean']:.1e}){same}"
+        )
     if usual := record.get("unquantised_base"):
         lines.append(f"(on the base that was never quantised, the usual way: KL {usual['kl_mean']:.1e})")
     lost, computed = 100 * record["lost_in_rounding"], record["tensors_computed"]

@@ -28,7 +28,7 @@ from lora_recipes.core.adapter_folder import Adapter, scaling
 from lora_recipes.core.errors import Problem, RecipeError, listed
 from lora_recipes.core.yamlfile import shown
 
-ROWS = 2048  # of a matrix at once, so that a float64 copy of it stays small
+NUMBERS = 2**17  # of a matrix at once: 1 MiB of float64, in some ten copies
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,27 @@ def _known(module: LoraLayer) -> bool:
     return all(isinstance(variant, DoraLinearVariant) for variant in module.lora_variant.values())
 
 
+class Rounded(dict[str, torch.Tensor]):
+    """As `dequantised`, of a base that is not in memory: each weight is rounded by bitsandbytes when it is
+    asked for, and not kept. `places`: where each module's weight stands in its files; `dtype`: of training.
+    """
+
+    def __init__(self, places: dict[str, weights.Stored], dtype: str) -> None:
+        super().__init__()
+        self.places, self.dtype = places, getattr(torch, dtype)
+
+    def get(self, module: str, default: Any = None) -> Any:
+        """The weight of `module`; `default` where it was not quantised."""
+        import bitsandbytes as bnb
+
+        if module not in self.places:
+            return default
+        whole = self.places[module].tensor().to(self.dtype)
+        packed: Any = bnb.nn.Params4bit(whole, requires_grad=False, quant_type="nf4")
+        packed = packed.to("cpu")
+        return bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+
+
 def dequantised(attached: PeftModel) -> dict[str, torch.Tensor]:
     """The base's 4-bit weights, dequantised, by module."""
     import bitsandbytes as bnb
@@ -173,6 +194,7 @@ def check(
             if update := changed.updates.get(own):
                 computed += 1
                 apart[name] = _updated(stored, before, pairs, update)
+                weights.trim()
             elif changed.touches(own) or stored.shape != before.shape:
                 left.append(name)
             else:
@@ -252,7 +274,7 @@ def _joined(
         update: Any = changed.updates[name]
         single = not getattr(update, "experts", 0)
         parts = [torch.zeros(1, 1)] if single else _experts(pairs, update)
-        for inner, values in _as_stored(model, name, *parts).items():
+        for inner, values in as_stored(model, name, *parts).items():
             tensor = base_fit.own_name(inner, base) or inner  # of a text model within a larger one
             if tensor not in made or tensor not in base:
                 found[tensor] = torch.inf, 0.0, 0.0
@@ -264,7 +286,7 @@ def _joined(
     return found
 
 
-def _as_stored(model: Any, name: str, *values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+def as_stored(model: Any, name: str, *values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
     """`values` of the parameter `name` as the tensors of a checkpoint: transformers joins those of the
     experts while it loads, and takes them apart again, by rules of each class."""
     found = [revert_weight_conversion(model, {name: value.contiguous()}) for value in values]
@@ -292,10 +314,11 @@ def _lora(
     left, right = (a.T, b.T) if update.transposed else (b, a)
     step, single = torch.finfo(stored.dtype), torch.finfo(torch.float32).eps / 2
     off = lost = size = 0.0
+    many = max(1, NUMBERS // right.shape[1])
 
     def rows(i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The next rows of W, of s B A, and of the absolute numbers that were summed for it."""
-        part, was = left[i : i + ROWS], before[i : i + ROWS].double()
+        part, was = left[i : i + many], before[i : i + many].double()
         sums = was.abs() + abs(update.scaling) * (part.abs() @ right.abs())
         return was, update.scaling * (part @ right), (len(right) + 4) * single * sums
 
@@ -304,17 +327,17 @@ def _lora(
         over = 0 if update.transposed else 1
         squares = [
             torch.stack([(was + delta).square().sum(over), lossy.square().sum(over)])
-            for was, delta, lossy in map(rows, range(0, len(left), ROWS))
+            for was, delta, lossy in map(rows, range(0, len(left), many))
         ]
         norms = (torch.stack(squares).sum(0) if over == 0 else torch.cat(squares, 1)).sqrt()
         factor = pairs.get_tensor(update.magnitude).double().flatten() / norms[0]
         relative = norms[1] / norms[0] + (before.shape[over] / 2 + 2) * single
         factor, relative = factor.unsqueeze(over), relative.unsqueeze(over)
-    for i in range(0, len(left), ROWS):
+    for i in range(0, len(left), many):
         was, delta, lossy = rows(i)
-        f, r = (x if len(x) == 1 else x[i : i + ROWS] for x in (factor, relative))
+        f, r = (x if len(x) == 1 else x[i : i + many] for x in (factor, relative))
         wanted = f * (was + delta)
-        apart = (stored[i : i + ROWS].double() - wanted).abs()
+        apart = (stored[i : i + many].double() - wanted).abs()
         allowed = (step.eps / 2 + r) * wanted.abs() + f.abs() * lossy + step.smallest_normal
         off = max(off, (apart / allowed).nan_to_num(nan=torch.inf).max().item())
         lost, size = lost + apart.square().sum().item(), size + (wanted - was).square().sum().item()

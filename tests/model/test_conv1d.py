@@ -58,6 +58,8 @@ def test_it_merges_and_every_tensor_is_held_against_its_files(hub, tmp_path, dty
         n.replace(".base_layer", "") for n in attached.get_base_model().state_dict() if ".lora_" not in n
     ]
     right = load_file(tmp_path / "merged" / "model.safetensors")
+    own = f"{SQUARE.removeprefix('transformer.')}.weight"
+    assert set(right) == set(weights.tensors(base)), "the names of its files are kept"
     was = AutoModelForCausalLM.from_pretrained(base).state_dict()[f"{SQUARE}.weight"]
     pairs = load_file(held.file)
     a, b = (pairs[f"base_model.model.{SQUARE}.lora_{kind}.weight"] for kind in "AB")
@@ -65,9 +67,9 @@ def test_it_merges_and_every_tensor_is_held_against_its_files(hub, tmp_path, dty
     for wrong in (delta.T, -delta, 0.5 * delta, 0 * delta):
         made = tmp_path / "broken"
         made.mkdir(exist_ok=True)
-        broken = {f"{SQUARE}.weight": (was + wrong).to(right[f"{SQUARE}.weight"].dtype).contiguous()}
+        broken = {own: (was + wrong).to(right[own].dtype).contiguous()}
         save_file(right | broken, made / "model.safetensors")
-        with pytest.raises(RecipeError, match=rf"{SQUARE}\.weight is off by"):
+        with pytest.raises(RecipeError, match=rf"{own} is off by"):
             stored.check(held, base, made, changes, names, {})
 
 

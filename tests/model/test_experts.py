@@ -108,7 +108,7 @@ def test_a_stored_expert_that_is_not_base_and_adapter_is_named(made, tmp_path, w
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
 def test_bfloat16_experts_are_rounded_once(tmp_path, monkeypatch, arithmetic):
     """Merged in float32 one parameter after the other, also where the model itself does not fit in it."""
-    monkeypatch.setattr(merging, "_arithmetic", lambda *_: arithmetic)
+    monkeypatch.setattr(merging, "_arithmetic", lambda *_: (arithmetic, ""))
     base = families.make("qwen3_moe", tmp_path)
     half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     shutil.rmtree(base)

@@ -224,8 +224,10 @@ def test_a_base_that_is_not_at_hand_or_another_one_is_refused(trained, hybrid, t
 def test_a_base_larger_than_memory_is_refused_before_loading(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [10**7, 10**6], "data_offsets": [0, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(RecipeError, match=r"needs about .* GiB, .* GiB are free"):
-        merging._arithmetic(tmp_path, "bfloat16")
+    adapter = adapter_folder.Adapter(tmp_path, {"peft_type": "LORA"}, {})
+    job = merging.Job(adapter, None, tmp_path, "bfloat16", whole="it is one")
+    with pytest.raises(RecipeError, match=r"needs about .* GiB, .* GiB are free, and .*: it is one"):
+        merging._in_memory(job, unasked=False)
 
 
 def test_a_recipe_that_was_not_trained_is_answered(tmp_path):
