@@ -184,22 +184,20 @@ def check(
     with safe_open(adapter.file, "pt") as pairs:
         apart = _joined(base, made, pairs, changed, joined, merged)
         for name in [each for each in made if each not in apart]:
-            own = trained.get(name, name)
-            stored, before = made[name].tensor(), dequantised.get(own.removesuffix(".weight"))
-            at = base_fit.own_name(name, base)
-            tied = at is None  # a head that is tied no longer: trained, or what it was tied to
-            if before is None:
-                # nothing, of the head of a classifier, which the base never had
-                before = base[at].tensor() if at else stored * (own not in changed.updates)
+            own, at = trained.get(name, name), base_fit.own_name(name, base)
+            before = dequantised.get(own.removesuffix(".weight"))
             if update := changed.updates.get(own):
                 computed += 1
+                stored = made[name].tensor()
+                if before is None:  # nothing, of the head of a classifier, which the base never had
+                    before = base[at].tensor() if at else torch.zeros_like(stored)
                 apart[name] = _updated(stored, before, pairs, update)
                 weights.trim()
-            elif changed.touches(own) or stored.shape != before.shape:
+            elif changed.touches(own) or (at and made[name].shape != base[at].shape):
                 left.append(name)
             else:
                 same += 1
-                if not (_held(stored, base) if tied else torch.equal(stored, before.to(stored.dtype))):
+                if not _kept(made[name], base, at, before):
                     wrong.append(f"{name} is not the base's, and carries no adapter")
     for name, found in apart.items():
         lost, size = lost + found[1], size + found[2]
@@ -212,6 +210,18 @@ def check(
         raise RecipeError(Problem(shown(adapter.path), found_, "nothing was written; please report this"))
     kept = {"tensors_computed": computed, "tensors_of_the_base": same, "tensors_not_compared": left}
     return kept | {"lost_in_rounding": (lost / size) ** 0.5 if size else 0.0}
+
+
+def _kept(
+    made: weights.Stored, base: dict[str, weights.Stored], at: str | None, before: torch.Tensor | None
+) -> bool:
+    """Is `made` what the base has as `at`, or what that was in training (`before`), but for its dtype?"""
+    if at is None:  # a head that is tied no longer: what it was tied to
+        return _held(made.tensor(), base)
+    if before is None:
+        return made.rounds(base[at])
+    stored = made.tensor()
+    return torch.equal(stored, before.to(stored.dtype))
 
 
 def _held(tensor: torch.Tensor, base: dict[str, weights.Stored]) -> bool:

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lora_recipes.core import adapter_folder, provenance, weights
+from lora_recipes.core import adapter_folder, provenance, safetensors, weights
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.files import ROOT
 from lora_recipes.model import merge as merging
@@ -62,7 +62,8 @@ def based(request, tmp_path_factory) -> dict[str, Path]:
     """Bases of several files, stored in that dtype: Qwen2, untied, with biases; and GPT-2, whose matrices
     stand transposed.
     """
-    folder, ends = tmp_path_factory.mktemp("based"), {"bos_token_id": 0, "eos_token_id": 1}
+    folder = tmp_path_factory.mktemp("based")
+    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -187,14 +188,16 @@ def test_a_shard_that_is_written_wrongly_is_named_and_nothing_is_left(plain, tmp
 
 
 def test_a_tensor_without_an_adapter_that_changed_is_named(plain, tmp_path, monkeypatch):
-    raw = weights.Stored.raw
+    whole = safetensors.write
 
-    def wrong(self, first, last):
-        parts = raw(self, first, last)
-        into = self.name == "model.norm.weight" and self.path.parent == plain[0]
-        return iter([b"\x01" * (last - first)]) if into else parts
+    def wrong(target, tensors, content):
+        def other(name):
+            parts = [bytes(part) for part in content(name)]
+            return [b"\x01" * len(parts[0])] if name == "model.norm.weight" else parts
 
-    monkeypatch.setattr(weights.Stored, "raw", wrong)
+        whole(target, tensors, other)
+
+    monkeypatch.setattr(shards.safetensors, "write", wrong)
     with pytest.raises(RecipeError, match=r"model\.norm\.weight is not the base's"):
         merge(plain[1], tmp_path / "merged", plain[0], unproven=True, unasked=True)
 
@@ -245,9 +248,10 @@ def test_an_adapter_of_a_4_bit_base_merges_into_the_weights_that_training_had(tr
     (outputs / "tiny_base").symlink_to(trained / "tiny_base")
     train(resolve(recipes.load("tiny_facts", ["model.quantize=nf4", "train.max_steps=5"]), outputs))
     folder = outputs / "tiny_facts" / "adapter"
-    for name, unasked in (("asked", False), ("unasked", True)):
+    for name, unasked in (("unasked", True), ("asked", False)):
         record = merge(folder, tmp_path / name, unasked=unasked)
-        assert record["shards"] == 1
+        run = json.loads((folder.parent / "run.json").read_text())
+        assert record["shards"] == 1 and bool(run.get("merged")) is not unasked, "no proof of its answers"
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("asked", "unasked")]
     assert files[0] == files[1]
     known = there(provenance.read(folder))
@@ -258,7 +262,7 @@ def test_an_adapter_of_a_4_bit_base_merges_into_the_weights_that_training_had(tr
         shards.of(read, job.source, "float32", getattr(merging.transformers, job.architecture), known)[0]
     ).rounded
     assert len(exact) > len(read.modules)
-    assert all(torch.equal(by_file.get(module), tensor) for module, tensor in exact.items())
+    assert all(torch.equal(there(by_file.get(module)), tensor) for module, tensor in exact.items())
     assert by_file.get("lm_head") is None
     tensors = load_file(tmp_path / "unasked" / "model.safetensors")
     bare = next(module for module in exact if module not in read.modules)
@@ -293,7 +297,7 @@ def test_the_peak_of_memory_is_less_than_the_largest_shard_and_the_adapter(tmp_p
     )
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
-    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    model = model.to_empty(device="cpu").bfloat16()
     for i, parameter in enumerate(model.parameters()):
         parameter.data.fill_(0.01 * (i % 7 + 1))
     model.tie_weights()
