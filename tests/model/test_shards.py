@@ -270,18 +270,20 @@ def test_an_adapter_of_a_4_bit_base_merges_into_the_weights_that_training_had(tr
 
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from lora_recipes.model.merge import merge
 from peft import LoraConfig
 import transformers.models.qwen3.modeling_qwen3
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which a process begins with its parent's.
+peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 folder, before = Path(sys.argv[1]), peak()
 merge(folder / "adapter", folder / "merged", folder / "base", unproven=True, unasked=True)
 print(peak() - before)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it")
 def test_the_peak_of_memory_is_less_than_the_largest_shard_and_the_adapter(tmp_path):
     """Above what the interpreter holds with its libraries, in a process of its own: under 1.3 times the
     largest of three shards, and the adapter."""
@@ -312,4 +314,4 @@ def test_the_peak_of_memory_is_less_than_the_largest_shard_and_the_adapter(tmp_p
     adapter = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     peak = int(done.stdout.splitlines()[-1])
     assert len(files) >= 2 and sum(files) > 1.5 * max(files)
-    assert peak < 1.3 * max(files) + adapter, (peak, max(files), adapter)
+    assert 0 < peak < 1.3 * max(files) + adapter, (peak, max(files), adapter)
