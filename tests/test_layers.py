@@ -112,9 +112,13 @@ def test_the_low_rooms_import_no_heavy_library(path):
 
 
 def test_there_is_one_trainer():
-    """By text, so that a second one cannot hide behind another name for the module."""
-    found = [name_of(p) for p in FILES for _ in range(p.read_text(encoding="utf-8").count("SFTTrainer("))]
-    assert found == ["model.build"]
+    """TRL's, as a class of ours, which is defined and made in one file. By text, so that a second one cannot
+    hide behind another name for the module.
+    """
+    for text in ("(SFTTrainer)", "= OneTrainer("):
+        found = [name_of(p) for p in FILES for _ in range(p.read_text(encoding="utf-8").count(text))]
+        assert found == ["model.build"], text
+    assert not [p for p in FILES if "SFTTrainer(" in p.read_text(encoding="utf-8")]
 
 
 def test_there_is_one_trainer_of_heads():

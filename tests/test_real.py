@@ -94,7 +94,7 @@ def test_the_batches_are_those_that_trl_makes_of_the_rows_itself(smollm2, traine
     assert 0 < supervised.sum() < ours["attention_mask"].sum()
 
 
-def test_packed_rows_have_the_loss_that_each_has_alone(smollm2, trainer, tmp_path):
+def test_packed_and_flattened_rows_have_the_loss_that_each_has_alone(smollm2, trainer, tmp_path):
     """With sdpa and with eager: both keep the rows of a pack apart by their position_ids. Without those they
     see each other, and that is far more than the noise.
     """
@@ -103,6 +103,8 @@ def test_packed_rows_have_the_loss_that_each_has_alone(smollm2, trainer, tmp_pat
     assert len(packs) < ROWS
     alone = [trainer.data_collator([row]) for row in there(trainer.train_dataset)]
     padded = [trainer.data_collator(list(there(trainer.train_dataset)))]
+    flat = [packing.data_collator(list(there(trainer.train_dataset)))]
+    assert flat[0]["input_ids"].shape[0] == 1 and "attention_mask" not in flat[0]
 
     def losses(batches: list[dict], attention: str) -> float:
         """The mean over all trained tokens, by the trainer's own loss."""
@@ -116,7 +118,8 @@ def test_packed_rows_have_the_loss_that_each_has_alone(smollm2, trainer, tmp_pat
     for attention in ("sdpa", "eager"):
         expected = losses(alone, attention)
         noise = max(abs(losses(padded, attention) - expected), 1e-6)
-        assert abs(losses(packs, attention) - expected) <= 4 * noise < 1e-4, attention
+        for kind in (packs, flat):
+            assert abs(losses(kind, attention) - expected) <= 4 * noise < 1e-4, attention
         seen = [{k: v for k, v in pack.items() if k != "position_ids"} for pack in packs]
         assert abs(losses(seen, attention) - expected) > 1e-3, "rows that see each other"
 

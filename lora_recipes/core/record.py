@@ -180,6 +180,17 @@ class StepFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchFacts:
+    """How rows become batches."""
+
+    kind: Annotated[str, "flattened, by length or padded; as given where the recipe decides"]
+    why: Annotated[str, "the reason"]
+    padding: Annotated[float | None, "share of the computed tokens that is padding; null: not counted"]
+    before: Annotated[float | None, "what it would be without the choice; null where there was none"]
+    tokens_per_step: Annotated[float | None, "tokens of the rows of a step, the mean; null: not counted"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RateFacts:
     """The learning rate."""
 
@@ -229,6 +240,7 @@ class PlanFacts:
     head: Annotated[HeadFacts | None, "of task: classify"] = None
     stops: Annotated[StopFacts | None, "what ends a reply; older records have none"] = None
     steps: Annotated[StepFacts | None, "absent where packing needs tokens that are not counted"] = None
+    batching: Annotated[BatchFacts | None, "as steps; older records have none"] = None
     learning_rate: Annotated[RateFacts | None, "as steps"] = None
     memory: Annotated[MemoryFacts | None, "predicted peak memory"] = None
 
@@ -244,6 +256,7 @@ class ResumeFacts:
     base_revision: Annotated[str | None, "the base's commit on the Hub"]
     layout: Annotated[str, "the processes, in words"]
     classes: Annotated[list[str] | None, "of task: classify, in the head's order"] = None
+    batching: Annotated[str | None, "flattened or by length; absent where the plan chose neither"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ def key(content: list[list[str | None]], resolved: Resolved, tokenizer: Any, sam
     """What decides the rows, as one hash."""
     recipe = resolved.recipe
     train = {name: getattr(recipe.train, name) for name in DECIDES}
-    data = {k: v for k, v in recipe.sections["data"].items() if k not in ("limits", "kept")}
+    data = {k: v for k, v in recipe.sections["data"].items() if k not in ("limits", "kept", "batching")}
     what: list[Any] = [content, *_code(), train, data, sample]
     what += [recipe.model.new_tokens, _tokenizer(tokenizer), stops.of_base(resolved)]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]

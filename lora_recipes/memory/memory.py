@@ -27,7 +27,7 @@ from lora_recipes.memory import blocks, fake, fits, kept, kernels, rehearsal
 from lora_recipes.memory.fits import Memory
 from lora_recipes.memory.rehearsal import Batch, Setup
 from lora_recipes.memory.storages import Stretch
-from lora_recipes.model import build, checkpoint, experts, initialise, parts, peft_callbacks
+from lora_recipes.model import batching, build, checkpoint, experts, initialise, parts, peft_callbacks
 from lora_recipes.recipe.base import Resolved
 
 SECONDS = 60.0  # of processor time, for one recipe; a 4B takes a few
@@ -60,7 +60,8 @@ def plan(resolved: Resolved, gate: Gate | None = None, seconds: float = SECONDS,
 def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -> Setup:
     """What decides the memory of a recipe, through the same functions that training builds with."""
     recipe = resolved.recipe
-    config, arguments = checkpoint.planned(resolved.base).config, build.sft_config(recipe, resolved.folder)
+    config = checkpoint.planned(resolved.base).config
+    arguments = build.sft_config(recipe, resolved.folder, batching.chosen(resolved, gate))
     text = config.get_text_config()
     adapter = build.peft_config(recipe)
     attention = recipe.model.attn_implementation
@@ -68,7 +69,7 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
     counted = gate is not None and gate.counts.tokens is not None
     train, held_out = (gate.train, gate.evaluation) if gate else (None, None)
     size = arguments.per_device_train_batch_size
-    batch = _batch(train, counted, size, arguments.packing, text, arguments)
+    batch = _batch(train, counted, size, arguments.packing, arguments.padding_free, text, arguments)
     evaluation = None
     if (
         held_out is not None
@@ -76,7 +77,8 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
         and str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no"
     ):
         packing = arguments.packing if arguments.eval_packing is None else arguments.eval_packing
-        evaluation = _batch(held_out, counted, arguments.per_device_eval_batch_size, packing, text, arguments)
+        size = arguments.per_device_eval_batch_size
+        evaluation = _batch(held_out, counted, size, packing, False, text, arguments)
     if not masked:
         batch = replace(batch, padded=False, packed=False)
         evaluation = evaluation and replace(evaluation, padded=False, packed=False)
@@ -106,13 +108,14 @@ def _batch(
     counted: bool,
     rows: int,
     packing: bool,
+    flat: bool,
     config: PreTrainedConfig,
     arguments: Any,
 ) -> Batch:
     """The largest batch: the longest rows, padded to the longest; packed or padding-free rows laid end to
     end.
     """
-    free = arguments.padding_free or (packing and arguments.packing_strategy in ("bfd", "bfd_split"))
+    free = flat or (packing and arguments.packing_strategy in ("bfd", "bfd_split"))
     if examples is None or not counted:
         rows = min(rows, len(examples)) if examples is not None and not packing else rows
         width = arguments.max_length or config.max_position_embeddings

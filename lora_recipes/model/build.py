@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import EvaConfig, LoraConfig, PeftConfig, PromptTuningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import CordaConfig
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +40,7 @@ from lora_recipes.data import tokenizer as tokenizing
 from lora_recipes.data.render import Example
 from lora_recipes.data.rows import Rows
 from lora_recipes.model import (
+    batching,
     checkpoint,
     embeddings,
     freeze,
@@ -49,6 +51,7 @@ from lora_recipes.model import (
     router,
     targets,
 )
+from lora_recipes.model.batching import AS_GIVEN, Batching
 from lora_recipes.model.initialise import Start
 from lora_recipes.recipe.base import Base, Resolved, unread
 from lora_recipes.recipe.contract import Contract
@@ -170,9 +173,9 @@ def precision(recipe: Recipe) -> tuple[dict[str, bool], str]:
     }, f"follows model.dtype: {dtype} on {where}"
 
 
-def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
+def sft_config(recipe: Recipe, folder: RunFolder, batches: Batching = AS_GIVEN) -> SFTConfig:
     """`trl.SFTConfig` of the recipe's `train:` section, its keys handed over as they are, and what the
-    launcher owns.
+    launcher owns. `batches`: what the plan chose where the recipe does not say it.
     """
     # Which way a metric is better, TrainingArguments knows from its name.
     stopping = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
@@ -189,11 +192,14 @@ def sft_config(recipe: Recipe, folder: RunFolder) -> SFTConfig:
     fields: dict[str, Any] = {
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
+        # A packed evaluation is another mean: over packs, whatever is in each.
+        "eval_packing": False,
     }
     if recipe.method == "lora":
         # Every A and B has a gradient in every step; looking for those without costs a pass over the graph.
         fields["ddp_find_unused_parameters"] = False
     fields |= (stopping if recipe.early_stopping else {}) | recipe.train.given | owned
+    fields |= batches.fields
     if fields.get("router_aux_loss_coef") is not None:
         # TRL hands it on to the model's config, which takes a float alone: 0 ended in a traceback there.
         fields["router_aux_loss_coef"] = float(fields["router_aux_loss_coef"])
@@ -351,6 +357,32 @@ def _prepared_rows(rows: Rows, arguments: SFTConfig) -> Dataset:
     return rows.dataset.shuffle(seed=arguments.seed) if shuffled else rows.dataset
 
 
+class OneTrainer(SFTTrainer):
+    """TRL's, but for two things. An evaluation is padded and in the order of its rows, whatever training
+    does: the trainer's mean is over batches, and those would be others. An order by length is the same in a
+    resumed run and in each process (batching.ByLength).
+    """
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As TRL's, padded; rows that the recipe has packed stay so."""
+        trains: Any = self.data_collator
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if "seq_lengths" not in rows.column_names:
+            self.data_collator = dataclasses.replace(trains, padding_free=False)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = trains
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return batching.sampler(batching.row_lengths(train_dataset or self.train_dataset), self.args)
+
+
 def trainer(
     resolved: Resolved,
     arguments: SFTConfig,
@@ -371,7 +403,7 @@ def trainer(
     config = peft_config(recipe, total_step, recipe.model.tokenizer or str(base.name_or_path))
     try:
         config = _prepared(recipe, base, config, new_tokens.ids(processing_class, recipe, 0), train)
-        made = SFTTrainer(
+        made = OneTrainer(
             model=base,
             args=arguments,
             train_dataset=_prepared_rows(train, arguments),

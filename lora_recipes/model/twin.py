@@ -153,6 +153,8 @@ def _narrower(name: str, value: Any, times: int) -> Any:
         return ends.get(name, _VOCABULARY - 1)  # an image's place: in no text here
     if name.endswith(("token_id", "token_ids")):
         return [1] if isinstance(value, list) else value
+    if name == "sliding_window" and type(value) is int:
+        return min(value, _TOKENS // 3)  # else no text here is longer
     if type(value) is not int or value < 32:
         return 0 if name == "num_kv_shared_layers" else value  # with layers that are cut away
     if "vocab_size" in name:
@@ -271,26 +273,29 @@ def warnings(trained: parts.Trained, config: PreTrainedConfig) -> list[str]:
     ]
 
 
-def packed(model: PreTrainedModel, flash: bool = False) -> str:
+def packed(model: PreTrainedModel, attention: str | None = None) -> str | None:
     """What is wrong with two rows in one, as TRL packs them, in the class of `model`; empty where each is
-    answered as it is alone, or where no twin of it runs here. `flash`: will it train with flash attention,
-    which knows where a row ends by other means than the twin's attention?
+    answered as it is alone, None where no twin of it runs here. `attention`: what it will train with; flash
+    attention knows where a row ends by other means than the twin's.
     """
-    return _packed(Asked.of(model), flash and model._supports_flash_attn)
+    flash = "flash" in (attention or "") and model._supports_flash_attn
+    return _packed(Asked.of(model), flash, attention if attention in ("sdpa", "eager") else None)
 
 
 @functools.lru_cache(maxsize=64)
 @_one_thread
-def _packed(asked: Asked, flash: bool) -> str:
+def _packed(asked: Asked, flash: bool, attention: str | None) -> str | None:
     model = make(asked)
     if model is None:
-        return ""
+        return None
     rows = [_text(3)[0].tolist(), _text(40)[0].tolist()]
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
         [{"input_ids": row} for row in rows]
     )
     del batch["labels"]
     try:
+        if attention is not None:
+            model.set_attn_implementation(attention)
         alone = _logits(model, torch.tensor(rows[1:]))
         with torch.no_grad():
             found = model(**batch, use_cache=False).logits.float()[:, -_TOKENS:]
@@ -413,8 +418,7 @@ def _of_class(model: PreTrainedModel, recipe: Recipe, base: Base) -> Iterator[Pr
     for key in ("packing", "padding_free"):
         apart = key == "padding_free" or recipe.train.packing_strategy != "wrapped"
         if getattr(recipe.train, key) and apart:
-            flash = "flash" in (recipe.model.attn_implementation or "")
-            if wrong := packed(model, flash):
+            if wrong := packed(model, recipe.model.attn_implementation):
                 do = f"set train.{key}: false; packing_strategy: wrapped runs, but lets rows see each other"
                 yield Problem(recipe.at("train", key), f"{name} does not keep packed rows apart: {wrong}", do)
             return

@@ -30,6 +30,7 @@ from lora_recipes.data.labels import LabelGate
 from lora_recipes.memory import blocks, choices, memory
 from lora_recipes.memory.fits import Memory, gib
 from lora_recipes.model import (
+    batching,
     build,
     checkpoint,
     embeddings,
@@ -44,6 +45,7 @@ from lora_recipes.model import (
     targets,
     twin,
 )
+from lora_recipes.model.batching import AS_GIVEN, Batching
 from lora_recipes.planning import adapter_facts, machine, space, trackers
 from lora_recipes.planning import processes as layouts
 from lora_recipes.planning.processes import Sizes
@@ -68,6 +70,7 @@ SHORT = (
     "turns",
     "reply ends",
     "steps",
+    "batching",
     "reports to",
     "quantised",
     "memory",
@@ -78,12 +81,13 @@ SHORT = (
 class Plan:
     """What was found: `facts` for machines, `lines` for people, `warnings`; and the `gate`, whose rows
     training takes over; `here`: those of the warnings that training on this device would fail by. `facts` are
-    there once `make` has counted the model.
+    there once `make` has counted the model. `batches`: how the rows become batches.
     """
 
     gate: Gate
     layout: Layout = SINGLE
     sizes: Sizes | None = None
+    batches: Batching = AS_GIVEN
     facts: PlanFacts = field(init=False)
     lines: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -172,6 +176,7 @@ def make(
         plan.say(label, text)
     for label, text in labels.lines(plan.gate, recipe):
         plan.say(label, text)
+    plan.batches = batching.chosen(resolved, plan.gate)
     _steps(plan, recipe, arguments, layout.processes)
     if plan.facts.steps:
         build.peft_config(recipe, plan.facts.steps.total)  # does AdaLoRA's schedule fit into the steps?
@@ -436,6 +441,8 @@ def _steps(plan: Plan, recipe: Recipe, arguments: SFTConfig, devices: int) -> No
         devices=devices,
     )
     plan.say("steps", str(steps))
+    plan.facts.batching = plan.batches.facts(plan.gate.counts.tokens, steps.per_epoch)
+    plan.say("batching", batching.said(plan.facts.batching))
     kind = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
     if steps.warmup and kind in ("constant", "reduce_lr_on_plateau"):
         plan.warnings.append(f"the schedule {kind} ignores train.warmup_steps: constant_with_warmup has one")

@@ -260,6 +260,14 @@ OURS: dict[str, dict[str, Any]] = {
                 "default": "rows",
                 "description": "what the shares of the sources are shares of",
             },
+            "batching": {
+                "enum": ["auto", "as_given"],
+                "default": "auto",
+                "description": (
+                    "auto: the plan chooses how rows become batches, unless train: says it; as_given: as"
+                    " train: says, padded where it says nothing"
+                ),
+            },
             "chat_template_kwargs": {
                 "type": "object",
                 "default": {},

@@ -69,6 +69,7 @@ class Data(Section):
     columns: dict[str, Any] = field(default_factory=dict)
     rows: Literal["conversation", "assistant_turn"] = "conversation"
     mix: Literal["rows", "tokens"] = "rows"
+    batching: Literal["auto", "as_given"] = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     permit: list[Literal["control_characters", "control_tokens"]] = field(default_factory=list)
     limits: dict[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,16 +207,20 @@ def would_refuse(recipe: Recipe) -> list[str]:
     return [f"training here would refuse: {p.where}: {p.found}; {p.do}" for p in found]
 
 
-def check(found: Asked | None, trainer: Any, recipe: Recipe, plan: Layout) -> None:
+def check(
+    found: Asked | None, trainer: Any, recipe: Recipe, plan: Layout, chosen: Collection[str] = ()
+) -> None:
     """RecipeError when what runs is not what `accelerate launch` was asked for (`found`: what `asked` says)
-    and what was planned: the layout (`plan`), precision, and every number.
+    and what was planned: the layout (`plan`), precision, and every number of the recipe but those that the
+    plan has `chosen`.
     """
     real = runs(trainer.accelerator)
     problems = _differ(found, real) if found else []
     if real != plan and not problems:
         do = "look at the ACCELERATE_ variables of the environment"
         problems = [Problem(recipe.at("train"), f"{plan} was planned; what runs is {real}", do)]
-    raise_if(problems + outside.differences(trainer, recipe, _options(found.words) if found else None))
+    options = _options(found.words) if found else None
+    raise_if(problems + outside.differences(trainer, recipe, options, chosen))
 
 
 def _differ(found: Asked, real: Layout) -> list[Problem]:

@@ -8,7 +8,7 @@ names are those of accelerate 1.15 (accelerate/commands/launch.py, utils/launch.
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,9 +281,12 @@ def _deepspeed_file(path: Path, recipe: Recipe) -> Iterator[Problem]:
 # ---- before the first step
 
 
-def differences(trainer: Any, recipe: Recipe, given: list[str] | None) -> list[Problem]:
+def differences(
+    trainer: Any, recipe: Recipe, given: list[str] | None, chosen: Collection[str] = ()
+) -> list[Problem]:
     """What `trainer` and its Accelerator have against what the recipe says: precision, compilation, clipping,
-    accumulation, every number of `train:`; and how this machine multiplies. `given`: the launcher's words.
+    accumulation, every number of `train:` but those that the plan has `chosen`; and how this machine
+    multiplies. `given`: the launcher's words.
     """
     accelerator, found = trainer.accelerator, []
     pairs = [
@@ -293,7 +296,7 @@ def differences(trainer: Any, recipe: Recipe, given: list[str] | None) -> list[P
         *(
             (key, getattr(trainer.args, key), value)
             for key, value in recipe.train.given.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, int | float) and not isinstance(value, bool) and key not in chosen
         ),
     ]
     for name, real, planned in pairs:

@@ -111,7 +111,7 @@ def _train(
         raise_if(usage.beyond(expected, resolved, plan.gate, plan.layout))
     real = resolved.base.real_config()
     raise_if(contract_differences(resolved.base, real))
-    arguments = build.sft_config(recipe, folder)
+    arguments = build.sft_config(recipe, folder, plan.batches)
     before = folder.run if resume else None
     facts = resume_facts(plan, resolved, real, before)
     checkpoint = _checkpoint(folder, recipe, facts, arguments, real) if resume else None
@@ -127,7 +127,7 @@ def _train(
         trainer, start = build.trainer(
             resolved, arguments, base, plan.gate.tokenizer, *rows, callbacks, steps
         )
-    launch.check(asked, trainer, recipe, plan.layout)
+    launch.check(asked, trainer, recipe, plan.layout, plan.batches.fields)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(watch.Progress())
     session = Session(resolved, plan, expected, trainer, start, facts, real)
@@ -256,6 +256,7 @@ def resume_facts(
         base_revision=getattr(real, "_commit_hash", None),
         layout=str(plan.layout),
         classes=plan.gate.names if isinstance(plan.gate, LabelGate) else None,
+        batching=plan.batches.resumed,
     )
 
 

@@ -20,7 +20,7 @@ from lora_recipes.recipe.recipe import Recipe
 
 def as_planned(trainer: Any, recipe: Recipe, planned: PlanFacts) -> None:
     """RecipeError unless the trainer holds what the plan (`planned`: its facts) said: trainable parameters,
-    and steps an epoch.
+    batches, and steps an epoch.
     """
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
@@ -36,6 +36,13 @@ def as_planned(trainer: Any, recipe: Recipe, planned: PlanFacts) -> None:
         raise RecipeError(Problem(recipe.at(recipe.method), found, "please report this"))
     steps = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
     assert planned.steps, "training has tokens, so the plan has counted its steps"
+    kind = planned.batching.kind if planned.batching else "as given"
+    held = (
+        trainer.args.train_sampling_strategy == "group_by_length",
+        getattr(trainer, "padding_free", False),
+    )
+    if kind != "as given" and held != (kind == "by length", kind == "flattened"):
+        raise RecipeError(Problem(recipe.at("train"), f"the batches are not {kind}", "please report this"))
     if steps != planned.steps.per_epoch:
         found = (
             f"{len(trainer.train_dataset):,} rows give {steps} steps an epoch,"

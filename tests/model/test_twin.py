@@ -113,7 +113,7 @@ PUBLISHED: dict[str, dict[str, object]] = {  # LFM2-1.2B's and Falcon-H1-3B's si
 def test_a_published_size_is_judged_too(name):
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **PUBLISHED[name]))
-    assert judged(made).agrees and CONVOLUTION in twin.packed(made)
+    assert judged(made).agrees and CONVOLUTION in there(twin.packed(made))
 
 
 @pytest.mark.parametrize("name", ["bert", "Roberta", "XLNet"])
@@ -138,7 +138,7 @@ def test_llama_told_to_look_both_ways_is_seen_and_a_decoder_of_berts_kind_passes
     ],
 )
 def test_packed_rows_are_kept_apart_or_the_plan_says_so(name, said):
-    found = twin.packed(model(name))
+    found = there(twin.packed(model(name)))
     assert (said in found) if said else not found
 
 
