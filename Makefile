@@ -115,10 +115,12 @@ bench-serve: $(READY) $(SERVE)  ## base, merged, one adapter, four adapters on v
 bench: $(READY)  ## time and memory of a training beside a TRL script by hand, a bare loop and other trainers: benchmarks/results/train.md (MODEL="dense hybrid smollm2" ROWS="short mixed long" COUNT= ROUNDS= THREADS= ONLY="words"; SCALING=1 against rows, length, rank, adapters, arms)
 	@$(PY) -m benchmarks.$(if $(call on,SCALING),scaling,train) $(call named,MODEL ROWS COUNT BATCH ROUNDS THREADS ONLY OUTPUTS RESULTS)
 
+# PyPI's torchvision and torchaudio are built for CUDA: beside a CPU torch nothing that imports them starts. Here no picture or sound is read.
 PEERS := $(patsubst benchmarks/peers/%.txt,.venv-peers/%/.asked,$(wildcard benchmarks/peers/*.txt))
 .venv-peers/%/.asked: benchmarks/peers/%.txt
 	@$(PYTHON) -m venv .venv-peers/$*
 	@.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< >.venv-peers/$*/install.log 2>&1 || echo "$* cannot be installed here: $$(tail -n 1 .venv-peers/$*/install.log)"
+	@nvidia-smi -L >/dev/null 2>&1 || { .venv-peers/$*/bin/python -m pip uninstall --quiet --yes torchvision; find .venv-peers/$* -path '*/torchaudio/__init__.py' -exec truncate -s 0 {} +; }
 	@touch $@
 
 bench-peers: $(PEERS)  ## the environments of the other trainers that make bench then measures too, in .venv-peers (GBs; a CPU torch where pip's is one)

@@ -34,9 +34,12 @@ def measured(words: list[str], folder: Path, name: str, threads: int, trains: bo
     clock, log = folder / "clock.jsonl", folder / f"{name}.log"
     clock.unlink(missing_ok=True)
     environment = os.environ | {
+        "BENCH_BEGAN": str(time.monotonic()),
         "BENCH_CLOCK": str(clock),
         "HF_DATASETS_CACHE": str(folder / f"{name}_cache"),  # of its own: nobody finds another's rows
         "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",  # telemetry waits for a network
+        "AXOLOTL_DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": str(threads),
         "PATH": f"{Path(words[0]).parent}:{os.environ['PATH']}",  # an environment's own launchers
         "PYTHONPATH": str(ROOT / "benchmarks/clock"),

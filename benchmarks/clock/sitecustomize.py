@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-BEGAN = time.monotonic()
+BEGAN = float(os.environ.get("BENCH_BEGAN") or time.monotonic())  # of the command, where it starts others
 
 
 def memory(name: str) -> int:
@@ -35,7 +35,7 @@ def memory(name: str) -> int:
 def measured() -> Iterator[dict[str, Any]]:
     """Measures what is inside, and appends it to the file; the caller may add to the yielded line.
 
-    `start_s` and `start_cpu_s`: since the interpreter began, with imports and load; `seconds`, `cpu_s`:
+    `start_s`: since the command began, `start_cpu_s`: of this process so far; `seconds`, `cpu_s`:
     inside, all threads; `rss_before`, `rss_peak`: bytes; `positions`: computed, padding included; `tokens`:
     without padding.
     """
@@ -87,7 +87,7 @@ def clocked(trainer: Any) -> Callable[[], None]:
             mask = inputs.get("attention_mask")
             count = inputs["input_ids"].numel()
             now["positions"] += count
-            now["tokens"] += int(mask.sum()) if mask is not None and mask.dim() == 2 else count
+            now["tokens"] += int((mask != 0).sum()) if mask is not None and mask.dim() == 2 else count
         return step(self, model, inputs, *arguments, **options)
 
     def off() -> None:

@@ -29,7 +29,11 @@ def _bin(peer: str) -> str:
 def _common(s: Setting) -> dict[str, Any]:
     train = s.job.train
     same = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "logging_steps", "seed")
-    return {key: train[key] for key in same} | {"save_strategy": "no", "use_cpu": s.cpu}
+    return {key: train[key] for key in same} | {
+        "gradient_accumulation_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": s.cpu,
+    }
 
 
 def _llamafactory(name: str, **more: Any) -> Command:
@@ -109,6 +113,8 @@ def _axolotl(name: str, **more: Any) -> Command:
             "use_cpu": s.cpu,
             "output_dir": s.output(name),
         }
+        if s.cpu:  # it turns them on by itself, and they are written for CUDA
+            asked |= dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
         return [_bin("axolotl"), "train", str(s.written(f"{name}.yaml", asked | more))]
 
     return command
@@ -127,7 +133,7 @@ def contenders() -> dict[str, Command]:
         "ms-swift": {
             "ms-swift {}, its defaults": _swift("swift_defaults"),
             "ms-swift {}, grouped by length": _swift(
-                "swift_best", group_by_length=True, gradient_checkpointing=False
+                "swift_best", train_sampling_strategy="group_by_length", gradient_checkpointing=False
             ),
         },
         "axolotl": {
