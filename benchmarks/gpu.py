@@ -62,8 +62,9 @@ def arms(section: dict[str, Any]) -> Iterator[Arm]:
     ours, script = jobs.CONTENDERS[jobs.OURS], jobs.CONTENDERS[jobs.FIRST]
     job = jobs.Job("qwen35_4b", "mixed", rows=80, batch=4, steps=20, given=section)
     nf4 = replace(job, given=section | {"quantize": "nf4"})
-    yield Arm("lora-recipes, LoRA", job, ours)
+    yield Arm("lora-recipes, LoRA, padded", job, jobs.CONTENDERS[f"{jobs.OURS}, padded"])
     yield Arm("TRL script, LoRA", job, script)
+    yield Arm("lora-recipes, LoRA", job, ours)
     yield Arm("lora-recipes, NF4", nf4, ours)
     yield Arm("TRL script, NF4", nf4, script)
     if any(importlib.util.find_spec(name) for name in FAST.split(",")):

@@ -149,11 +149,11 @@ def prepared(job: Job, folder: Path, cpu: bool, here: bool = False) -> Setting:
     return replace(setting, base=Path(made.stdout.splitlines()[-1]))
 
 
-def _recipe(setting: Setting, **more: Any) -> dict[str, Any]:
+def _recipe(setting: Setting, batching: str = "auto", **more: Any) -> dict[str, Any]:
     job = setting.job
     return {
         "model": job.section,
-        "data": {"train": str(setting.rows)},
+        "data": {"train": str(setting.rows), "batching": batching},
         "lora": job.lora,
         "train": job.train | more,
     }
@@ -168,9 +168,9 @@ def script(name: str, file: str = "trl_script.py", **more: Any) -> Command:
     ]
 
 
-def _ours(name: str, **more: Any) -> Command:
+def _ours(name: str, batching: str = "auto", **more: Any) -> Command:
     def command(s: Setting) -> list[str]:
-        recipe = s.written(f"{name}.yaml", _recipe(s, **more))
+        recipe = s.written(f"{name}.yaml", _recipe(s, batching, **more))
         # Beside the folder of the job: there the base is, made once.
         words = ["train", str(recipe), "--outputs", str(s.folder.parent), "--force"]
         return [sys.executable, "-m", "lora_recipes", *words]
@@ -204,9 +204,9 @@ CONTENDERS: dict[str, Command] = {
     "TRL script, packed": script("trl_packed", **PACKED),
     "bare loop, packed": script("bare", "bare_loop.py"),
     OURS: _ours("ours"),
-    f"{OURS}, padded": _ours("ours_padded"),
-    f"{OURS}, grouped by length": _ours("ours_grouped", **GROUPED),
-    f"{OURS}, packed": _ours("ours_packed", **PACKED),
+    f"{OURS}, padded": _ours("ours_padded", "as_given"),
+    f"{OURS}, grouped by length": _ours("ours_grouped", "as_given", **GROUPED),
+    f"{OURS}, packed": _ours("ours_packed", "as_given", **PACKED),
     "trl sft, its defaults": _trl_sft("sft_defaults", gradient_checkpointing=None),
     "trl sft, packed": _trl_sft("sft_packed", **PACKED),
 }

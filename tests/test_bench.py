@@ -12,14 +12,14 @@ def test_a_dry_run_of_the_gpus_benchmark_measures_ours_and_the_script_by_hand(tm
     gpu.main(["--dry-run", "--outputs", str(tmp_path / "outputs"), "--results", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
     ours, script = found["runs"]
-    assert [ours["arm"], script["arm"]] == ["lora-recipes, LoRA", "TRL script, LoRA"]
+    assert [ours["arm"], script["arm"]] == ["lora-recipes, LoRA, padded", "TRL script, LoRA"]
     assert ours["steps"] == script["steps"] == 2
     # The first of two batches warms up: the tokens are those of the second, the same for both.
     assert ours["tokens"] == script["tokens"] > 0 and ours["positions"] == script["positions"]
     assert ours["loss"] == pytest.approx(script["loss"], rel=1e-5)
     assert ours["planned_peak"] > 0 and ours["base"] > ours["trainable"] > 0
     said = (tmp_path / "gpu.md").read_text()
-    assert "a dry run" in said and "| lora-recipes, LoRA |" in said
+    assert "a dry run" in said and "| lora-recipes, LoRA, padded |" in said
 
 
 def test_ratios_are_of_one_round_and_a_contender_that_failed_says_why():
