@@ -28,7 +28,7 @@ from transformers import (
 from lora_recipes.core import adapter_folder, locate, lock, provenance, weights
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.files import ROOT
-from lora_recipes.model import attach, build, stored
+from lora_recipes.model import attach, build, shards, stored
 from lora_recipes.model import merge as merging
 from lora_recipes.model.merge import merge
 from lora_recipes.recipe import load as recipes
@@ -456,7 +456,9 @@ def written(request, trained, tmp_path_factory):
     names = list(attached.get_base_model().state_dict())
     names = [name.replace(".base_layer", "") for name in names if ".lora_" not in name]
     if model == "tiny":
-        merging._write(attached, job, made / "merged", dequantised)
+        kind = type(attached.get_base_model())
+        by_file = there(shards.of(job.adapter, base, job.dtype, kind, known)[0])
+        by_file.write(made / "merged", dequantised)
     folder = made / "merged" if model == "tiny" else real.merged(kind)
     return job, folder, changes, dequantised, names
 
