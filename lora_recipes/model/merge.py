@@ -636,10 +636,14 @@ def _again(model: PreTrainedModel | PeftModel, answer: Answer) -> Answer:
 
 def _difference(before: Answer, after: Answer) -> Difference:
     one, two = before.logits, after.logits
-    given, answered = one.double().log_softmax(-1), two.double().log_softmax(-1)
-    kl = torch.nn.functional.kl_div(answered, given, log_target=True, reduction="none").sum(-1).mean()
-    off = (one - two).abs()
-    found = Difference(max(kl.item(), 0.0), off.max().item(), off.mean().item(), 0, 0)
+    kl = largest = mean = 0.0
+    for left, right in zip(one, two, strict=True):  # a probe at a time: a vocabulary in float64 is large
+        given, answered = left.double().log_softmax(-1), right.double().log_softmax(-1)
+        divergence = torch.nn.functional.kl_div(answered, given, log_target=True, reduction="none").sum(-1)
+        off = (left - right).abs()
+        kl, mean = kl + divergence.mean().item() / len(one), mean + off.mean().item() / len(one)
+        largest = max(largest, off.max().nan_to_num(nan=torch.inf).item())
+    found = Difference(max(kl, 0.0), largest, mean, 0, 0)
     if one.dim() == 2:
         return found
     best, other = (logits[:, -GREEDY - 1 : -1].argmax(-1) for logits in (one, two))

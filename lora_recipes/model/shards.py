@@ -116,13 +116,14 @@ class Shards:
             for part in both:
                 exact = dequantised.get(owner) if part == "weight" else None
                 exact = self.every[self.places[f"{owner}.{part}"]].tensor() if exact is None else exact
-                setattr(layer, part, nn.Parameter(exact.float(), requires_grad=False))
+                exact = exact.to(torch.float32, copy=True)  # it is added to in place
+                setattr(layer, part, nn.Parameter(exact, requires_grad=False))
             inside = {
                 n: self.values.get(f"base_model.model.{owner}.{n}") for n, _ in module.named_parameters()
             }
             values = {n: file.get_tensor(saved).float() for n, saved in inside.items() if saved}
             module.load_state_dict(values, strict=False, assign=True)
-        module.merge(safe_merge=True)
+        module.merge()  # what is no number is found by stored.check
         merged: torch.Tensor = getattr(layer, leaf).data
         module.to("meta").merged_adapters.clear()
         return merged
