@@ -34,22 +34,23 @@ def points(axis: str, folder: Path) -> Iterator[tuple[int, str, list[str], Path]
             yield value, name, jobs.CONTENDERS[name](setting), setting.folder
     if axis in TRAINED:
         return
-    setting = jobs.prepared(jobs.Job(rows=32), folder, cpu=True)
+    setting = jobs.prepared(jobs.Job(rows=80), folder, cpu=True)
     ours = [sys.executable, "-m", "lora_recipes"]
     train = jobs.CONTENDERS[jobs.OURS](setting)
     recipe = Path(train[train.index("train") + 1])
     if axis == "adapters":
         # The same one under many names: what combining costs does not depend on its numbers.
-        measured(train, setting.folder, "adapter", 1)
         one = setting.folder.parent / recipe.stem / "adapter"
+        if not one.is_dir():
+            measured(train, setting.folder, "adapter", 1)
     for value in COUNTS[axis]:
         if axis == "adapters":
             named = [f"a{n}={one}" for n in range(value)]
             words = ["combine", *named, "--weights", *[f"{1 / value:.6f}"] * value, "--method", "cat"]
             words += ["--name", f"combined_{value}", "--force", "--unproven"]
         else:
-            seeds = ",".join(str(seed) for seed in range(1, value + 1))
-            words = ["ablate", str(recipe), f"train.seed={seeds}", "--force"]
+            rates = ",".join(f"{number}e-4" for number in range(1, value + 1))
+            words = ["ablate", str(recipe), f"train.learning_rate={rates}", "--force"]
         yield value, jobs.OURS, [*ours, *words, "--outputs", str(setting.folder.parent)], setting.folder
 
 
@@ -88,7 +89,7 @@ def report(result: dict[str, Any]) -> str:
         "",
         "The dense 14M model of make bench, r 8 on every linear layer, 256 short chats, 8 a step, but for"
         " what the axis says: `length`: 16 chats that nearly fill so many tokens, 2 a step; `rank`: 64 chats;"
-        " `adapters`: that many combined by `cat`; `arms`: an ablation of that many seeds on 32 chats,"
+        " `adapters`: that many combined by `cat`; `arms`: an ablation of that many rates on 80 chats,"
         " planning and report included. Medians of the rounds, in brackets the least and the most.",
     ]
     for axis in dict.fromkeys(run["axis"] for run in result["runs"]):

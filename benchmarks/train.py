@@ -61,7 +61,8 @@ def measured(words: list[str], folder: Path, name: str, threads: int, trains: bo
     trained = [line for line in lines if "steps" in line]
     if code or not (trained or not trains):
         said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        last = next((line for line in reversed(said) if "Error" in line), (said or ["nothing was said"])[-1])
+        raised = [line for line in said if "Error" in line][-1:]
+        last = " ".join(raised or said[-2:]) or "nothing was said"
         return around | {"failed": f"{last[:300]} (exit {code})"}
     return around | (trained[-1] if trained else {})
 

@@ -102,6 +102,7 @@ def write(folder: Path) -> str:
         ) from None
     counted = [arm for arm in arms if arm.runs]
     kind = _kind(counted)
+    counted = [arm for arm in counted if arm.mean(kind)]  # runs may be too short to log a loss
     table, said, notes = rows(arms, kind), verdict(counted, kind), list(remarks(arms, kind))
     pictures = figures.draw(folder, counted, kind) if counted else {}
     head = f"{resolved['name']}: {resolved['question']}"
@@ -265,7 +266,7 @@ def verdict(arms: list[Arm], kind: str) -> list[str]:
     seed.
     """
     if not arms:
-        return ["No run is finished: there is nothing to compare."]
+        return ["No run is finished and logged a loss: there is nothing to compare."]
     ranked = sorted(arms, key=lambda arm: _rank(arm, kind))
     best, named = ranked[0], "train_loss" if kind == "class_loss" else kind
     of = "text" if kind == "class_loss" else "token"

@@ -288,6 +288,13 @@ def test_without_an_eval_split_the_last_training_loss_is_compared_and_named_so(f
     )
 
 
+def test_runs_too_short_to_log_a_loss_are_told_and_end_in_no_traceback(folder):
+    for run in folder.glob("r*/s*"):
+        change(run, lambda record: record["metrics"].pop("eval_loss"))
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "train_loss": 1.0}) + "\n")
+    assert "No run is finished and logged a loss" in report.write(folder)
+
+
 def test_an_adapter_that_no_server_takes_has_no_servable_rank(folder):
     change(folder / "r4" / "s1", lambda record: record.update(not_servable=["serves no DoRA"]))
     said = report.write(folder)
