@@ -140,7 +140,8 @@ SLOW = [
     "test_train",
     "test_combine",
 ]
-LONG = ["test_serve", "test_ablate", "test_train", "test_memory", "test_merge", "test_real", "test_table"]
+LONG = ["test_serve", "test_memory", "test_merge", "test_train", "test_real", "test_families", "test_launch"]
+LONG += ["test_classify", "test_table", "test_ablate", "test_recipe", "test_usage", "test_export"]
 
 
 def pytest_collection_modifyitems(items):

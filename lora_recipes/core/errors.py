@@ -42,8 +42,8 @@ class Exit(IntEnum):
     NO_ENDPOINT = 40, "passk, style, ab: no server answers, or it stopped in the middle; its answers are kept"
     NO_SOURCE = 50, "repo-model: SOURCE is no folder, .py file or installed package"
     NO_PYTHON = 51, "repo-model: there is no Python in SOURCE"
-    NO_DOCSTRINGS = 52, "repo-model: nothing in SOURCE has a docstring to ask by"
-    ONE_MODULE = 53, "repo-model: all of it is in one module: nothing can be held out"
+    NO_DOCSTRINGS = 52, "repo-model, extract: nothing in SOURCE has a docstring to ask by"
+    ONE_MODULE = 53, "repo-model, extract: all of it is in one module: nothing can be held out"
     INTERRUPTED = 130, "Ctrl-C"
 
 

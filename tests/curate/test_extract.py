@@ -12,6 +12,7 @@ import time
 import pytest
 
 from lora_recipes.__main__ import main
+from lora_recipes.core.errors import Exit
 from lora_recipes.curate import work
 from lora_recipes.curate.extract import definitions
 from tests.process import Forked
@@ -251,6 +252,6 @@ def test_what_cannot_be_done_is_said(words, told, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "one.py").write_text(BARE.format(1))
-    assert extract(*words) == 2
+    assert extract(*words) == (Exit.ONE_MODULE if "module" in told else Exit.REFUSED)
     assert told in capsys.readouterr().err
     assert not (tmp_path / "x.jsonl").exists()

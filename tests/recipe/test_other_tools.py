@@ -191,7 +191,7 @@ def supervised_fine_tuning_alone(trained, recipe):
     base, arguments = build.model(resolved), build.sft_config(recipe, folder)
     made, _ = build.trainer(resolved, arguments, base, rows.tokenizer, rows.train, rows.evaluation, [], None)
     its = {cls.__name__ for cls in type(made).__mro__}  # transformers' Trainer is below it
-    return type(made) is trl.SFTTrainer and "SFTTrainer" in named and named & known <= its
+    return isinstance(made, trl.SFTTrainer) and "SFTTrainer" in named and named & known <= its
 
 
 def accelerate_numbers_the_processes(trained, recipe):
