@@ -184,10 +184,13 @@ def main(words: list[str] | None = None) -> None:
     options.add_argument("--dry-run", action="store_true", help="a tiny model, on any machine")
     options.add_argument("--limit", type=float, default=570, help="seconds after which no arm begins")
     options.add_argument("--outputs", type=Path, default=OUTPUTS / "_bench")
-    options.add_argument("--results", type=Path, default=RESULTS)
+    options.add_argument(
+        "--results", type=Path, help="(default: benchmarks/results/; of a dry run, --outputs)"
+    )
     given = options.parse_args(words)
     began, folder = time.monotonic(), given.outputs.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    results = given.results or (folder if given.dry_run else RESULTS)
     import torch
 
     cuda = torch.cuda.is_available()
@@ -222,8 +225,8 @@ def main(words: list[str] | None = None) -> None:
         run = (inside if given.dry_run else measured)(command, setting.folder, name, os.cpu_count() or 1)
         result["runs"].append({"arm": arm.name} | run | ({} if "failed" in run else planned(command)))
         print(f"{arm.name}: {run.get('failed') or round(run['seconds'], 1)}", flush=True)
-        write(given.results / "gpu.json", json.dumps(result, indent=1) + "\n")
-        write(given.results / "gpu.md", report(result))
+        write(results / "gpu.json", json.dumps(result, indent=1) + "\n")
+        write(results / "gpu.md", report(result))
     print("\n" + report(result))
 
 
