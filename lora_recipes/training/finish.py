@@ -1,7 +1,9 @@
 """The end of a training run: verify what was learned, save it, move it into place, say what came of it."""
 
+import math
 import shutil
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -181,13 +183,18 @@ def worse(logs: list[dict[str, Any]], recipe: Recipe) -> list[str]:
     """What the losses in `logs` (metrics.jsonl) say against the run: it ends worse than it began.
 
     The held-out loss is of the same rows each time: any rise counts. The training loss differs from batch to
-    batch: the means of the first and the last fifth of its logs are compared, and a rise of 5 % counts."""
+    batch: the means of the first and the last fifth of its logs are compared, and a rise of 5 % counts, of
+    five logs and more where it is twice its standard error too, by the scatter from log to log (von Neumann,
+    Ann. Math. Statist. 12, 1941, 367).
+    """
     found = []
     do = f"lower {recipe.at('train', 'learning_rate')}, or look at the rows"
     train = [log["loss"] for log in logs if "loss" in log]
     fifth = max(len(train) // 5, 1)
     first, last = sum(train[:fifth]) / fifth if train else 0, sum(train[-fifth:]) / fifth if train else 0
-    if len(train) > 1 and last > 1.05 * first:
+    steps = [(after - before) ** 2 for before, after in pairwise(train)] if len(train) > 4 else []
+    noise = 2 * math.sqrt(sum(steps) / len(steps) / fifth) if steps else 0.0
+    if len(train) > 1 and last > max(1.05 * first, first + noise):
         found.append(
             f"training ends worse than it began: loss {first:.4f} at first, {last:.4f} at last; {do}"
         )

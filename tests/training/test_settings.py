@@ -100,4 +100,8 @@ def test_only_a_rise_is_a_rise():
     assert "2.0000 at first, 2.5000 at last" in worse(rising, recipe)[0]
     assert worse(falling, recipe) == [] and worse([], recipe) == [] and worse([{"loss": 3.0}], recipe) == []
     assert worse([{"loss": 2.0}, {"loss": 2.05}], recipe) == []
+    scattered = [{"loss": loss} for loss in (1.99, 2.42, 1.53, 2.22, 1.83, 1.54, 1.39, 2.09)]
+    assert worse(scattered, recipe) == [], "of a run that has learned"
+    diverging = [{"loss": loss} for loss in (2.0, 2.1, 2.0, 2.3, 2.6, 2.9, 3.4)]
+    assert "2.0000 at first, 3.4000 at last" in worse(diverging, recipe)[0]
     assert "held-out" in worse([{"eval_loss": 1.0}, {"eval_loss": 0.9}, {"eval_loss": 1.1}], recipe)[0]
