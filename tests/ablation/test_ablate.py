@@ -548,7 +548,7 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     outputs, file = tmp_path / "outputs", tmp_path / "killed.yaml"
     shutil.copytree(trained / "tiny_base", outputs / "tiny_base")
     steps = (
-        "train.max_steps: [60]\n  train.save_strategy: [steps]\n  train.save_steps: [10]\n "
+        "train.max_steps: [160]\n  train.save_strategy: [steps]\n  train.save_steps: [10]\n "
         " train.save_total_limit: [2]"
     )
     file.write_text(f"# Which?\nrecipe: tiny_facts\ngrid:\n  lora.r: [2, 4]\n  {steps}\nseeds: [1]\n")
@@ -569,7 +569,7 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     first = launched.completed()
     assert first.returncode == 1, first.stderr
     assert "[1/2] r2/s1: FAILED: its process was killed by SIGKILL" in first.stdout
-    assert "[2/2] r4/s1: 60 steps" in first.stdout and "r2: s1 running: not at its end" in first.stdout
+    assert "[2/2] r4/s1: 160 steps" in first.stdout and "r2: s1 running: not at its end" in first.stdout
     second = process.run("ablate", str(file), "--outputs", str(outputs))
     assert second.returncode == 0, second.stderr
     assert (
