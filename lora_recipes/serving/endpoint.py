@@ -139,7 +139,7 @@ class Endpoint:
                 Problem(
                     self.url,
                     f"no server answers: {reason}",
-                    f"{cli.command('serve')} starts one; check host and port",
+                    f"{cli.command('serve')} starts one; at another address: {cli.command(URL='http://host:port')}",
                 )
             ) from None
         try:
