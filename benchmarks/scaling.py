@@ -5,16 +5,15 @@ written by hand does the same, it stands beside. Writes scaling.md and scaling.j
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import jobs, machine
-from benchmarks.train import PACKAGES, measured, parser
-from lora_recipes.core.files import now, write
+from benchmarks import jobs
+from benchmarks.train import begun, heading, measured, parser
+from lora_recipes.core.files import write
 
 TRAINED: dict[str, list[jobs.Job]] = {
     "rows": [jobs.Job(rows=count) for count in (64, 256, 1024)],
@@ -77,16 +76,8 @@ def table(axis: str, runs: list[dict[str, Any]]) -> list[str]:
 
 def report(result: dict[str, Any]) -> str:
     """All axes."""
-    loads = [run["load"] for run in result["runs"]]
-    said = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = [
-        "# How time and memory grow",
-        "",
-        f"`{result['command']}`, {result['date']}",
-        f"{result['processor']}, {result['cores']} cores, threads of each: {result['threads']}; load average"
-        f" before each command {min(loads):.1f} to {max(loads):.1f}.",
-        f"{said}.",
-        "",
+        *heading("How time and memory grow", result),
         "The dense 14M model of make bench, r 8 on every linear layer, 256 short chats, 8 a step, but for"
         " what the axis says: `length`: 16 chats that nearly fill so many tokens, 2 a step; `rank`: 64 chats;"
         " `adapters`: that many combined by `cat`; `arms`: an ablation of that many rates on 80 chats,"
@@ -103,15 +94,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", type=str.split, default=AXES, help=f"of {' '.join(AXES)}")
     given = options.parse_args()
-    result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
-        "date": now(),
-        "processor": machine.processor(),
-        "cores": os.cpu_count(),
-        "threads": given.threads,
-        "versions": machine.versions(*PACKAGES),
-        "runs": [],
-    }
+    result = begun("scaling", given.threads)
     for axis in given.only:
         for number in range(1, given.rounds + 1):
             for value, name, words, folder in points(axis, given.outputs.resolve()):

@@ -156,18 +156,38 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def report(result: dict[str, Any]) -> str:
-    """All tables, with what they do and do not say."""
+def begun(module: str, threads: int) -> dict[str, Any]:
+    """What stands beside the `runs` of benchmarks/`module`.py: the command, the machine, the versions."""
+    return {
+        "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]),
+        "date": now(),
+        "processor": machine.processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "versions": machine.versions(*PACKAGES),
+        "runs": [],
+    }
+
+
+def heading(title: str, result: dict[str, Any]) -> list[str]:
+    """The same for a person, in Markdown, with the load that the runs met."""
     loads = [run["load"] for run in result["runs"]]
     said = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    lines = [
-        "# How fast a recipe trains",
+    return [
+        f"# {title}",
         "",
         f"`{result['command']}`, {result['date']}",
         f"{result['processor']}, {result['cores']} cores, threads of each: {result['threads']}; load average"
         f" before each command {min(loads):.1f} to {max(loads):.1f}.",
         f"{said}.",
         "",
+    ]
+
+
+def report(result: dict[str, Any]) -> str:
+    """All tables, with what they do and do not say."""
+    lines = [
+        *heading("How fast a recipe trains", result),
         "One epoch of the rows; seconds are of the training itself, without imports, load and preparation,"
         " which `start` has. Medians, in brackets the least and the most of the rounds; ratios within a"
         " round. Where others use the cores too, seconds say little: read the processor's. `tokens/s`: the"
@@ -244,15 +264,7 @@ def main() -> None:
     options.add_argument("--only", type=str.split, default=[], help="contenders with one of these words")
     given = options.parse_args()
     outputs: Path = given.outputs.resolve()
-    result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.train", *sys.argv[1:]]),
-        "date": now(),
-        "processor": machine.processor(),
-        "cores": os.cpu_count(),
-        "threads": given.threads,
-        "versions": machine.versions(*PACKAGES),
-        "runs": [],
-    }
+    result = begun("train", given.threads)
     for model in given.model:
         for kind in given.rows:
             job = jobs.Job(model, kind, given.count, batch=given.batch)
