@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from lora_recipes.ablation import ablate as ablating
 from lora_recipes.ablation import arms, report, spec, workers
 from lora_recipes.ablation.ablate import ablate, state
 from lora_recipes.ablation.reuse import Kept, group
+from lora_recipes.core import lock
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder
@@ -553,19 +553,11 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     )
     file.write_text(f"# Which?\nrecipe: tiny_facts\ngrid:\n  lora.r: [2, 4]\n  {steps}\nseeds: [1]\n")
     launched = process.Forked(("ablate", str(file), "--outputs", str(outputs)), tmp_path)
-    checkpoints, until = (
-        outputs / "ablations" / "killed" / "r2" / "s1" / "checkpoints",
-        time.monotonic() + 600,
-    )
-    while (
-        not list(checkpoints.glob("checkpoint-*/SHA256SUMS"))
-        and launched.poll() is None
-        and time.monotonic() < until
-    ):
+    folder, until = outputs / "ablations" / "killed" / "r2" / "s1", time.monotonic() + 600
+    while not list(folder.glob("checkpoints/checkpoint-*/SHA256SUMS")):
+        assert launched.poll() is None and time.monotonic() < until, launched.completed()
         time.sleep(0.01)
-    # the one that trains is the youngest, after its server and a resource tracker
-    child = max(psutil.Process(launched.pid).children(recursive=True), key=lambda one: one.create_time())
-    os.kill(child.pid, signal.SIGKILL)
+    os.kill(json.loads(lock.file(folder).read_text())["pid"], signal.SIGKILL)
     first = launched.completed()
     assert first.returncode == 1, first.stderr
     assert "[1/2] r2/s1: FAILED: its process was killed by SIGKILL" in first.stdout
