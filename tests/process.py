@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
@@ -27,6 +29,8 @@ class Forked:
 
     def __init__(self, words: tuple[str, ...], folder: Path, **environment: str):
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        if words[0] == "ablate":  # which takes the server of this process: the libraries are imported once
+            forkserver.ensure_running()
         self.process = FORK.Process(target=_main, args=(words, self.stdout, self.stderr, environment))
         self.process.start()
         self.pid = self.process.pid
@@ -62,7 +66,9 @@ def run(*words: str, timeout: float = 1800) -> CompletedProcess:
 
 
 def together(count: int, *words: str, timeout: float = 1800) -> list[CompletedProcess]:
-    """The same in `count` processes of one group, with the variables that torchrun gives each of them."""
+    """The same in `count` processes of one group, with the variables that torchrun gives each of them. As
+    there, the others are ended where one ends badly.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -72,7 +78,13 @@ def together(count: int, *words: str, timeout: float = 1800) -> list[CompletedPr
         for rank in range(count):
             (own := Path(folder) / str(rank)).mkdir()
             begun.append(Forked(words, own, RANK=str(rank), LOCAL_RANK=str(rank), **group))
-        return [process.completed(timeout) for process in begun]
+        running, end = begun, time.monotonic() + timeout
+        while running and time.monotonic() < end:
+            wait([process.process.sentinel for process in running], timeout)
+            running = [process for process in running if process.poll() is None]
+            for process in running if any(process.poll() for process in begun) else ():
+                process.process.terminate()
+        return [process.completed(0) for process in begun]
 
 
 def _main(words: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[str, str]) -> None:

@@ -4,4 +4,5 @@ from lora_recipes.core import cli
 
 cli.quiet()
 
-from lora_recipes.training import train  # noqa: E402, F401
+with cli.importing():
+    from lora_recipes.training import train  # noqa: F401

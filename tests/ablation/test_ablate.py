@@ -547,25 +547,23 @@ def test_a_process_that_is_killed_costs_one_run_which_then_goes_on_bit_for_bit(t
     """
     outputs, file = tmp_path / "outputs", tmp_path / "killed.yaml"
     shutil.copytree(trained / "tiny_base", outputs / "tiny_base")
-    steps = (
-        "train.max_steps: [160]\n  train.save_strategy: [steps]\n  train.save_steps: [10]\n "
-        " train.save_total_limit: [2]"
-    )
-    file.write_text(f"# Which?\nrecipe: tiny_facts\ngrid:\n  lora.r: [2, 4]\n  {steps}\nseeds: [1]\n")
+    words = ["train.max_steps=160", "train.save_strategy=steps", "train.save_steps=40"]
+    arms = f"  long: {json.dumps(words)}\n  other: [train.max_steps=2]\n"
+    file.write_text(f"# Which?\nrecipe: tiny_facts\narms:\n{arms}seeds: [1]\n")
     launched = process.Forked(("ablate", str(file), "--outputs", str(outputs)), tmp_path)
-    folder, until = outputs / "ablations" / "killed" / "r2" / "s1", time.monotonic() + 600
+    folder, until = outputs / "ablations" / "killed" / "long" / "s1", time.monotonic() + 600
     while not list(folder.glob("checkpoints/checkpoint-*/SHA256SUMS")):
         assert launched.poll() is None and time.monotonic() < until, launched.completed()
         time.sleep(0.01)
     os.kill(json.loads(lock.file(folder).read_text())["pid"], signal.SIGKILL)
     first = launched.completed()
     assert first.returncode == 1, first.stderr
-    assert "[1/2] r2/s1: FAILED: its process was killed by SIGKILL" in first.stdout
-    assert "[2/2] r4/s1: 160 steps" in first.stdout and "r2: s1 running: not at its end" in first.stdout
+    assert "[1/2] long/s1: FAILED: its process was killed by SIGKILL" in first.stdout
+    assert "[2/2] other/s1: 2 steps" in first.stdout and "long: s1 running: not at its end" in first.stdout
     second = process.run("ablate", str(file), "--outputs", str(outputs))
     assert second.returncode == 0, second.stderr
     assert (
-        "continues   r2/s1: from checkpoint-" in second.stdout
+        "continues   long/s1: from checkpoint-" in second.stdout
         and "to do       1 of 2 runs; 1 are finished and stay" in second.stdout
     )
     alone = tmp_path / "alone"

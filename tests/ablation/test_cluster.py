@@ -16,6 +16,7 @@ from lora_recipes.ablation import cluster, report, spec
 from lora_recipes.ablation.ablate import spread
 from lora_recipes.core import files
 from lora_recipes.core.errors import RecipeError
+from tests import process
 from tests.typed import there
 
 SCRIPT = str(files.ROOT / "scripts" / "ablate.py")
@@ -89,16 +90,17 @@ def test_a_skypilot_job_runs_what_it_says_and_each_run_is_launched_once(anywhere
     task = yaml.safe_load(made["skypilot.yaml"])
     assert set(task) == FIELDS and task["envs"]["RUN"] is None and task["envs"]["BUCKET"] is None
     assert task["file_mounts"] == {task["envs"]["RESULTS"]: {"name": "${BUCKET}", "mode": "MOUNT_CACHED"}}
-    run = task["run"].replace(".venv/bin/python", sys.executable)
     results = tmp_path / "results"
-    done = subprocess.run(
-        ["bash", "-c", run],
+    start, module, *words = subprocess.run(
+        ["bash", "-c", task["run"].replace(".venv/bin/python", r"printf %s\\n")],
         cwd=task["workdir"],
         env=os.environ | {"RUN": "r4/s2", "RESULTS": str(results)},
         capture_output=True,
         text=True,
-        check=False,
-    )
+        check=True,
+    ).stdout.splitlines()
+    assert (start, module) == ("-m", "lora_recipes")
+    done = process.run(*words)  # as bash would hand them to Python
     assert done.returncode == 0, done.stderr
     assert [p.parent.name for p in results.glob("ablations/*/*/s2/adapter")] == ["s2"]
     assert "r4: " not in report.write(results / "ablations" / loaded.name).splitlines()[0]

@@ -31,7 +31,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.serving import command, live
 from lora_recipes.serving.endpoint import Endpoint
 from lora_recipes.training.train import train
-from tests.process import run as run_verb
+from tests.process import together
 
 SHORT = ["train.num_train_epochs=1", "train.eval_strategy=steps", "train.save_strategy=steps"]
 SHORT += ["train.eval_steps=20", "train.save_steps=20", "train.save_total_limit=4"]
@@ -313,10 +313,8 @@ def test_two_processes_train_bit_for_bit_what_one_trains_with_the_same_rows_a_st
     sections["train"] |= {"eval_strategy": "no", "save_strategy": "no"}
     path = tmp_path / "pair.yaml"
     path.write_text(yaml.safe_dump(sections))
-    done = run_verb(
-        "train", str(path), "--outputs", str(tmp_path / "two"), "--accelerate", "ddp", "--processes", "2"
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in together(2, "train", str(path), "--outputs", str(tmp_path / "two")):
+        assert done.returncode == 0, done.stderr[-3000:]
     words = ["train.gradient_accumulation_steps=2"]
     one = train(resolve(recipes.load(str(path), words), tmp_path / "one"))
     two = RunFolder(tmp_path / "two" / "pair").run

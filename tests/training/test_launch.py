@@ -27,7 +27,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.recipe.layout import Layout
 from lora_recipes.training import launch
 from lora_recipes.training.train import train
-from tests.process import run
+from tests.process import run, together
 from tests.typed import there
 
 SCRIPT = str(files.ROOT / "scripts" / "train.py")
@@ -104,9 +104,9 @@ def test_a_run_of_two_processes_resumes_bit_for_bit_and_not_with_another_number(
         RecipeError, match="layout: the run began with DDP, 2 processes, now it is one process"
     ):
         train(resolve(recipes.load(str(path)), tmp_path / "two"), resume=True)
-    done = run("train", str(path), "--outputs", str(tmp_path / "two"), "--resume", *TWO)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "from checkpoint-2" in done.stdout
+    done = together(2, "train", str(path), "--outputs", str(tmp_path / "two"), "--resume")
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr[-3000:]
+    assert "from checkpoint-2" in done[0].stdout and not done[1].stdout
     one, other = adapter(two, "pair"), adapter(tmp_path / "two", "pair")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -16,7 +16,7 @@ from lora_recipes.core.errors import RecipeError
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 from lora_recipes.training.train import train
-from tests.process import Forked, run
+from tests.process import Forked, together
 
 TRAIN = ("train", "tiny_facts", "train.logging_steps=1")
 
@@ -76,8 +76,8 @@ def test_a_run_at_work_is_left_alone_by_every_verb_until_it_is_killed(at_work, t
         assert main([*words, "--outputs", str(outputs)]) == 2
         assert f"is in use by process {process.pid}" in capsys.readouterr().err
     record = (outputs / "tiny_facts" / "run.json").read_bytes()
-    launch = ("--accelerate", "ddp", "--processes", "2", "--force", "--outputs", str(outputs))
-    done = run(*TRAIN, "train.max_steps=2", *launch)  # nor by two processes of another launch
+    # nor by two processes of one group
+    done, _ = together(2, *TRAIN, "train.max_steps=2", "--force", "--outputs", str(outputs))
     assert done.returncode == 2 and f"is in use by process {process.pid}" in done.stderr, done.stderr[-2000:]
     assert (outputs / "tiny_facts" / "run.json").read_bytes() == record
     assert process.poll() is None and recipe.read_bytes() == before

@@ -1,14 +1,13 @@
 """Memory while training runs: recorded beside the plan, and explained when it did not suffice."""
 
 import json
-import subprocess
-import sys
+import resource
 
 import psutil
 import pytest
 import torch
 
-from lora_recipes.core import cli, files
+from lora_recipes.core import cli
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.record import FinishedRun
 from lora_recipes.core.run_folder import RunFolder
@@ -20,6 +19,7 @@ from lora_recipes.recipe.layout import SINGLE, Layout
 from lora_recipes.training import usage
 from lora_recipes.training.train import train
 from lora_recipes.training.usage import Usage
+from tests.process import Forked
 from tests.typed import there
 
 PLANNED = Memory({"base": 8 * GIB, "activations": 2 * GIB}, "the loss", 0, 0)
@@ -106,28 +106,18 @@ def test_only_what_is_clearly_beyond_the_device_is_refused(times, layout, change
     assert all(f"the longest row is {longest.where} with 9 tokens" in p.found for p in problems)
 
 
-def test_a_run_that_outgrows_its_memory_ends_with_a_clear_error(trained, tmp_path):
-    """A real one: the process may not have more than 6 GiB of addresses, and a batch of 257 rows of Qwen3.5
-    wants more.
+def test_a_run_that_outgrows_its_memory_ends_with_a_clear_error(trained, write_recipe, tmp_path):
+    """A real one: the process may have half a GiB of addresses more than it has, and a batch of 56 long rows
+    wants more than a whole one.
     """
-    script = str(files.ROOT / "scripts" / "train.py")
-    words = [
-        "tiny_qwen35_style",
-        "train.per_device_train_batch_size=257",
-        "train.gradient_accumulation_steps=1",
-        "train.eval_strategy='no'",
-    ]
-    words += [
-        "data.train=[{path: data/companion/train.jsonl, weight: 2.0}]",
-        "data.limits={duplicates: 1.0}",
-        "--oversized",
-        "--outputs",
-        str(tmp_path),
-    ]
-    limited = f"ulimit -v {6 * 2**20}; exec {sys.executable} {script} " + " ".join(f'"{w}"' for w in words)
-    done = subprocess.run(
-        ["bash", "-c", limited], capture_output=True, text=True, timeout=1800, cwd=files.ROOT
-    )
+    rows = [{"text": "The cat sleeps on the sofa. " * times} for times in range(30, 86)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = {"train__max_length": None, "train__per_device_train_batch_size": len(rows)}
+    path = write_recipe("tiny_facts", "outgrown", data={"train": "rows.jsonl"}, **one)
+    process = Forked(("train", str(path), "--oversized", "--outputs", str(trained)), tmp_path)
+    room = psutil.Process().memory_info().vms + GIB // 2
+    resource.prlimit(process.pid or 0, resource.RLIMIT_AS, (room, room))
+    done = process.completed()
     assert done.returncode == 2, done.stderr[-2000:]
     assert "out of memory at step 1: " in done.stderr and "Traceback" not in done.stderr
-    assert json.loads((tmp_path / "tiny_qwen35_style" / "run.json").read_text())["status"] == "failed"
+    assert json.loads((trained / "outgrown" / "run.json").read_text())["status"] == "failed"
