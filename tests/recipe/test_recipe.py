@@ -638,7 +638,7 @@ def written():
     """Every key that any shipped recipe writes, once: {(its path without numbers, the names that are valid
     there): (the first recipe that writes it, its path)}.
     """
-    found = {}
+    found: dict = {}
     for name in recipes.names():
         content, _ = yamlfile.load(recipes.find(name))
         for path, valid in keys(content, check.schema()):
