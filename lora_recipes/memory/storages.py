@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 # bytes; CUDA's caching allocator rounds each request up to it (c10/cuda/CUDACachingAllocator.cpp,
 # kMinBlockSize)
 ROUNDING = 512
+DEVICE = torch.ops.prim.device.default  # two thirds of what a fake tensor is asked; makes nothing
 Stretch = tuple[str, int]  # a part of the step and, where it is one of several layers, which
 
 
@@ -46,6 +47,13 @@ class Storages(TorchDispatchMode):
         self.label, self.stretch = "activations", ("", 0)
         self.peaks: dict[Stretch, Peak] = {}
         self.extra, self.handlers = extra or {}, handlers or {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch wraps each call of a mode against being compiled, which takes as long as the counting does;
+        nothing is compiled here.
+        """
+        return False
 
     def add(self, tensors: Iterable[torch.Tensor | None], label: str) -> None:
         """Count the storages of `tensors` under `label`, also those that are counted under another one
@@ -88,6 +96,8 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator (or what stands for it) and count what it made."""
+        if func is DEVICE:
+            return args[0].fake_device
         kwargs = kwargs or {}
         handler = self.handlers.get(func)
         result = handler(func, *args, **kwargs) if handler else func(*args, **kwargs)

