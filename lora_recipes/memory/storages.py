@@ -50,9 +50,7 @@ class Storages(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch wraps each call of a mode against being compiled, which takes as long as the counting does;
-        nothing is compiled here.
-        """
+        """No: else torch wraps each call against being compiled, which takes as long as the counting does."""
         return False
 
     def add(self, tensors: Iterable[torch.Tensor | None], label: str) -> None:

@@ -82,8 +82,9 @@ def base(resolved: Resolved) -> bool:
 
 @contextlib.contextmanager
 def _parsed_once() -> Iterator[None]:
-    """transformers parses a GGUF file anew for its config, its weights and its tokenizer, and makes the map
-    of its names for each module: two thirds of the time that a base takes, without this.
+    """For a while, a GGUF file is parsed once and the map of its names made once: transformers does the one
+    for the config, the weights and the tokenizer each, the other for each module. That takes two thirds of
+    the time of a base.
     """
     import gguf
 
