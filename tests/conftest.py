@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ if "HF_DATASETS_CACHE" not in os.environ:
 import pytest
 import yaml
 
+from lora_recipes.core import files
 from lora_recipes.recipe import load as recipes
 from lora_recipes.recipe.base import resolve
 
@@ -75,6 +77,40 @@ def smollm2(tmp_path_factory):
 
     base = tmp_path_factory.getbasetemp()
     return real.make((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real")
+
+
+@pytest.fixture(scope="session")
+def vllm_forks():
+    """A folder as .venv-serve is, whose Python is forked from one that has imported vLLM already:
+    tests/cases/vllm_forks.py.
+    """
+    from lora_recipes.serving import command
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, at = Path(name), f"{name}/socket"
+        (folder / "bin").mkdir()
+        (folder / "lib").symlink_to(command.ENVIRONMENT / "lib")
+        (python := folder / "bin" / "python").write_text(
+            f'#!/bin/sh\nexec {sys.executable} -IS {CASES / "vllm_python.py"} {at} "$@"\n'
+        )
+        python.chmod(0o755)
+        environment = os.environ | {"PYTHONPATH": str(files.ROOT / "scripts" / "vllm_cpu")}
+        environment |= {"HF_HUB_OFFLINE": "1"}
+        begun = [str(command.python()), str(CASES / "vllm_forks.py"), at]
+        with (
+            (folder / "log").open("wb") as log,
+            subprocess.Popen(begun, stdin=-1, stdout=-1, stderr=log, env=environment) as forks,
+        ):
+            assert forks.stdout and forks.stdout.readline(), (folder / "log").read_text()
+            yield folder
+
+
+@pytest.fixture
+def quick_vllm(vllm_forks, monkeypatch):
+    """What the test starts in the serving environment, itself or in a fork, has vLLM imported already."""
+    from lora_recipes.serving import command
+
+    monkeypatch.setattr(command, "ENVIRONMENT", vllm_forks)
 
 
 @pytest.fixture(scope="session")

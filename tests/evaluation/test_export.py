@@ -94,9 +94,8 @@ def test_of_a_model_with_a_tower_only_the_text_is_quantised(trained, tmp_path):
     assert any("vision_tower" in name for name in found.ignore)
 
 
-def test_an_export_of_8_bits_is_loaded_by_vllm_measured_and_recorded(run, monkeypatch, capfd):
+def test_an_export_of_8_bits_is_loaded_by_vllm_measured_and_recorded(run, quick_vllm, capfd):
     """The weights on file are the nearest steps; the figures printed are those that numpy finds of them."""
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     words = ["tiny_facts", "data.eval=data/facts/rephrased.jsonl", "--outputs", str(run.path.parent)]
     assert main(["export", *words, "--format", "w8a8"]) == 0
     said = capfd.readouterr().out
@@ -131,7 +130,7 @@ def nearest(merged, exported):
     return count
 
 
-def test_what_the_server_does_not_load_is_kept_and_said_to_be_unverified(run, monkeypatch, capfd):
+def test_what_the_server_does_not_load_is_kept_and_said_to_be_unverified(run, quick_vllm, monkeypatch, capfd):
     """A server that ends at start, as vLLM does where it has no kernel for the format."""
     real = command.prepare
 

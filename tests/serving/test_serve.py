@@ -1,7 +1,6 @@
 """A real vLLM server on the CPU: what answers is what was trained, and what is not is caught."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -37,6 +36,8 @@ from lora_recipes.serving import live, serve
 from lora_recipes.serving.chat import chat
 from lora_recipes.serving.endpoint import Endpoint
 from lora_recipes.training.train import train
+from tests import process
+from tests.process import Forked
 from tests.typed import there
 
 pytestmark = pytest.mark.vllm
@@ -65,26 +66,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# vLLM compiles some functions of its sampler at the first request, 11 s; the models it leaves as they are.
-# Its worker is a process more, whose imports take 10 s, and its waiting half of the time for an answer.
-LEAN = {"TORCH_COMPILE_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-ONE_PROCESS = ("--", "--distributed-executor-backend", "uni")
-
-
 class Running:
-    """scripts/serve.py in the background, until it says that Ctrl-C ends it. As a context manager: up in it,
-    and at its end with its whole process tree.
+    """`serve` in the background, until it says that Ctrl-C ends it. As a context manager: up in it, and ended
+    with its whole process tree.
+
+    In a fork of this process, quick where the test takes `quick_vllm`; or as `new`, as a person starts it:
+    scripts/serve.py in an interpreter of its own.
     """
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str):
+    def __init__(self, folder: Path, *arguments: str, new: bool = False, **environment: str):
         self.port = free_port()
-        self.log = folder / f"{self.port}.txt"
-        command = [sys.executable, SCRIPT, *arguments]
-        command[2:2] = ["--port", str(self.port), "--outputs", str(folder)]
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
-            )
+        (log := folder / str(self.port)).mkdir()
+        self.logs = [log / "stdout", log / "stderr"]
+        words = ["serve", "--port", str(self.port), "--outputs", str(folder), *arguments]
+        self.process: subprocess.Popen[bytes] | Forked
+        if new:
+            with self.logs[0].open("wb") as output, self.logs[1].open("wb") as errors:
+                self.process = subprocess.Popen(
+                    [sys.executable, SCRIPT, *words[1:]], stdout=output, stderr=errors
+                )
+        else:
+            self.process = Forked(tuple(words), log, **environment)
         self.url = f"http://127.0.0.1:{self.port}"
 
     def up(self) -> "Running":
@@ -102,18 +104,18 @@ class Running:
             raise
 
     def __exit__(self, *_: object) -> None:
-        assert self.end() == []
+        assert self.end() == [], "the whole process tree ends with Ctrl-C"
 
     @property
     def said(self) -> str:
-        return self.log.read_text()
+        return "".join(log.read_text() for log in self.logs if log.exists())
 
     def end(self) -> list[psutil.Process]:
         """Ctrl-C; returns what is still alive of the tree."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         assert any("vllm" in " ".join(p.cmdline()) for p in family)
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(300)
+        assert self.process.wait(300) == 130
         return [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -139,10 +141,9 @@ def _beside(trained: Path, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def dense(work):
     other = f"other={work / 'other' / 'tiny_facts' / 'adapter'}"
-    server = Running(work, "--dynamic", "--base", str(work / "tiny_base" / "model"), "tiny_facts", other).up()
-    yield server
-    assert server.end() == [], "the whole process tree ends with Ctrl-C"
-    assert server.process.returncode == 130
+    base = str(work / "tiny_base" / "model")
+    with Running(work, "--dynamic", "--base", base, "tiny_facts", other, new=True) as server:
+        yield server
 
 
 def copied(source: Path, folder: Path, change=None, **config) -> Path:
@@ -317,29 +318,24 @@ def test_the_code_that_passk_judges_is_what_the_server_writes(dense, work, tmp_p
 
 
 def test_a_taken_port_is_said_at_once(dense, work):
-    done = script("--port", str(dense.port), "--outputs", str(work), timeout=600)
+    done = process.run("serve", "--port", str(dense.port), "--outputs", str(work))
     assert done.returncode == 2 and "cannot be listened on" in done.stderr and "Traceback" not in done.stderr
 
 
-def script(*arguments: str, timeout: float = 1800) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout
-    )
-
-
-def test_a_server_that_dies_at_start_leaves_its_last_error(work):
+def test_a_server_that_dies_at_start_leaves_its_last_error(work, quick_vllm):
     """max_position_embeddings is 128."""
-    done = script("--port", str(free_port()), "--outputs", str(work), "--", "--max-model-len", "4096")
+    words = ["--port", str(free_port()), "--outputs", str(work), "--", "--max-model-len", "4096"]
+    done = process.run("serve", *words)
     assert done.returncode == 2 and "vLLM: ended at start (exit 1): " in done.stderr
     assert "max_model_len" in done.stderr and "Traceback" not in done.stderr and len(done.stderr) < 1500
 
 
-def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it_is_caught(tmp_path):
+def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it_is_caught(
+    tmp_path, quick_vllm
+):
     """To both vLLM says `Loaded new LoRA adapter` and answers 200."""
     train(resolve(recipes.load("tiny_qwen35_style", ["train.max_steps=20"]), tmp_path))
-    with Running(
-        tmp_path, "--dynamic", "tiny_qwen35_style", *ONE_PROCESS, "--max-model-len", "512", **LEAN
-    ) as server:
+    with Running(tmp_path, "--dynamic", "tiny_qwen35_style", "--", "--max-model-len", "512") as server:
         # of twenty steps: it answers as trained, and has not learned to stop, which is said
         assert re.search(r"tiny_qwen35_style +\d\.\d+ .* live; BUT .* did not end", server.said)
         saved = tmp_path / "tiny_qwen35_style" / "adapter"
@@ -364,7 +360,9 @@ def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it
         assert isinstance(rendered, BatchEncoding) and ids == rendered["input_ids"]
 
 
-def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bases, tmp_path, capsys):
+def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(
+    bases, tmp_path, capsys, quick_vllm
+):
     """A base whose eos is no end of the template's. An adapter with another end is refused by that server.
     The merged model answers as the adapter does; its server has an API key: another one, or none, is told so.
     """
@@ -382,7 +380,7 @@ def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bas
     words += ["train.max_steps=2", "model.chat_template=own.jinja"]
     train(resolve(recipes.load(str(tmp_path / "other.yaml"), words), folder))
 
-    with Running(folder, "--dynamic", "eos_proof", *ONE_PROCESS, **LEAN) as server:
+    with Running(folder, "--dynamic", "eos_proof") as server:
         assert re.search(r"eos_proof +\d\.\d+ .* live; ended its answer\n", server.said)
         ends = [ended(server.url, "eos_proof"), ended(server.url, "base")]
         said = chat(server.url, "eos_proof", ["Where is the cat?"])
@@ -399,7 +397,7 @@ def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bas
     assert by_adapter == continuations(attached, tokenizer, "<|im_end|>")
 
     with (
-        Running(folder, str(merged), *ONE_PROCESS, VLLM_API_KEY="secret", **LEAN) as server,
+        Running(folder, str(merged), VLLM_API_KEY="secret") as server,
         pytest.MonkeyPatch.context() as own,
     ):
         assert re.search(r"eos_proof +\d\.\d+ .* live; ended its answer\n", server.said)
@@ -413,11 +411,11 @@ def test_a_reply_ends_where_it_was_trained_to_by_adapter_and_by_merged_model(bas
 
 
 @pytest.mark.real
-def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smollm2, tmp_path):
+def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smollm2, tmp_path, quick_vllm):
     runs = {"one": smollm2.run("float32"), "two": smollm2.run("narrow")}
     words = [f"{name}={run / 'adapter'}" for name, run in runs.items()]
     base = str(smollm2.base("float32"))
-    with Running(tmp_path, "--dynamic", "--base", base, *words, *ONE_PROCESS, **LEAN) as server:
+    with Running(tmp_path, "--dynamic", "--base", base, *words) as server:
         endpoint = Endpoint(server.url)
         known = {name: unasked(run / "adapter") for name, run in runs.items()}
         assert len(re.findall(r"(?:one|two) +\d\.\d+ .* live", server.said)) == 2
@@ -443,10 +441,12 @@ def test_two_adapters_of_a_real_model_are_live_and_one_is_removed_under_load(smo
 
 
 @pytest.mark.real
-def test_an_adapter_of_a_real_bfloat16_model_is_live_and_merged_it_answers_the_same(smollm2, tmp_path):
+def test_an_adapter_of_a_real_bfloat16_model_is_live_and_merged_it_answers_the_same(
+    smollm2, tmp_path, quick_vllm
+):
     run = smollm2.run("bfloat16")
     words = ["--base", str(smollm2.base("bfloat16")), f"one={run / 'adapter'}"]
-    with Running(tmp_path, *words, *ONE_PROCESS, **LEAN) as server:
+    with Running(tmp_path, *words) as server:
         assert "--dtype bfloat16" in server.said
         endpoint, known = Endpoint(server.url), unasked(run / "adapter")
         proof = live.prove(endpoint, "base", {"one": known})[0]

@@ -377,15 +377,14 @@ def test_the_shipped_recipes_reach_both_kinds_of_layer():
 
 
 @pytest.mark.vllm
-def test_vllms_probabilities_are_ours(outputs):
+def test_vllms_probabilities_are_ours(outputs, quick_vllm):
     from lora_recipes.serving import server as process
 
     lines(["merge", "tiny_classify", "--outputs", str(outputs), "--force"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    quick = ["--enforce-eager", "--max-model-len", "128"]  # nothing is compiled
-    options = command.Options(port=port, outputs=outputs, extra=quick)
+    options = command.Options(port=port, outputs=outputs)
     built = command.vllm()
     assert built
     server = command.prepare({"tiny": outputs / "tiny_classify" / "adapter"}, None, options, built)
