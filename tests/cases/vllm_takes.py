@@ -3,7 +3,7 @@ environment: a model is built and loaded as a worker does it, its LoRA layers ar
 loaded and activated; no engine is started.
 
 A line of JSON each: {"error": what was raised, or null, "ignored": modules that no layer took}; before them
-the table that scripts/vllm_table.py makes of the classes, a string.
+the table as scripts/vllm_table.py finds it (`looked_at_again`), a string.
 """
 
 import json
@@ -46,7 +46,7 @@ def ignored(config: VllmConfig, adapter: str) -> list[str]:
 
 
 def main() -> None:
-    print(json.dumps(vllm_table.text(vllm_table.table())))
+    print(json.dumps(vllm_table.text(vllm_table.looked_at_again())))
     torch.accelerator.empty_cache = lambda: None  # as vLLM's runner for the CPU does
     words = sys.argv[1:]
     for first, (base, adapter) in enumerate(zip(words[::2], words[1::2], strict=True)):

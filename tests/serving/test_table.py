@@ -46,13 +46,13 @@ def adapters(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 
 @pytest.fixture(scope="module")
-def by_vllm(adapters) -> list[Any]:
+def by_vllm(adapters, vllm_forks) -> list[Any]:
     """What tests/cases/vllm_takes.py finds, in one process: the table, then each adapter."""
     words = [str(path) for pair in adapters.values() for path in pair]
     script = str(Path(families.__file__).with_name("vllm_takes.py"))
     scripts = files.ROOT / "scripts"
     environment = os.environ | {"PYTHONPATH": f"{scripts}:{scripts / 'vllm_cpu'}", "HF_HUB_OFFLINE": "1"}
-    called = [str(command.python()), script, *words]
+    called = [str(vllm_forks / "bin" / "python"), script, *words]
     done = subprocess.run(called, capture_output=True, text=True, timeout=1800, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(('"', "{"))]
