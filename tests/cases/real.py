@@ -15,9 +15,9 @@ from lora_recipes.recipe.base import Resolved, resolve
 NAME = "smollm2_style"
 KINDS = {
     "float32": [],
-    "bfloat16": ["model.dtype=bfloat16"],
-    "nf4": ["model.quantize=nf4"],
-    "narrow": ["lora.r=4"],
+    "bfloat16": ["model.dtype=bfloat16", "train.save_strategy='no'"],
+    "nf4": ["model.quantize=nf4", "train.save_strategy='no'"],
+    "narrow": ["lora.r=4", "train.save_strategy='no'"],
 }
 ROWS, STEPS = 6, 3  # one whole epoch of two examples a step
 SHORT = [
