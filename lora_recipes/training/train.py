@@ -105,16 +105,16 @@ def _train(
     raise_if(warm_ready(resolved))
     plan = plans.make(resolved, launch.planned(asked), network=True, rows=shared.rows)
     raise_if(plan.here)
-    expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
-    say(plan.short(f"{shown(folder.path / PLAN)}, or {cli.command('plan', RECIPE=recipe.name)}"))
-    if not oversized:
-        raise_if(usage.beyond(expected, resolved, plan.gate, plan.layout))
     real = resolved.base.real_config()
     raise_if(contract_differences(resolved.base, real))
     arguments = build.sft_config(recipe, folder, plan.batches)
     before = folder.run if resume else None
     facts = resume_facts(plan, resolved, real, before)
     checkpoint = _checkpoint(folder, recipe, facts, arguments, real) if resume else None
+    expected = plans.add_memory(plan, resolved, torch.cuda.is_available(), shared.memory)
+    say(plan.short(f"{shown(folder.path / PLAN)}, or {cli.command('plan', RECIPE=recipe.name)}"))
+    if not oversized:
+        raise_if(usage.beyond(expected, resolved, plan.gate, plan.layout))
     base, counted = shared.model(resolved), watch.Counted()
     callbacks = [watch.Record(folder, checkpoint), watch.Seal(), watch.Finite(recipe), counted]
     rows = (plan.gate.train, plan.gate.evaluation)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_recipes.__main__ import main
 from lora_recipes.core import files as core_files
 from lora_recipes.core.errors import RecipeError
 from lora_recipes.core.record import FinishedRun
@@ -32,7 +34,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.training import card, verify
 from lora_recipes.training import train as training
 from lora_recipes.training.train import train
-from tests.process import Forked, together
+from tests.process import FORK, Forked, together
 from tests.typed import there
 
 SCRIPT = str(core_files.ROOT / "scripts" / "train.py")
@@ -43,6 +45,7 @@ SLOW = [
     "train.save_steps=3",
     "train.logging_steps=1",
     "train.eval_strategy='no'",
+    "data.eval=null",
 ]
 
 
@@ -501,7 +504,7 @@ def test_accelerate_launch_trains_the_same_adapter(trained, tmp_path):
 def test_two_processes_share_the_steps_and_one_of_them_writes(style, tmp_path):
     """With the variables of torchrun, and no word of accelerate."""
     (tmp_path / "_bases").symlink_to(style / "_bases")
-    words = ("tiny_qwen35_style", "train.max_steps=2", "train.eval_strategy='no'", "--outputs", str(tmp_path))
+    words = ("tiny_qwen35_style", *SLOW[-2:], "train.max_steps=2", "--outputs", str(tmp_path))
     first, second = together(2, "train", *words)
     assert first.returncode == second.returncode == 0, first.stderr[-2000:] + second.stderr[-2000:]
     assert first.stdout.count("2 x 2 x 2 devices = 8 examples a step") == 1 and not second.stdout
@@ -575,33 +578,28 @@ def test_the_saved_adapter_is_held_against_the_rules_of_the_server(trained, styl
 
 
 def test_nothing_is_read_twice_on_the_way_to_the_trainer(tmp_path):
-    """Every YAML file that a fresh `make train` opens, by the interpreter's own audit hook: recipe, contract,
-    the recipe of the base. Two are trained here (the base first), and each recipe is still read once.
+    """Every YAML file that `make train` opens, by the interpreter's own audit hook: recipe, contract, the
+    recipe of the base. Two are trained here (the base first), and each recipe is still read once.
     """
-    code = """
-import collections, json, sys
-opened = collections.Counter()
-def watch(event, arguments):
-    if event == "open" and isinstance(arguments[0], str) and arguments[0].endswith((".yaml", ".yml")):
-        if arguments[1] in (None, "r", "rb"):
-            opened[arguments[0].rsplit("/", 1)[-1]] += 1
-sys.addaudithook(watch)
-sys.argv = ["train.py", "tiny_facts", "train.max_steps=1", "--outputs", sys.argv[1]]
-import runpy
-try:
-    runpy.run_path(sys.argv[0] if "/" in sys.argv[0] else "scripts/train.py", run_name="__main__")
-except SystemExit as done:
-    assert not done.code, done.code
-print("OPENED", json.dumps(opened))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=core_files.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr
-    opened = json.loads(done.stdout.rpartition("OPENED ")[2])
+    reading = FORK.Process(target=_watched, args=(("train", "tiny_facts", "train.max_steps=1"), tmp_path))
+    reading.start()
+    reading.join()
+    assert reading.exitcode == 0
+    opened = json.loads((tmp_path / "opened.json").read_text())
     assert {"tiny_facts.yaml", "tiny_base.yaml", "tiny_qwen3.yaml"} <= set(opened)
     assert set(opened.values()) == {1}, opened
+
+
+def _watched(words: tuple[str, ...], folder: Path) -> None:
+    """In a process of its own, as an audit hook stays: main(words), and how often each file was opened."""
+    opened: Counter = Counter()
+
+    def watch(event: str, arguments: tuple) -> None:
+        path, mode, *_ = (*arguments, None, None) if event == "open" else (None, None)
+        if isinstance(path, str) and path.endswith((".yaml", ".yml")) and mode in (None, "r", "rb"):
+            opened[path.rsplit("/", 1)[-1]] += 1
+
+    sys.addaudithook(watch)
+    code = main([*words, "--outputs", str(folder)])
+    (folder / "opened.json").write_text(json.dumps(opened))
+    sys.exit(code)
