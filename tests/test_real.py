@@ -98,12 +98,14 @@ def test_packed_and_flattened_rows_have_the_loss_that_each_has_alone(smollm2, tr
     """With sdpa and with eager: both keep the rows of a pack apart by their position_ids. Without those they
     see each other, and that is far more than the noise.
     """
-    packing = made(smollm2, tmp_path, "train.packing=true", "train.max_length=160")
+    few = (smollm2.folder / "train.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "few.jsonl").write_text("\n".join(few) + "\n")
+    words = (f"data.train={tmp_path / 'few.jsonl'}", "train.packing=true", "train.max_length=160")
+    packing, rows = made(smollm2, tmp_path, *words), list(there(trainer.train_dataset))[: len(few)]
     packs = [packing.data_collator([row]) for row in there(packing.train_dataset)]
-    assert len(packs) < ROWS
-    alone = [trainer.data_collator([row]) for row in there(trainer.train_dataset)]
-    padded = [trainer.data_collator(list(there(trainer.train_dataset)))]
-    flat = [packing.data_collator(list(there(trainer.train_dataset)))]
+    assert len(packs) < len(rows)
+    alone = [trainer.data_collator([row]) for row in rows]
+    padded, flat = [trainer.data_collator(rows)], [packing.data_collator(rows)]
     assert flat[0]["input_ids"].shape[0] == 1 and "attention_mask" not in flat[0]
 
     def losses(batches: list[dict], attention: str) -> float:
@@ -126,8 +128,14 @@ def test_packed_and_flattened_rows_have_the_loss_that_each_has_alone(smollm2, tr
 
 def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(smollm2, tmp_path):
     whole = smollm2.run("float32")
-    resolved = smollm2.resolved("float32", outputs=tmp_path / "killed")
-    words = ("train", NAME, *smollm2.words("float32"), "--outputs", str(tmp_path / "killed"))
+    resolved = smollm2.resolved("float32", "data.eval=null", outputs=tmp_path / "killed")
+    words = (
+        "train",
+        NAME,
+        *smollm2.words("float32", "data.eval=null"),
+        "--outputs",
+        str(tmp_path / "killed"),
+    )
     process = Forked(words, tmp_path)
     run = tmp_path / "killed" / NAME
     until = time.monotonic() + 900
@@ -146,7 +154,8 @@ def test_a_run_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(smollm2, 
 
 def test_two_processes_train_what_one_trains_with_the_same_examples_a_step(smollm2, tmp_path):
     smollm2.resolved("float32", outputs=tmp_path)
-    words = smollm2.words("float32", "train.gradient_accumulation_steps=1", "train.save_strategy='no'")
+    words = ["train.gradient_accumulation_steps=1", "train.save_strategy='no'", "data.eval=null"]
+    words = smollm2.words("float32", *words)
     for done in together(2, "train", NAME, *words, "--outputs", str(tmp_path)):
         assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / NAME / "run.json").read_text())["hardware"]["processes"] == 2
@@ -159,7 +168,7 @@ def test_the_arms_of_an_ablation_are_the_runs_alone(smollm2, tmp_path):
     smollm2.resolved("float32", outputs=tmp_path)
     text = ["# Which rank?", f"recipe: {NAME}", "seeds: [42]", "arms:"]
     for name in ("float32", "narrow"):
-        words = [json.dumps(word) for word in smollm2.words(name)]
+        words = [json.dumps(word) for word in smollm2.words(name, "data.eval=null")]
         text.append(f"  {name}: [{', '.join(words)}]")
     (tmp_path / "ranks.yaml").write_text("\n".join(text) + "\n")
     assert ablate(spec.load(str(tmp_path / "ranks.yaml")), tmp_path) == 0

@@ -27,7 +27,7 @@ from lora_recipes.recipe.base import resolve
 from lora_recipes.recipe.layout import Layout
 from lora_recipes.training import launch
 from lora_recipes.training.train import train
-from tests.process import run, together
+from tests.process import Forked, run, together
 from tests.typed import there
 
 SCRIPT = str(files.ROOT / "scripts" / "train.py")
@@ -113,9 +113,8 @@ def test_a_run_of_two_processes_resumes_bit_for_bit_and_not_with_another_number(
 
 def test_a_process_that_dies_ends_the_run_with_its_name_and_signal(pair, tmp_path):
     path, _, _ = pair
-    words = [sys.executable, SCRIPT, str(path), "train.max_steps=2000", "--outputs", str(tmp_path), *TWO]
-    launcher = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline, victim = time.monotonic() + 600, None
+    words = ("train", str(path), "train.max_steps=2000", "--outputs", str(tmp_path), *TWO)
+    launcher, deadline, victim = Forked(words, tmp_path), time.monotonic() + 600, None
     try:
         while victim is None and time.monotonic() < deadline and launcher.poll() is None:
             time.sleep(0.2)
@@ -125,11 +124,11 @@ def test_a_process_that_dies_ends_the_run_with_its_name_and_signal(pair, tmp_pat
                 )
         assert victim is not None, "the run did not begin"
         victim.send_signal(signal.SIGKILL)
-        _, said = launcher.communicate(timeout=600)
+        done = launcher.completed(600)
     finally:
         launcher.kill()
-    assert launcher.returncode == 2
-    assert "process 1 of 2 was ended by signal 9 (SIGKILL)" in said and "RESUME=1" in said
+    assert done.returncode == 2
+    assert "process 1 of 2 was ended by signal 9 (SIGKILL)" in done.stderr and "RESUME=1" in done.stderr
     assert record(tmp_path, "pair")["status"] == "failed"
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])
