@@ -289,7 +289,7 @@ def test_a_model_without_sdpa_is_planned_with_the_attention_that_it_trains_with(
 
 def test_a_longer_or_larger_batch_takes_more_and_checkpointing_less(tmp_path):
     def peak(*overrides: str) -> int:
-        recipe = recipes.load("qwen25_coder_7b_repo", list(overrides))
+        recipe = recipes.load("llama2_7b_lora", list(overrides))
         return memory.plan(resolve(recipe, tmp_path)).peak_bytes
 
     one = peak("train.per_device_train_batch_size=1", "train.max_length=512")
@@ -305,16 +305,16 @@ def test_a_longer_or_larger_batch_takes_more_and_checkpointing_less(tmp_path):
 
 def test_what_fits_is_said_fastest_first_with_the_same_examples_a_step(tmp_path):
     recipe = recipes.load(
-        "qwen25_coder_7b_repo", ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
+        "llama2_7b_lora", ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
     )
-    found = choices.fit(resolve(recipe, tmp_path), 24)
+    found = choices.fit(resolve(recipe, tmp_path), 16)
     assert found and all(
-        o.batch * o.accumulation == 4 and o.memory.verdict(24) in (FITS, LIKELY) for o in found
+        o.batch * o.accumulation == 4 and o.memory.verdict(16) in (FITS, LIKELY) for o in found
     )
     assert [o.cost for o in found] == sorted(o.cost for o in found)
     sizes = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
     wanted = {text.split("=")[0]: text for text in [*sizes, *found[0].overrides]}
-    again = memory.plan(resolve(recipes.load("qwen25_coder_7b_repo", list(wanted.values())), tmp_path))
+    again = memory.plan(resolve(recipes.load("llama2_7b_lora", list(wanted.values())), tmp_path))
     assert again.peak_bytes == found[0].memory.peak_bytes, "what is printed is what would be planned"
 
 
