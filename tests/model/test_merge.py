@@ -71,9 +71,20 @@ def test_the_default_merges_and_answers_as_before(trained, tmp_path):
     assert str(tokenizer.decode(merged(ids).logits[0, -1].argmax())).strip() == "sofa"
 
 
+@pytest.fixture(scope="module")
+def real_base(smollm2):
+    """`real_base("nf4")` is a real model as its adapter was trained on it, loaded once."""
+
+    @functools.cache
+    def load(kind: str) -> Any:
+        return attach.base(smollm2.base(kind), there(provenance.read(smollm2.run(kind) / "adapter")))
+
+    return load
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
-def test_a_real_model_merges_and_answers_as_the_adapter_does(smollm2, kind):
+def test_a_real_model_merges_and_answers_as_the_adapter_does(smollm2, real_base, kind):
     """Against PEFT on the base, in float32; in NF4 on that base, not on the one that was never quantised."""
     folder, run = smollm2.merged(kind), smollm2.run(kind)
     record = json.loads((folder / "merge.json").read_text())
@@ -93,9 +104,11 @@ def test_a_real_model_merges_and_answers_as_the_adapter_does(smollm2, kind):
     merged = answers(told)
     del told
     whole = replace(known, dtype="float32")
-    base = attach.base(smollm2.base(kind), whole)
+    base = real_base(kind) if known == whole else attach.base(smollm2.base(kind), whole)
     untouched = answers(base)
-    attached = answers(PeftModel.from_pretrained(base, run / "adapter").eval())
+    model = PeftModel.from_pretrained(base, run / "adapter").eval()
+    attached = answers(model)
+    model.unload()
     assert apart(merged, attached) < 0.2 * apart(merged, untouched)
     if kind == "nf4":
         assert (
@@ -324,26 +337,28 @@ def test_without_hashes_what_training_recorded_tells_an_edit(copied, tmp_path, n
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["adapter"]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "nf4"])
-def real_base(request, smollm2):
-    """A real model as its adapter was trained on it, and that adapter."""
-    run = smollm2.run(request.param)
-    known = there(provenance.read(run / "adapter"))
-    known = replace(known, probes=known.probes[:1])
-    return attach.base(smollm2.base(request.param), known), run / "adapter", known
+FINE = ["none", "lora_alpha, a little"]  # in float32 the least edit is told; in the others, which round, all
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["none", "lora_alpha, a little", "use_rslora", *TENSORS])
-def test_on_a_real_model_what_training_recorded_tells_an_edit(real_base, tmp_path, name):
-    base, folder, known = real_base
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        *(("float32", name) for name in FINE),
+        *((kind, name) for kind in ("bfloat16", "nf4") for name in (*FINE, "use_rslora", *TENSORS)),
+    ],
+)
+def test_on_a_real_model_what_training_recorded_tells_an_edit(smollm2, real_base, tmp_path, kind, name):
+    folder = smollm2.run(kind) / "adapter"
+    known = there(provenance.read(folder))
+    known = replace(known, probes=known.probes[:1])
     edited = Path(shutil.copytree(folder, tmp_path / "adapter"))
     if name == "lora_alpha, a little":
         config(lora_alpha=18)(edited)
     elif name != "none":
         EDITS[name].make(edited)
     job = merging.Job(adapter_folder.read(edited), known, Path("none"), known.dtype)
-    attached = attach.attach(base, {"default": job.adapter})
+    attached = attach.attach(real_base(kind), {"default": job.adapter})
     record = there(merging._against_record(attached, job))
     attached.unload()
     assert record.noise < 1e-3 * record.effect
@@ -449,7 +464,12 @@ def written(request, trained, tmp_path_factory):
     job = merging.Job(
         adapter_folder.read(run / "adapter"), known, base, "bfloat16" if kind == "bfloat16" else "float32"
     )
-    dequantised = stored.dequantised(merging._trained(job)) if known.quantize else {}
+    dequantised = {}
+    if known.quantize:
+        base4 = request.getfixturevalue("real_base")(kind) if model == "smollm2" else attach.base(base, known)
+        quantised = merging._attach(base4, job)
+        dequantised = stored.dequantised(quantised)
+        quantised.unload()
     attached = merging._attach(merging._load(job.source, "float32", job), job)
     stored.put(dequantised, attached.get_base_model())
     changes = stored.changes(attached, job.adapter)
@@ -479,12 +499,13 @@ def verdict(written, tmp_path):
     return check
 
 
+@pytest.mark.parametrize("written", [f"tiny {kind}" for kind in KINDS], indirect=True)
 def test_what_a_merge_wrote_is_base_and_adapter(written):
+    """Of the real model the merge itself says so: its merge.json counts the tensors that were computed."""
     job, folder, changes, dequantised, names = written
     good = stored.check(job.adapter, job.source, folder, changes, names, dequantised)
     assert good["tensors_computed"] == len(job.adapter.modules)
-    if len(job.adapter.modules) == 8:
-        assert good["lost_in_rounding"] < 0.05
+    assert good["lost_in_rounding"] < 0.05
 
 
 @pytest.mark.parametrize(
