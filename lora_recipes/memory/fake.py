@@ -24,10 +24,9 @@ from transformers import (
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 from trl.kernels import chunked_logprob
-from trl.trainer import utils as trl_utils
 
 from lora_recipes.memory import kernels
-from lora_recipes.model import parts, targets
+from lora_recipes.model import lm_head, parts, targets
 
 
 def base(
@@ -146,12 +145,12 @@ def _fake(tensor: torch.Tensor, dtype: torch.dtype, statistics: list[torch.Tenso
 
 
 @contextlib.contextmanager
-def untraced(config: PreTrainedConfig, fast: frozenset[str], cuda: bool) -> Iterator[None]:
+def untraced(config: PreTrainedConfig, fast: frozenset[str], cuda: bool, compiled: bool) -> Iterator[None]:
     """Libraries take a fake tensor for a traced graph, and Triton kernels take none at all: here they run as
     in training.
 
     `fast`: the packages (fla, causal_conv1d) whose kernels are planned for. `cuda`: plan TRL's head for a
-    device with Triton, where it scores only the supervised positions and needs no memory beside its tile.
+    device with Triton, where it needs no memory beside its tile. `compiled`: the run is, by torch_compile.
     """
     swaps: list[tuple[Any, str, Any]] = [
         (masking_utils, "is_tracing", lambda *_: False),
@@ -160,7 +159,6 @@ def untraced(config: PreTrainedConfig, fast: frozenset[str], cuda: bool) -> Iter
     modeling = modeling_of(config)
     swaps += [(modeling, name, function) for name, function in kernels.stand_ins(modeling, fast).items()]
     if cuda:
-        swaps.append((trl_utils, "_use_triton", lambda device: True))
         swaps += [
             (chunked_logprob, name, lambda *_, **__: None)
             for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")
@@ -168,6 +166,7 @@ def untraced(config: PreTrainedConfig, fast: frozenset[str], cuda: bool) -> Iter
     with contextlib.ExitStack() as stack:
         for owner, name, value in swaps:
             stack.enter_context(replaced(owner, name, value))
+        stack.enter_context(lm_head.of_labels(compiled))
         yield
 
 

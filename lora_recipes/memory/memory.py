@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PromptEncoderConfig, PromptTuningConfig
 from transformers import PreTrainedConfig
 from trl import pack_dataset
 
@@ -69,7 +70,9 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
     counted = gate is not None and gate.counts.tokens is not None
     train, held_out = (gate.train, gate.evaluation) if gate else (None, None)
     size = arguments.per_device_train_batch_size
-    batch = _batch(train, counted, size, arguments.packing, arguments.padding_free, text, arguments)
+    virtual = isinstance(adapter, PromptTuningConfig | PromptEncoderConfig)
+    flat = arguments.padding_free
+    batch = _batch(train, counted, size, arguments.packing, flat, text, arguments, virtual)
     evaluation = None
     if (
         held_out is not None
@@ -78,7 +81,7 @@ def of_recipe(resolved: Resolved, gate: Gate | None = None, cuda: bool = True) -
     ):
         packing = arguments.packing if arguments.eval_packing is None else arguments.eval_packing
         size = arguments.per_device_eval_batch_size
-        evaluation = _batch(held_out, counted, size, packing, False, text, arguments)
+        evaluation = _batch(held_out, counted, size, packing, False, text, arguments, virtual)
     if not masked:
         batch = replace(batch, padded=False, packed=False)
         evaluation = evaluation and replace(evaluation, padded=False, packed=False)
@@ -111,9 +114,10 @@ def _batch(
     flat: bool,
     config: PreTrainedConfig,
     arguments: Any,
+    virtual: bool,
 ) -> Batch:
     """The largest batch: the longest rows, padded to the longest; packed or padding-free rows laid end to
-    end.
+    end. `virtual`: tokens of a prompt that is trained stand before each row.
     """
     free = flat or (packing and arguments.packing_strategy in ("bfd", "bfd_split"))
     if examples is None or not counted:
@@ -122,7 +126,7 @@ def _batch(
         return (
             Batch(1, rows * width, rows * width - 1, packed=True)
             if free
-            else Batch(rows, width, rows * (width - 1), padded=rows > 1)
+            else Batch(rows, width, rows * (width - 1 + virtual), padded=rows > 1)
         )
     if isinstance(examples, Texts):
         wide = np.sort(examples.lengths)[::-1][:rows]
@@ -131,7 +135,7 @@ def _batch(
     data: Any = examples.dataset
     if packing:
         data = pack_dataset(data, arguments.max_length, arguments.packing_strategy)
-    lengths, losses = _shapes(data)
+    lengths, losses = _shapes(data, virtual)
     longest = np.sort(lengths)[::-1][:rows]
     supervised = int(np.sort(losses)[::-1][:rows].sum())
     if free:
@@ -141,18 +145,22 @@ def _batch(
     return Batch(len(longest), int(longest[0]), supervised, padded=padded)
 
 
-def _shapes(data: Any) -> tuple[Any, Any]:
-    """Of each row of a prepared data set its tokens, and how many labels behind the first have a loss."""
+def _shapes(data: Any, virtual: bool) -> tuple[Any, Any]:
+    """Of each row of a prepared data set its tokens, and how many of its labels have a loss: all but the
+    first of each text in it, which nothing stands before unless it is `virtual`.
+    """
     lengths, losses = [], []
+    packed = "seq_lengths" in data.column_names
     for batch in data.with_format("arrow").iter(1000):
         labels = batch["labels"].combine_chunks()
-        ends = np.cumsum(labels.value_lengths().to_numpy())
-        begins = np.concatenate([[0], ends[:-1]])
+        widths = labels.value_lengths().to_numpy()
+        texts = batch["seq_lengths"].combine_chunks().flatten().to_numpy() if packed else widths[widths > 0]
         supervised = labels.flatten().to_numpy() != IGNORED
-        supervised[begins[begins < ends]] = False
-        sums = np.concatenate([[0], np.cumsum(supervised)])
-        lengths.append(ends - begins)
-        losses.append(sums[ends] - sums[begins])
+        if not virtual:
+            supervised[np.cumsum(texts) - texts] = False
+        ends, sums = np.cumsum(widths), np.concatenate([[0], np.cumsum(supervised)])
+        lengths.append(widths)
+        losses.append(sums[ends] - sums[ends - widths])
     return np.concatenate(lengths), np.concatenate(losses)
 
 

@@ -135,7 +135,9 @@ def run(setup: Setup, whole: Whole, chosen: list[int] | None = None) -> Run:
         inputs, held_out = (
             batch and _inputs(batch, setup, mode) for batch in (setup.batch, setup.evaluation)
         )
-        stack.enter_context(fake.untraced(base.config.get_text_config(), setup.fast, setup.cuda))
+        compiled = setup.arguments.torch_compile and not setup.cuda
+        text = base.config.get_text_config()
+        stack.enter_context(fake.untraced(text, setup.fast, setup.cuda, compiled))
         stack.enter_context(mode)
         optimizer, paged = _optimizer(model, trained, setup)
         counted = _storages(setup, setup.batch)

@@ -249,8 +249,7 @@ def _dear(model: PreTrainedModel, attention: str, lengths: Array, padded: _Batch
     heads = getattr(config, "num_attention_heads", 1)
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     layers = [m for m in parts.decoder(model).modules() if isinstance(m, nn.Linear | Conv1D)]
-    head: Any = model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in [*layers, *([head] if head is not None else [])])
+    linear = sum(m.weight.numel() for m in layers)  # not the head, which takes labelled positions: lm_head.py
     scores = SCORES * 2 * width * getattr(config, "num_hidden_layers", 1)
     before = linear * (padded.rows * padded.longest).sum() + scores * (padded.rows * padded.longest**2).sum()
     flat = linear * padded.tokens.sum() + scores * (padded.tokens**2).sum()

@@ -45,6 +45,7 @@ from lora_recipes.model import (
     embeddings,
     freeze,
     initialise,
+    lm_head,
     parts,
     peft_callbacks,
     rates,
@@ -358,10 +359,16 @@ def _prepared_rows(rows: Rows, arguments: SFTConfig) -> Dataset:
 
 
 class OneTrainer(SFTTrainer):
-    """TRL's, but for two things. An evaluation is padded and in the order of its rows, whatever training
+    """TRL's, but for three things. An evaluation is padded and in the order of its rows, whatever training
     does: the trainer's mean is over batches, and those would be others. An order by length is the same in a
-    resumed run and in each process (batching.ByLength).
+    resumed run and in each process (batching.ByLength). On a CPU the loss takes the logits of the positions
+    that have a label, as on a GPU (lm_head).
     """
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's."""
+        with lm_head.of_labels(self.args.torch_compile):
+            return super().compute_loss(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As TRL's, padded; rows that the recipe has packed stay so."""

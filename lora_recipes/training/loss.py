@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from lora_recipes.core.errors import Problem, RecipeError
 from lora_recipes.core.record import LossCheck
 from lora_recipes.data.render import IGNORED, Example
+from lora_recipes.model import lm_head
 from lora_recipes.recipe.base import Resolved
 
 TOKENS = 128  # of the row: its logits are 78 MB with a vocabulary of 152,000, in float32
@@ -35,7 +36,8 @@ def check(trainer: Any, rows: Sequence[Example], resolved: Resolved) -> LossChec
     batch = {k: _to(v, trainer.args.device) for k, v in trainer.data_collator([row]).items()}
     labels, was_training = batch.pop("labels"), model.training
     model.eval()
-    found = model(**batch, labels=labels, use_cache=False, fused_lm_head=True)
+    with lm_head.of_labels(trainer.args.torch_compile):
+        found = model(**batch, labels=labels, use_cache=False, fused_lm_head=True)
     logits = model(**batch, use_cache=False).logits
     virtual, end = logits.shape[1] - labels.shape[1], len(row["input_ids"]) - 1
     ids = row["input_ids"]
