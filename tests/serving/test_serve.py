@@ -334,9 +334,9 @@ def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it
     tmp_path, quick_vllm
 ):
     """To both vLLM says `Loaded new LoRA adapter` and answers 200."""
-    train(resolve(recipes.load("tiny_qwen35_style", ["train.max_steps=20"]), tmp_path))
+    train(resolve(recipes.load("tiny_qwen35_style", ["train.max_steps=8"]), tmp_path))
     with Running(tmp_path, "--dynamic", "tiny_qwen35_style", "--", "--max-model-len", "512") as server:
-        # of twenty steps: it answers as trained, and has not learned to stop, which is said
+        # of eight steps: it answers as trained, and has not learned to stop, which is said
         assert re.search(r"tiny_qwen35_style +\d\.\d+ .* live; BUT .* did not end", server.said)
         saved = tmp_path / "tiny_qwen35_style" / "adapter"
         endpoint = Endpoint(server.url)
