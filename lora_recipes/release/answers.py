@@ -206,6 +206,7 @@ class Server(ThreadingHTTPServer):
     """Listens at `address` for the server at `base`; answers to `everyone` are kept, or to who agreed."""
 
     daemon_threads = True
+    request_queue_size = 128  # of the standard library's five at once, a sixth would try again after a second
 
     def __init__(self, address: tuple[str, int], base: SplitResult, log: Log, everyone: bool):
         super().__init__(address, Proxy)
@@ -217,6 +218,7 @@ class Proxy(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else what follows a reply's headers waits 40 ms for their receipt
 
     def _pass(self) -> None:
         size = self.headers.get("Content-Length") or "0"

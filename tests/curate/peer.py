@@ -80,6 +80,8 @@ class Peer:
                 pass
 
         class Server(ThreadingHTTPServer):
+            request_queue_size = 128  # of five at once the sixth would ask again after a second
+
             def handle_error(self, *_: object) -> None:
                 """Who asked has gone, while what is left was sent."""
 

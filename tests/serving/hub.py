@@ -197,6 +197,7 @@ def running() -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # one packet an answer: of two, the second waits 40 ms for the first one's receipt
 
         def handle_any(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
