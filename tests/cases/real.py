@@ -19,7 +19,7 @@ KINDS = {
     "nf4": ["model.quantize=nf4", "train.save_strategy='no'"],
     "narrow": ["lora.r=4", "train.save_strategy='no'"],
 }
-ROWS, STEPS = 6, 3  # one whole epoch of two examples a step
+ROWS, STEPS = 4, 2  # one whole epoch of two examples a step
 SHORT = [
     "train.num_train_epochs=1",
     "train.max_steps=-1",
@@ -27,7 +27,7 @@ SHORT = [
     "train.gradient_accumulation_steps=2",
     "train.max_length=80",
     "train.warmup_steps=0",
-    "train.learning_rate=2.0e-3",  # three steps of it are more than the noise of bfloat16
+    "train.learning_rate=3.0e-3",  # two steps of it are more than the noise of bfloat16
     "train.eval_strategy='no'",
     "train.save_strategy=steps",
     "train.save_steps=1",
