@@ -4,7 +4,7 @@ PEFT's. Imports no torch.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -39,7 +39,8 @@ class Proof:
     These three are None without provenance. `rendered`: does the server make the same tokens of the probes'
     prompts? `by_default`: also for a request that sends no chat_template_kwargs? `runs_on`: tokens that end a
     reply in training, and no answer on this server. `question`: what PEFT's answer to it came to, and
-    `ended`: did the server's answer to it end? `stop_text`: what ends a reply where that is no token.
+    `ended`: did the server's answer to it end (True where it was not asked for, as of what fails already)?
+    `stop_text`: what ends a reply where that is no token.
     `made_of`: which parts of a combination were not proven. `merged`: of a merged model, what it departs from
     PEFT by as transformers computes it. `share`: of a classifier, the largest difference of a probability.
     """
@@ -147,7 +148,7 @@ def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -
         endpoint.tokens(name, p.prompt, o) == p.input_ids[: p.prompt_tokens]
         for p, o in zip(probes, plain, strict=True)
     )
-    return Proof(
+    proof = Proof(
         name,
         moved=apart(served, alone),
         repeat=apart(alone, again),
@@ -161,10 +162,11 @@ def _prove(endpoint: Endpoint, base: str, name: str, known: Provenance | None) -
             token for i, token in known.stops.items() if not endpoint.stops_at(name, *_openings(known)[0], i)
         ),
         question=known.question,
-        ended=_ended(endpoint, name, known),
         stop_text=known.stop_text,
         made_of=known.made_of if known.unproven else None,
     )
+    # the longest answer of all is asked for last, and not of what failed before
+    return proof if proof.fault else replace(proof, ended=_ended(endpoint, name, known))
 
 
 def _openings(known: Provenance) -> list[tuple[str | list[dict[str, Any]], dict[str, Any]]]:

@@ -100,7 +100,7 @@ def _wait(child: subprocess.Popen[bytes], endpoint: Endpoint, log: Path) -> None
             raise RecipeError(
                 Problem("vLLM", f"does not answer after {START:.0f} s", f"what it said: {shown(log)}")
             )
-        time.sleep(0.5)
+        time.sleep(0.1)
 
 
 def last_error(log: Path) -> str:

@@ -93,7 +93,7 @@ class Running:
         until = time.monotonic() + 900  # a busy machine starts it in minutes
         while "Ctrl-C ends it" not in self.said:
             assert self.process.poll() is None and time.monotonic() < until, self.said
-            time.sleep(0.3)
+            time.sleep(0.05)
         return self
 
     def __enter__(self) -> "Running":
@@ -343,6 +343,7 @@ def test_a_qwen35_adapter_is_served_under_the_names_of_its_class_and_as_saved_it
         endpoint.load("as_saved", str(saved))
         proof = live.prove(endpoint, "base", {"as_saved": provenance.read(saved)})[0]
         assert proof.moved == 0 and "not live" in there(proof.fault) and proof.rendered
+        assert proof.ended, "of what fails already the long answer, without an end here, is not waited for"
         unknown = live.prove(endpoint, "base", {"as_saved": None, "tiny_qwen35_style": None})
         assert "not live" in there(unknown[0].fault) and unknown[1].fault is None, (
             "seen without PEFT's answers as well"
