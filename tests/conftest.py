@@ -69,40 +69,45 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory):
-    """A real language model, from its package, and short runs on it: tests/cases/real.py. One folder for all
-    processes of a test run.
-    """
-    from tests.cases import real
-
+def shared(tmp_path_factory):
+    """A folder for what is made once for all processes of a test run."""
     base = tmp_path_factory.getbasetemp()
-    return real.make((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real")
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def vllm_forks():
-    """A folder as .venv-serve is, whose Python is forked from one that has imported vLLM already:
-    tests/cases/vllm_forks.py.
+def smollm2(shared):
+    """A real language model, from its package, and short runs on it: tests/cases/real.py."""
+    from tests.cases import real
+
+    return real.make(shared / "real")
+
+
+@pytest.fixture(scope="session")
+def vllm_forks(shared):
+    """A folder as .venv-serve is, whose Python is forked from one that has imported vLLM already, and ends
+    with the test run: tests/cases/vllm_forks.py.
     """
+    from lora_recipes.core import lock
     from lora_recipes.serving import command
 
-    with tempfile.TemporaryDirectory() as name:
-        folder, at = Path(name), f"{name}/socket"
-        (folder / "bin").mkdir()
-        (folder / "lib").symlink_to(command.ENVIRONMENT / "lib")
-        (python := folder / "bin" / "python").write_text(
-            f'#!/bin/sh\nexec {sys.executable} -IS {CASES / "vllm_python.py"} {at} "$@"\n'
-        )
-        python.chmod(0o755)
-        environment = os.environ | {"PYTHONPATH": str(files.ROOT / "scripts" / "vllm_cpu")}
-        environment |= {"HF_HUB_OFFLINE": "1"}
-        begun = [str(command.python()), str(CASES / "vllm_forks.py"), at]
-        with (
-            (folder / "log").open("wb") as log,
-            subprocess.Popen(begun, stdin=-1, stdout=-1, stderr=log, env=environment) as forks,
-        ):
-            assert forks.stdout and forks.stdout.readline(), (folder / "log").read_text()
-            yield folder
+    folder, at = shared / "vllm", str(shared / "vllm" / "socket")
+    with lock.held(folder, "imports vLLM for the tests", wait=True):
+        if not Path(at).exists():
+            (folder / "bin").mkdir(parents=True)
+            (folder / "lib").symlink_to(command.ENVIRONMENT / "lib")
+            (python := folder / "bin" / "python").write_text(
+                f'#!/bin/sh\nexec {sys.executable} -IS {CASES / "vllm_python.py"} {at} "$@"\n'
+            )
+            python.chmod(0o755)
+            environment = os.environ | {"PYTHONPATH": str(files.ROOT / "scripts" / "vllm_cpu")}
+            environment |= {"HF_HUB_OFFLINE": "1"}
+            run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+            begun = [str(command.python()), str(CASES / "vllm_forks.py"), at, str(run)]
+            with (folder / "log").open("wb") as log:
+                done = subprocess.run(begun, stdin=-3, stdout=log, stderr=log, env=environment, check=False)
+            assert not done.returncode, (folder / "log").read_text()
+    return folder
 
 
 @pytest.fixture

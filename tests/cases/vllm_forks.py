@@ -1,11 +1,13 @@
-"""`vllm_forks.py SOCKET`, run by the serving environment: has imported what a server imports, and does what
-is asked at SOCKET (by tests/cases/vllm_python.py) in a fork of itself, until its standard input ends.
+"""`vllm_forks.py SOCKET PROCESS`, run by the serving environment: has imported what a server imports, and
+does what is asked at SOCKET (by tests/cases/vllm_python.py) in a fork of itself, until that process ends. It
+listens in the background: what was started ends as soon as it does.
 
 The engine of a server is in turn its fork, and has no worker beside it: imports are 15 of the 18 processor
 seconds that it takes to start one. Nor are functions of its sampler compiled at the first request, 11 s.
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -75,12 +77,14 @@ def answer(caller: socket.socket) -> None:
 
 def main() -> bool:
     """Is it a fork that has done what was asked?"""
+    gc.freeze()  # what was imported stays, and vLLM looks for garbage often: half a second each time
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(sys.argv[1])
         listener.listen()
-        print("ready", flush=True)
-        either: list[Any] = [listener, sys.stdin]
+        if os.fork():
+            return False
+        either: list[Any] = [listener, os.pidfd_open(int(sys.argv[2]))]
         while select.select(either, [], [])[0] == [listener]:
             caller, _ = listener.accept()
             if not os.fork():
