@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -234,9 +235,31 @@ def chart(result: dict[str, Any], file: Path) -> None:
     pyplot.close(figure)
 
 
+def among(*known: str) -> Callable[[str], list[str]]:
+    """An option of words that are among `known`; argparse says what is not."""
+
+    def read(text: str) -> list[str]:
+        if wrong := [word for word in text.split() if word not in known]:
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {' '.join(known)}")
+        return text.split()
+
+    return read
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def chosen(only: list[str]) -> dict[str, jobs.Command]:
     """The contenders that are here; of them the first, and those with one of the words of `only`."""
     all_ = jobs.CONTENDERS | peers.contenders()
+    if strange := [w for w in only if not any(w.lower() in n.lower() for n in all_)]:
+        raise SystemExit(
+            f"ONLY: no contender here has {strange[0]!r} in its name; there are {'; '.join(all_)}"
+        )
     if not only:
         return all_
     return {n: c for n, c in all_.items() if n == jobs.FIRST or any(w.lower() in n.lower() for w in only)}
@@ -245,8 +268,8 @@ def chosen(only: list[str]) -> dict[str, jobs.Command]:
 def parser(told: str | None) -> argparse.ArgumentParser:
     """The options that all benchmarks of training share."""
     made = argparse.ArgumentParser(description=(told or "").splitlines()[0])
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contender")
+    made.add_argument("--rounds", type=positive, default=3)
+    made.add_argument("--threads", type=positive, default=os.cpu_count(), help="of each contender")
     made.add_argument(
         "--outputs", type=Path, default=OUTPUTS / "_bench", help="bases, logs and what is trained"
     )
@@ -257,19 +280,24 @@ def parser(told: str | None) -> argparse.ArgumentParser:
 def main() -> None:
     """Measure every job in turn; write what was found after each."""
     options = parser(__doc__)
-    options.add_argument("--model", type=str.split, default=["dense"], help=f"of {' '.join(jobs.MODELS)}")
-    options.add_argument("--rows", type=str.split, default=["short"], help=f"of {' '.join(jobs.ROWS)}")
-    options.add_argument("--count", type=int, default=256, help="rows")
-    options.add_argument("--batch", type=int, default=8)
+    options.add_argument(
+        "--model", type=among(*jobs.MODELS), default=["dense"], help=f"of {' '.join(jobs.MODELS)}"
+    )
+    options.add_argument(
+        "--rows", type=among(*jobs.ROWS), default=["short"], help=f"of {' '.join(jobs.ROWS)}"
+    )
+    options.add_argument("--count", type=positive, default=256, help="rows")
+    options.add_argument("--batch", type=positive, default=8)
     options.add_argument("--only", type=str.split, default=[], help="contenders with one of these words")
     given = options.parse_args()
+    contenders = chosen(given.only)
     outputs: Path = given.outputs.resolve()
     result = begun("train", given.threads)
     for model in given.model:
         for kind in given.rows:
             job = jobs.Job(model, kind, given.count, batch=given.batch)
             setting = jobs.prepared(job, outputs, cpu=True)
-            result["runs"] += rounds(setting, chosen(given.only), given.rounds, given.threads)
+            result["runs"] += rounds(setting, contenders, given.rounds, given.threads)
             write(given.results / "train.json", json.dumps(result, indent=1) + "\n")
             write(given.results / "train.md", report(result))
             chart(result, CHART if given.results == RESULTS else given.results / "train.png")

@@ -46,3 +46,19 @@ def test_a_command_that_trains_nothing_has_failed(tmp_path):
     raised = train.measured([sys.executable, "-c", "raise ValueError('no rows')"], tmp_path, "raises", 1)
     assert raised["failed"] == "ValueError: no rows (exit 1)"
     assert "failed" not in train.measured([sys.executable, "-c", "pass"], tmp_path, "none", 1, trains=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "denze"], "'denze' is not one of dense hybrid smollm2"),
+        (["--rows", "short tall"], "'tall' is not one of short mixed long"),
+        (["--rounds", "0"], "'0' is no whole number from 1 on"),
+        (["--only", "bare nonsense"], "no contender here has 'nonsense' in its name"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_first(words, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert told in f"{capsys.readouterr().err}{ended.value}"
