@@ -10,7 +10,6 @@ chart.
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 def measured(words: list[str], folder: Path, name: str, threads: int, trains: bool = True) -> dict[str, Any]:
-    """One command: what the clock inside found, and around it `whole_s`, `whole_cpu_s` and the load. `failed`
+    """One command: what the clock inside found, and around it `whole_s` and the load. `failed`
     says in its own words why there is nothing. Its output is in `folder`, as `name`.log.
     """
     clock, log = folder / "clock.jsonl", folder / f"{name}.log"
@@ -46,7 +45,7 @@ def measured(words: list[str], folder: Path, name: str, threads: int, trains: bo
         "PYTHONPATH": str(ROOT / "benchmarks/clock"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    load, before, began = machine.load(), _spent(), time.monotonic()
+    load, began = machine.load(), time.monotonic()
     with log.open("w") as output:
         try:
             code: Any = subprocess.run(
@@ -56,7 +55,7 @@ def measured(words: list[str], folder: Path, name: str, threads: int, trains: bo
             code = f"more than {LIMIT} s"
         except OSError as error:
             code = str(error)
-    around = {"whole_s": time.monotonic() - began, "whole_cpu_s": _spent() - before, "load": load}
+    around = {"whole_s": time.monotonic() - began, "load": load}
     lines = [json.loads(line) for line in clock.read_text().splitlines()] if clock.exists() else []
     around["rss_peak"] = max((line["rss_peak"] for line in lines), default=0)
     trained = [line for line in lines if "steps" in line]
@@ -66,11 +65,6 @@ def measured(words: list[str], folder: Path, name: str, threads: int, trains: bo
         last = " ".join(raised or said[-2:]) or "nothing was said"
         return around | {"failed": f"{last[:300]} (exit {code})"}
     return around | (trained[-1] if trained else {})
-
-
-def _spent() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def rounds(

@@ -650,6 +650,11 @@ def written():
 WRITTEN = written()
 
 
+def test_the_keys_that_are_tried_are_of_all_sections_that_people_write():
+    assert {words[0] for words, _ in WRITTEN} >= {"model", "data", "lora", "peft", "train", "probes"}
+    assert len(WRITTEN) > 100
+
+
 @pytest.mark.parametrize("section", sorted({words[0] for words, _ in WRITTEN}))
 def test_every_key_with_one_character_wrong_is_refused_with_a_suggestion(tmp_path, section):
     file, accepted, silent = tmp_path / "x.yaml", [], []
